@@ -1,0 +1,154 @@
+"""Sound -> one feature row per video frame.
+
+    wave (B, S) at 16 kHz --level--> same loudness in every file --features--> (B, F, A), F = frames(S)
+
+Two kinds: "mel", a log-mel spectrogram that needs no weights (A = 320), and "whisper", the states of a Whisper
+encoder (arXiv 2212.04356), as in the paper (A = twice the model's width). Call `level` on whole recordings before
+`features`, in training and in use alike. Long recordings: `level_gain`, then `stream_features`, both over chunks of
+any sizes; the rows equal those of the whole file, and memory does not grow with its length.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+SAMPLE_RATE = 16000
+FRAME = 640  # samples per video frame, 25 frames per second
+BINS, N_FFT, STEP = 80, 400, 160  # mel bins, window of 25 ms, hop of 10 ms
+CONTEXT = N_FFT // 2 - STEP // 2  # samples that a frame's mel windows reach beyond the frame, on either side
+MEL_FLOOR, MEL_MEAN, MEL_STD = 1e-4, -1.9, 1.5  # of log10 mel power: measured once, on levelled speech
+WHISPER = "openai/whisper-tiny"
+FEATURE_DIM = {"mel": BINS * FRAME // STEP, "whisper": 2 * 384}  # the latter for WHISPER; 2 * d_model in general
+
+
+def frames(samples):
+    """Number of video frames, and so of feature rows, of a sound: rounded, at least one."""
+    return max(1, round(samples / FRAME))
+
+
+def level_gain(chunks, target=0.1):
+    """The factor that brings the loud part of a recording to RMS `target`; chunks: iterable of (S_i,) tensors.
+
+    Loud means within 20 dB of the 95th percentile of 40 ms frames, so pauses do not count. Silence (below -66 dB of
+    full scale) is left alone, a sound without ups and downs (hum, hiss: under 6 dB between the 10th and the 95th
+    percentile) is never raised, and nothing is raised by more than 40 dB.
+    """
+    power, rest = [], torch.zeros(0)
+    for chunk in chunks:
+        chunk = torch.cat([rest, chunk.detach().float().cpu()])
+        whole = len(chunk) // FRAME * FRAME
+        power.append(chunk[:whole].view(-1, FRAME).square().mean(1))
+        rest = chunk[whole:]
+    power = torch.cat([*power, rest.square().mean().view(-1)] if len(rest) else power or [rest])
+    power = power[power > 1e-12]  # digital silence says nothing about the noise floor
+    if len(power) == 0:
+        return 1.0
+    quiet, high = power.sort().values[[int(q * (len(power) - 1)) for q in (0.1, 0.95)]].tolist()
+    loud = math.sqrt(power[power > high / 100].mean())
+    if loud < 10 ** (-66 / 20):
+        return 1.0
+    steady = high < quiet * 10 ** (6 / 10)
+    return min(target / loud, 1.0 if steady else 100.0)
+
+
+def level(wave, target=0.1):
+    """Whole recordings (..., S) -> the same, each scaled by its `level_gain`."""
+    rows = wave.reshape(-1, wave.shape[-1])
+    gains = torch.tensor([level_gain([row], target) for row in rows], dtype=wave.dtype, device=wave.device)
+    return (rows * gains[:, None]).view(wave.shape)
+
+
+def mel_filters():
+    """Triangles evenly spaced on the mel scale (O'Shaughnessy 1987), 0 to 8 kHz: (N_FFT/2+1, BINS)."""
+    top = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)
+    corners = 700 * (10 ** (torch.linspace(0, top, BINS + 2, dtype=torch.float64) / 2595) - 1)  # (BINS+2,)
+    f = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)[:, None]
+    left, centre, right = corners[:-2], corners[1:-1], corners[2:]
+    return torch.minimum((f - left) / (centre - left), (right - f) / (right - centre)).clamp(min=0).float()
+
+
+def mel_rows(wave):
+    """(B, F * FRAME + 2 * CONTEXT) -> (B, F, 320): four log-mel spectra a frame, centred 5, 15, 25, 35 ms into it."""
+    windows = wave.unfold(-1, N_FFT, STEP) * torch.hann_window(N_FFT, device=wave.device)  # (B, 4F, N_FFT)
+    power = torch.fft.rfft(windows).abs().square()  # (B, 4F, N_FFT/2+1)
+    mel = (power @ mel_filters().to(wave.device)).clamp(min=MEL_FLOOR).log10()  # (B, 4F, BINS)
+    return ((mel - MEL_MEAN) / MEL_STD).unflatten(1, (-1, FRAME // STEP)).flatten(2)  # (B, F, 320)
+
+
+def fit(wave, count, context):
+    """Cut or zero-pad the end of (..., S), which begins `context` samples early, to `count` frames and context."""
+    return F.pad(wave, (0, count * FRAME + 2 * context - wave.shape[-1]))
+
+
+def stream_mel(chunks):
+    """Iterable of (S_i,) -> iterator of (n, 320)."""
+    held, samples, done = None, 0, 0
+    for chunk in chunks:
+        held = F.pad(chunk.float(), (CONTEXT, 0)) if held is None else torch.cat([held, chunk.float()])
+        samples += len(chunk)
+        ready = (len(held) - 2 * CONTEXT) // FRAME
+        if ready > 0:
+            yield mel_rows(fit(held, ready, CONTEXT)[None])[0]
+            held, done = held[ready * FRAME:], done + ready
+    if held is not None and frames(samples) > done:
+        yield mel_rows(fit(held, frames(samples) - done, CONTEXT)[None])[0]
+
+
+@functools.lru_cache(maxsize=2)
+def load_whisper(name=WHISPER):
+    """The frozen encoder of a Whisper model, by hub id or local folder."""
+    from transformers import WhisperModel
+    try:
+        return WhisperModel.from_pretrained(name).encoder.eval().requires_grad_(False)
+    except OSError as error:
+        raise OSError(f"cannot load the Whisper model {name!r}: it is neither a folder with config.json and "
+                      f"model.safetensors nor reachable on the hub; to work offline, download it elsewhere and pass "
+                      f"the folder's path instead of the id") from error
+
+
+@torch.no_grad()
+def stream_whisper(chunks, model=None):
+    """Iterable of (S_i,) -> iterator of (n, 2 * d_model); model: hub id, local folder or a loaded encoder.
+
+    The encoder sees fixed windows (30 s). Windows overlap, and only rows at least an eighth of a window away from an
+    inner edge are kept. The encoder gives 50 states a second: two make a row.
+    """
+    from transformers import WhisperFeatureExtractor
+    encoder = model if isinstance(model, torch.nn.Module) else load_whisper(str(model or WHISPER))
+    positions = encoder.config.max_source_positions  # states per window: 1500
+    window, margin = positions // 2, positions // 16  # in video frames
+    extract = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins, chunk_length=positions // 50)
+
+    def rows(sound):
+        spectrum = extract(sound.cpu().numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+        weight = encoder.conv1.weight
+        states = encoder(spectrum.to(weight.device, weight.dtype)).last_hidden_state  # (1, 2 * window, d_model)
+        return states.float().unflatten(1, (-1, 2)).flatten(2)[0].to(sound.device)  # (window, 2 * d_model)
+
+    held, samples, skip, done = torch.zeros(0), 0, 0, 0
+    for chunk in chunks:
+        held, samples = torch.cat([held.to(chunk.device), chunk.float()]), samples + len(chunk)
+        while len(held) > window * FRAME:
+            yield rows(held[:window * FRAME])[skip:window - margin]
+            done += window - margin - skip
+            held, skip = held[(window - 2 * margin) * FRAME:], margin
+    if samples and frames(samples) > done:
+        yield rows(held)[skip:skip + frames(samples) - done]
+
+
+def stream_features(chunks, kind="mel", model=None):
+    """Iterable of (S_i,) chunks of one levelled recording -> iterator of (n, A): the rows of `features`, in order."""
+    if kind not in FEATURE_DIM:
+        raise ValueError(f"audio features must be one of {sorted(FEATURE_DIM)}, got {kind!r}")
+    return stream_mel(chunks) if kind == "mel" else stream_whisper(chunks, model)
+
+
+def features(wave, kind="mel", model=None):
+    """(B, S) float at 16 kHz, levelled -> (B, F, A), F = frames(S)."""
+    if wave.ndim != 2 or wave.shape[1] == 0:
+        raise ValueError(f"wave must be (B, S) with S > 0, got {tuple(wave.shape)}")
+    if kind == "mel":
+        return mel_rows(fit(F.pad(wave.float(), (CONTEXT, 0)), frames(wave.shape[1]), CONTEXT))
+    return torch.stack([torch.cat(list(stream_features([row], kind, model))) for row in wave])  # (B, F, A)

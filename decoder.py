@@ -1,0 +1,211 @@
+"""Chapter 2, generation: a DiT that paints the target frame from a reference photo and two motions (section 3.1, eq. 3).
+
+    reference patches Z_r + motion M_r ---> tokens that know no time t and see only themselves: computed once a video
+                                                | keys and values of every layer
+    noised target patches Z_t^n + motion M_t ---+--> tokens that see the reference and themselves -> velocity V
+                                    (and, in a video model, the same patch of the other frames: temporal align block)
+
+One set of weights serves both rows. The paper lets all tokens see all (full_attention=True); ours is faster, as one
+reference serves every frame and every step. In pixel space the output is the *difference* from the reference patch,
+so that copying is free, and the velocity follows from it (x-prediction, JiT, arXiv 2511.13720).
+"""
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from torch import nn
+
+from encoder import Attention, attend, mlp, patchify, rms_norm, sincos, sincos_2d, unpatchify
+from flow import sample, velocity_from_data
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    image_size: int = 128           # H = W, pixels or latent cells
+    channels: int = 3               # C
+    patch_size: int = 16            # p
+    width: int = 256                # E
+    depth: int = 6
+    heads: int = 4
+    num_tokens: int = 1             # L
+    token_dim: int = 64             # D
+    expand: int = 8                 # decoder tokens made of one motion token (ours; a lone narrow token is easily ignored)
+    frames: int = 1                 # F; above 1, the video model: a temporal align block after each transfer block
+    full_attention: bool = False    # the paper's attention: the reference sees the target too
+    predict: str = "x"              # "x" (pixels) or "v" (latents)
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
+        if self.predict not in ("x", "v"):
+            raise ValueError(f"predict must be 'x' or 'v', not {self.predict!r}")
+
+
+class TimeEmbed(nn.Module):
+    """t in [0, 1] -> (B, E). The sinusoid gets 1000 t, here and nowhere else."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("frequencies", 1e-4 ** torch.linspace(0, 1, width // 2), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        angle = 1000 * t[:, None].float() * self.frequencies                           # (B, E/2)
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))                  # (B, E)
+
+
+def modulate(x, shift, scale):
+    """x (B, n, E); shift, scale (B, E)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class DiTBlock(nn.Module):
+    """Transformer block whose norms are shifted, scaled and gated by a condition, identity at first (adaLN-zero, DiT)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = mlp(width)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, condition, memory=None):
+        """x (B, n, E), condition (B, E), memory: keys and values (B, heads, m, d) seen beside x's own -> x, own (k, v)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=1)
+        q, k, v = self.attention.project(modulate(self.norm1(x), shift1, scale1))
+        own = (k, v)
+        if memory is not None:
+            k, v = (torch.cat([there, here], dim=2) for there, here in zip(memory, own))
+        heard = self.attention.out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
+        x = x + gate1[:, None] * heard
+        x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x, own
+
+
+class TemporalBlock(nn.Module):
+    """Temporal align block: each patch position attends over the F frames of its clip; adds zero at first (ours).
+
+    A lone frame passes unchanged, so a model made for pictures becomes one for video without forgetting.
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.width = width
+        self.norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+
+    def forward(self, x, frames):
+        if frames == 1:
+            return x
+        time = sincos(torch.arange(frames, device=x.device), self.width).to(x)         # (F, E)
+        y = rearrange(self.norm(x), "(b f) n e -> (b n) f e", f=frames) + time
+        return x + rearrange(self.attention(y), "(b n) f e -> (b f) n e", b=len(x) // frames)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = c = config
+        side = c.image_size // c.patch_size
+        patch = c.patch_size**2 * c.channels
+        self.embed = nn.Linear(patch, c.width)
+        self.motion = nn.Linear(c.token_dim, c.expand * c.width)
+        self.time = TimeEmbed(c.width)
+        self.change = nn.Linear(2 * c.num_tokens * c.token_dim, c.width, bias=False)
+        self.role = nn.Parameter(0.02 * torch.randn(2, c.width))             # reference row, target row
+        self.still = nn.Parameter(torch.zeros(c.width))                      # the reference row's condition: no time
+        self.slot = nn.Parameter(0.02 * torch.randn(c.num_tokens * c.expand, c.width))
+        self.blocks = nn.ModuleList(DiTBlock(c.width, c.heads) for _ in range(c.depth))
+        self.temporal = nn.ModuleList(TemporalBlock(c.width, c.heads) for _ in range(c.depth if c.frames > 1 else 0))
+        self.norm = nn.LayerNorm(c.width, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 2 * c.width))
+        self.head = nn.Linear(c.width, patch)
+        self.register_buffer("position", sincos_2d(side, c.width), persistent=False)   # (N, E)
+        self.init_weights()
+
+    def init_weights(self):
+        """Not adaLN-zero: with zero gates *and* a zero head, and pairs that differ by zero on average, no gradient reaches
+        the motion at all; measured, the token stays unused for thousands of steps (ours)."""
+        for block in [*self.blocks, self]:
+            nn.init.normal_(block.modulation[1].weight, std=0.5 * self.config.width**-0.5)
+            nn.init.zeros_(block.modulation[1].bias)
+        for block in self.blocks:
+            block.modulation[1].bias.data.view(6, -1)[[2, 5]] = 1            # gates open
+        for block in self.temporal:
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.attention.out.bias)
+        nn.init.normal_(self.change.weight, std=self.change.in_features**-0.5)
+        nn.init.normal_(self.head.weight, std=0.1 * self.config.width**-0.5) # nearly 0: at first the reference is copied
+        nn.init.zeros_(self.head.bias)
+
+    def row(self, z, motion, role):
+        """Picture z (B, C, H, W) and motion (B, L, D) as one sequence (B, N + L*expand, E)."""
+        patches = self.embed(patchify(z, self.config.patch_size)) + self.position      # (B, N, E)
+        tokens = rearrange(self.motion(motion), "b l (k e) -> b (l k) e", k=self.config.expand) + self.slot
+        return torch.cat([patches, tokens], dim=1) + self.role[role]
+
+    def reference(self, z_r, m_r):
+        """What every frame of a video needs of its reference, z_r (B, C, H, W) and m_r (B, L, D): computed once."""
+        cache = {"z": z_r, "m": m_r, "memory": []}
+        x = self.row(z_r, m_r, role=0)
+        if self.config.full_attention:                                       # nothing to precompute but the tokens
+            return {**cache, "memory": x}
+        condition = self.still.expand(len(x), -1)
+        for block in self.blocks:
+            x, own = block(x, condition)
+            cache["memory"].append(own)
+        return cache
+
+    def forward(self, z_t, t, m_t, cache):
+        """Velocity of the target. z_t (B*F, C, H, W), t (B*F,), m_t (B*F, L, D), cache of B references -> (B*F, C, H, W).
+
+        The F frames of a clip stand side by side in the batch: (b f).
+        """
+        frames = len(z_t) // len(cache["z"])
+        z_r, m_r = (repeat(cache[k], "b ... -> (b f) ...", f=frames) for k in ("z", "m"))
+        x = self.row(z_t, m_t, role=1)                                                 # (B*F, n, E)
+        change = (m_t - m_r).flatten(1)                                                # (B*F, L*D)
+        condition = self.time(t) + self.change(torch.cat([change, rms_norm(change)], dim=1))           # (B*F, E)
+        n = x.shape[1]
+        if self.config.full_attention:
+            x = torch.cat([repeat(cache["memory"], "b n e -> (b f) n e", f=frames), x], dim=1)
+        for k, block in enumerate(self.blocks):
+            memory = None
+            if not self.config.full_attention:
+                memory = [repeat(part, "b h n d -> (b f) h n d", f=frames) for part in cache["memory"][k]]
+            x, _ = block(x, condition, memory)
+            if self.config.frames > 1:
+                x = self.temporal[k](x, frames)
+        x = x[:, -n:][:, : len(self.position)]                                         # (B*F, N, E)   target patches
+        shift, scale = self.modulation(condition).chunk(2, dim=1)
+        out = unpatchify(self.head(modulate(self.norm(x), shift, scale)), self.config.patch_size).float()
+        if self.config.predict == "v":
+            return out                                                                 # eq. (3)
+        return velocity_from_data(z_r + out, z_t, t)                                   # eq. (3), from x = Z_r + out
+
+
+@torch.no_grad()
+def paint(decoder, z_r, still, motions, noise, steps=1, batch=16):
+    """Frames for motions. z_r (1, C, H, W), still (1, L*D): the photo and its motion; motions: iterator of (n, L*D)
+    -> iterator of (n', C, H, W), in all one for every motion; memory does not grow.
+
+    Every frame starts from the same noise (1, C, H, W), so that what noise decides stands still (ours). The video model
+    paints its F frames at a time.
+    """
+    c = decoder.config
+    batch = c.frames if c.frames > 1 else batch
+    cache = decoder.reference(z_r, still.unflatten(1, (c.num_tokens, c.token_dim)))
+    waiting, motions, ended = still[:0], iter(motions), False
+    while True:
+        while not ended and len(waiting) < batch:
+            new = next(motions, None)
+            ended = new is None
+            waiting = waiting if ended else torch.cat([waiting, new])
+        now, waiting = waiting[:batch], waiting[batch:]
+        if not len(now):
+            return
+        start = noise.expand(len(now), *noise.shape[1:])
+        yield sample(decoder, start, steps, m_t=now.unflatten(1, (c.num_tokens, c.token_dim)), cache=cache)

@@ -1,0 +1,72 @@
+"""Rectified flow: the path, the loss, the samplers. Knows no model (paper section 3.3; Liu et al. 2022, arXiv 2209.03003).
+
+The one convention, used everywhere: t = 0 is data, t = 1 is noise,
+
+    z_t = (1 - t) z + t eps      eqs. (2), (6)          v = z - eps = -dz_t/dt      eqs. (8), (9)
+
+so a sampler walks t from 1 down to 0, adding v * (step). A model is any callable model(z_t, t (B,), **cond) -> v.
+"""
+import torch
+
+
+def _per_sample(t, z):
+    """(B,) -> (B, 1, ..., 1), to multiply z."""
+    return t.view(-1, *[1] * (z.dim() - 1)).to(z.dtype)
+
+
+def interpolate(z, eps, t):
+    """The straight path from data z to noise eps, both (B, ...), at times t (B,) in [0, 1]."""
+    t = _per_sample(t, z)
+    return (1 - t) * z + t * eps                                                       # eqs. (2), (6)
+
+
+def random_times(batch, generator=None, device=None, noise_share=0.5, mean=0.8, spread=0.8):
+    """Training times (batch,): a share at exactly t = 1, the rest logit-normal (Esser et al. 2024), leaning to noise (ours).
+
+    At pure noise a picture can be told only from the condition; low noise teaches nothing but denoising.
+    """
+    t = torch.sigmoid(mean + spread * torch.randn(batch, generator=generator, device=device))
+    pure = torch.rand(batch, generator=generator, device=device) < noise_share
+    return torch.where(pure, torch.ones_like(t), t)
+
+
+def flow_loss(model, z, eps, t, weight=None, **cond):
+    """Mean squared distance between predicted and true velocity, in fp32 -> scalar. weight (B,): of each sample."""
+    v = model(interpolate(z, eps, t), t, **cond)
+    error = (v.float() - (z - eps).float()).square().flatten(1).mean(1)                # (B,)   eqs. (8), (9)
+    return (error if weight is None else weight * error).mean()
+
+
+def velocity_from_data(x, z_t, t, t_min=0.05):
+    """The velocity towards predicted data x at time t: v = (x - z_t) / t, t not below t_min (JiT, arXiv 2511.13720)."""
+    return (x - z_t) / _per_sample(t.clamp(min=t_min), z_t)
+
+
+def guide(model, guidance, null):
+    """Classifier-free guidance, u + s (c - u) (Ho and Salimans 2022). `null` replaces conditions; s = 1 is the model."""
+    if guidance == 1:
+        return model
+
+    def guided(z, t, **cond):
+        free = model(z, t, **{**cond, **null})
+        return free + guidance * (model(z, t, **cond) - free)
+
+    return guided
+
+
+def sample(model, noise, steps, method="euler", **cond):
+    """Walk from noise (t = 1) to data (t = 0) in equal steps -> the same shape as noise.
+
+    method: "euler", one call a step; "heun", two calls a step, second order.
+    """
+    if steps < 1 or method not in ("euler", "heun"):
+        raise ValueError(f"steps must be at least 1 and method 'euler' or 'heun', not {steps} and {method!r}")
+    z = noise
+    for k in range(steps):
+        t, dt = 1 - k / steps, 1 / steps
+        v = model(z, z.new_full((len(z),), t), **cond)
+        if method == "heun" and k < steps - 1:      # the last step's end, t = 0, is where v is least defined: Euler there
+            ahead = model(z + v * dt, z.new_full((len(z),), t - dt), **cond)
+            v = (v + ahead) / 2
+        z = z + v * dt
+    return z

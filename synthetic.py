@@ -1,0 +1,356 @@
+"""A procedural talking-head world: every motion factor and every identity factor of every frame is a known number.
+
+    ids ----> identity (B, I) --\
+                                 >-- render --> (B, 3, size, size)      seeds --> clip: one person talking, with sound
+    seeds --> motion   (B, M) --/
+
+The head is a shaded 2.5D portrait: features are painted on an ellipsoid, so that yaw and pitch move near parts more than
+far ones. All shapes are signed distances turned into coverage over one pixel (analytic anti-aliasing), all colours are
+blended back to front, and everything is a batched torch expression: it runs on CPU and GPU and can be compiled.
+
+Units: image plane x, y in [-1, 1] (right, down); angles in radians. Everything here is ours; the paper uses real video.
+
+    python synthetic.py --out DIR --clips N --seconds S [--seed N]     mp4 clips with sound and their factors (.npz)
+"""
+import argparse
+import math
+import os
+import sys
+
+import numpy as np
+import soundfile
+import torch
+from tqdm import tqdm
+
+from data import InputError, VideoWriter
+from speech import EMOTIONS, FPS, SAMPLE_RATE, speak, uniform
+
+HELD_OUT = 10**9  # identity ids and clip seeds below are for training, at or above for testing, for ever
+
+# Motion: what changes from frame to frame. Name -> range.
+MOTION = {
+    "yaw": (-0.40, 0.40), "pitch": (-0.28, 0.28), "roll": (-0.25, 0.25),            # radians
+    "shift_x": (-1, 1), "shift_y": (-1, 1), "scale": (-1, 1),                        # of 0.08, 0.06 and 8%
+    "jaw": (0, 1), "lip_width": (-1, 1), "lip_corner": (-1, 1),                      # closed-open, round-spread, sad-smile
+    "blink_l": (0, 1), "blink_r": (0, 1), "gaze_x": (-1, 1), "gaze_y": (-1, 1),      # open-closed, right and down positive
+    "brow_raise": (-1, 1), "brow_furrow": (0, 1),
+    "light_x": (-1, 1), "light": (0, 1),                                             # where from, how strong
+}
+POSE = ("yaw", "pitch", "roll", "shift_x", "shift_y", "scale")
+# Identity: what makes a person and a place. All in [0, 1]; render() turns them into sizes and colours.
+IDENTITY = ["skin", "skin_hue", "hair_light", "hair_red", "hair_length", "hair_volume", "hairline", "parting",
+            "face_width", "face_height", "jaw_width", "eye_size", "eye_spacing", "eye_hue", "brow_thick", "brow_tilt",
+            "nose_length", "nose_width", "lip_full", "mouth_width", "lip_red", "glasses", "beard", "ears",
+            "clothes_hue", "clothes_light", "clothes_stripe", "collar", "back_hue", "back_light", "back_wave", "back_dir"]
+
+
+def identity(ids):
+    """Factors of the people `ids` (B,) integers -> (B, I) in [0, 1]. ids >= HELD_OUT are never trained on."""
+    return uniform(ids, len(IDENTITY), stream=10)
+
+
+def random_motion(seeds):
+    """Independent draws of every motion factor, (B,) integers -> (B, M): wide coverage for stage 1 and for probes."""
+    u = uniform(seeds, 3 * len(MOTION), stream=11).view(len(seeds), 3, len(MOTION))
+    low, high = torch.tensor(list(MOTION.values()), device=u.device).unbind(1)
+    column = {name: k for k, name in enumerate(MOTION)}
+    place, gate = u[:, 0].clone(), {name: u[:, 2, k] for k, name in enumerate(MOTION)}                  # (B, M)
+    for name in POSE:
+        place[:, column[name]] = u[:, :2, column[name]].mean(1)           # poses gather round the middle
+    motion = low + (high - low) * place                                                                 # (B, M)
+    motion[:, column["jaw"]] *= gate["jaw"] > 0.2                         # one mouth in five is shut
+    blinks = gate["blink_l"] > 0.5                                        # half of the eyes are open
+    for eye in ("blink_l", "blink_r"):
+        motion[:, column[eye]] *= blinks
+    both = gate["blink_r"] > 0.3                                          # most blinks are of both eyes
+    motion[:, column["blink_r"]] = torch.where(both, motion[:, column["blink_l"]], motion[:, column["blink_r"]])
+    return motion
+
+
+def hsv(h, s, v):
+    """Hue, saturation, value, each broadcastable to (B, 1, 1) -> (B, 3, 1, 1) in [0, 1]."""
+    h, s, v = torch.broadcast_tensors(h, torch.as_tensor(s, device=h.device), torch.as_tensor(v, device=h.device))
+    k = [(h * 6 + n) % 6 for n in (5, 3, 1)]
+    return torch.stack([v - v * s * torch.minimum(torch.minimum(a, 4 - a), torch.ones_like(a)).clamp(min=0) for a in k], 1)
+
+
+def rgb(*channels):
+    """Three (B, 1, 1) or numbers -> (B, 3, 1, 1)."""
+    like = next(c for c in channels if torch.is_tensor(c))
+    return torch.stack([c + torch.zeros_like(like) for c in channels], 1)
+
+
+def over(image, colour, alpha):
+    """Paint colour (B, 3, 1 or H, 1 or W) on image (B, 3, H, W) where alpha (B, H, W)."""
+    return image + alpha[:, None] * (colour - image)
+
+
+def render(identity, motion, size=128):
+    """Draw people (B, I) in motion (B, M) -> images (B, 3, size, size) in [-1, 1]."""
+    p = {name: identity[:, k, None, None] for k, name in enumerate(IDENTITY)}
+    m = {name: motion[:, k, None, None] for k, name in enumerate(MOTION)}
+    px = 2 / size
+    axis = (torch.arange(size, device=identity.device, dtype=identity.dtype) + 0.5) * px - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    y, x = y[None], x[None]
+
+    def cover(distance):                       # signed distance (inside positive) -> coverage of the pixel
+        return (0.5 + distance / px).clamp(0, 1)
+
+    def soft(distance, width):                 # a blurred edge
+        return torch.sigmoid(4 * distance / width)
+
+    def ellipse(x, y, a, b):                   # approximate signed distance to an ellipse
+        return (1 - torch.sqrt((x / a) ** 2 + (y / b) ** 2 + 1e-8)) * torch.minimum(a + 0 * b, b + 0 * a)
+
+    # -- pose: undo shift, roll (about the neck) and scale, then turn the ellipsoid back ------------------------------
+    cos, sin = torch.cos(m["roll"]), torch.sin(m["roll"])
+    zoom = 1.12 * (1 + 0.08 * m["scale"])
+    xs, ys = (x - 0.08 * m["shift_x"]) / zoom, (y - 0.06 * m["shift_y"] - 0.45) / zoom
+    u, v = cos * xs + sin * ys, cos * ys - sin * xs + 0.45 + 0.02                                       # (B, H, W)
+    fw, fh = 0.45 + 0.09 * p["face_width"], 0.60 + 0.08 * p["face_height"]
+    u = u - 0.10 * torch.sin(m["yaw"])
+    v = v + 0.02 - 0.05 * torch.sin(m["pitch"])
+    rx, ry = 1.15 * fw, 1.20 * fh
+    s = rx * torch.sin(torch.asin((u / rx).clamp(-0.999, 0.999)) - m["yaw"])                # surface coordinates (B, H, W)
+    t = ry * torch.sin(torch.asin((v / ry).clamp(-0.999, 0.999)) - m["pitch"])
+
+    # -- colours ------------------------------------------------------------------------------------------------------
+    tone = 0.36 + 0.60 * p["skin"]
+    skin = rgb(tone, tone * (0.70 + 0.08 * p["skin_hue"] + 0.06 * p["skin"]), tone * (0.52 + 0.12 * p["skin_hue"] + 0.12 * p["skin"]))
+    light = 0.08 + 0.75 * p["hair_light"] ** 1.5
+    hair = rgb(light, light * (0.82 - 0.32 * p["hair_red"]), light * (0.62 - 0.42 * p["hair_red"]))
+    lips = skin * rgb(0.92 - 0.05 * p["lip_red"], 0.66 - 0.28 * p["lip_red"], 0.68 - 0.22 * p["lip_red"])
+    iris = hsv(0.07 + 0.55 * p["eye_hue"], 0.65, 0.32 + 0.33 * p["eye_hue"])
+    cloth = hsv(p["clothes_hue"], 0.55, 0.25 + 0.65 * p["clothes_light"])
+
+    # -- background, hair behind, clothes, neck -----------------------------------------------------------------------
+    angle = 6.283 * p["back_dir"]
+    wave = torch.sin((3 + 9 * p["back_wave"]) * (x * torch.cos(angle) + y * torch.sin(angle)) + 12 * p["back_dir"])
+    back = hsv(p["back_hue"], 0.40, 0.35 + 0.50 * p["back_light"])
+    image = back * (0.95 + 0.10 * wave - 0.12 * y)[:, None]                                             # (B, 3, H, W)
+    volume = 0.03 + 0.09 * p["hair_volume"]
+    strands = 1 + 0.07 * torch.sin(20 * s / fw + 6 * t + 20 * p["parting"])
+    long = 1.1 * (p["hair_length"] - 0.35).clamp(min=0)
+    behind = ellipse(u, v - 0.45 * long + 0.03, fw + volume + 0.06, fh + volume + 0.60 * long)
+    image = over(image, hair * (0.72 * strands)[:, None], cover(behind))
+    bx, by = x - 0.03 * m["shift_x"], y - 0.02 * m["shift_y"]
+    shoulder = 0.92 - 0.22 * torch.exp(-(bx / 0.55) ** 4) + 0.10 * bx**2
+    stripe = 1 - 0.25 * (p["clothes_stripe"] - 0.4).clamp(min=0) * (1 + torch.sin(46 * by))
+    image = over(image, cloth * (stripe * (1.05 - 0.25 * bx.abs()))[:, None], cover(by - shoulder))
+    neck = torch.minimum(0.20 + 0.05 * p["jaw_width"] + 0.25 * (v - 0.62).clamp(min=0) - (bx + 0.4 * (u - bx)).abs(), v - 0.2)
+    vee = 0.88 + 0.12 * p["collar"] - 0.9 * bx.abs()
+    image = over(image, skin * 0.74, cover(torch.minimum(neck, torch.maximum(shoulder + 0.02, vee) - by)))
+
+    # -- ears and head, shaded like an ellipsoid ----------------------------------------------------------------------
+    ear = 0.07 + 0.04 * p["ears"]
+    for side in (-1, 1):
+        ears = ellipse(u - side * (fw + 0.015) + 0.22 * torch.sin(m["yaw"]), v - 0.04 - 0.15 * torch.sin(m["pitch"]), ear, 1.6 * ear)
+        image = over(image, skin * 0.86, cover(ears))
+    low = v.clamp(min=0)
+    taper = 1 - (0.42 - 0.24 * p["jaw_width"]) * (low / fh) ** 2
+    head = ellipse(u / taper, v, fw, torch.where(v > 0, fh + 0.075 * m["jaw"], fh + 0 * v))             # (B, H, W)
+    nx, ny = u / rx, v / ry
+    nz = torch.sqrt((1 - nx**2 - ny**2).clamp(min=0.02))
+    shade = 0.80 + 0.16 * nz - 0.05 * ny + (0.12 + 0.30 * m["light"]) * (nx * m["light_x"] + 0.35 * (nz - 0.7))
+    image = over(image, skin * shade[:, None], cover(head))
+
+    # -- beard, cheeks, nose ------------------------------------------------------------------------------------------
+    mouth_y = 0.345 + 0.03 * p["nose_length"]
+    whisker = (2 * p["beard"] - 1).clamp(min=0)                                               # half of the people have none
+    jawline = soft(t - 0.24 - 0.15 * torch.cos(2.2 * s / fw), 0.16) * (1 - soft(ellipse(s, t - mouth_y - 0.03, 0.17 + 0 * fw, 0.10 + 0 * fw), 0.05))
+    moustache = soft(ellipse(s, t - mouth_y + 0.085, 0.19 + 0 * fw, 0.045 + 0 * fw), 0.04)
+    fuzz = torch.maximum(jawline, moustache) * cover(head) * whisker
+    image = over(image, hair * (0.8 * strands * shade)[:, None], 0.85 * fuzz)
+    for side in (-1, 1):
+        image = over(image, skin * rgb(1.0 + 0 * tone, 0.80, 0.80), 0.35 * soft(ellipse(s - side * 0.27, t - 0.17, 0.13 + 0 * fw, 0.10 + 0 * fw), 0.15) * cover(head))
+    ns, nt = s - 0.10 * torch.sin(m["yaw"]), t - 0.06 * torch.sin(m["pitch"])                # the nose stands out
+    tip, wide = 0.12 + 0.07 * p["nose_length"], 0.05 + 0.035 * p["nose_width"]
+    side = soft(wide * (0.35 + 0.65 * ((nt + 0.12) / (tip + 0.12)).clamp(0, 1)) - ns.abs(), 0.05) * soft(nt + 0.14, 0.2) * cover(tip + 0.02 - nt)
+    image = over(image, skin * (shade * (1.03 - 0.9 * (ns * (-0.4 - m["light_x"])).clamp(min=-0.1)))[:, None] * 1.04, 0.55 * side)
+    image = over(image, skin * 0.66, 0.8 * soft(ellipse(ns, nt - tip - 0.01, wide * 1.25, 0.022 + 0 * wide), 0.03))
+    image = over(image, skin * 1.12, 0.5 * soft(ellipse(ns + 0.02 * m["light_x"], nt - tip + 0.045, 0.5 * wide, 0.04 + 0 * wide), 0.04))
+
+    # -- eyes, brows, glasses -----------------------------------------------------------------------------------------
+    ew, spacing = 0.118 + 0.028 * p["eye_size"], 0.205 + 0.03 * p["eye_spacing"]
+    eh, eye_y = 0.70 * ew, -0.06
+    for side, blink in ((-1, m["blink_l"]), (1, m["blink_r"])):
+        ex, ey = s - side * spacing, t - eye_y
+        arch = (1 - (ex / ew) ** 2)
+        inside = arch.clamp(min=-1)
+        upper, lower = -eh * inside, 0.72 * eh * inside
+        lid = upper + (lower - upper + 0.012) * blink
+        opening = torch.minimum(torch.minimum(ey - lid, lower - ey), ew - ex.abs())
+        socket = soft(ellipse(ex, ey, 1.45 * ew, 1.55 * eh), 0.10)
+        image = over(image, skin * 0.80, 0.45 * socket)
+        white = rgb(0.95 + 0 * tone, 0.94, 0.92)
+        image = over(image, white * (0.86 + 0.14 * soft(ey - lid, 0.06))[:, None], cover(opening))
+        gx, gy = ex - 0.052 * m["gaze_x"], ey - 0.008 - 0.036 * m["gaze_y"]
+        r = torch.sqrt(gx**2 + gy**2 + 1e-8)
+        disc = torch.minimum(opening, 0.52 * ew - r)
+        image = over(image, iris * (0.75 + 5 * r)[:, None], cover(disc))
+        image = over(image, 0 * iris + 0.04, cover(torch.minimum(disc, 0.24 * ew - r)))
+        glint = 0.14 * ew - torch.sqrt((gx + 0.2 * ew) ** 2 + (gy + 0.2 * ew) ** 2 + 1e-8)
+        image = over(image, white, 0.9 * cover(torch.minimum(glint, opening)))
+        lash = 0.016 - (ey - lid).abs() / (1 + 2 * (ex / ew).abs())
+        image = over(image, hair * 0.2, 0.85 * cover(torch.minimum(lash, ew * 1.06 - ex.abs())))
+        tilt = 0.22 * (p["brow_tilt"] - 0.5) + 0.42 * m["brow_furrow"]
+        by_ = t - eye_y + 0.155 + 0.065 * m["brow_raise"] - 0.055 * m["brow_furrow"] + 0.02 * p["eye_size"]
+        bx_ = side * (s - side * (spacing + 0.01 - 0.035 * m["brow_furrow"]))                # outwards positive
+        curve = by_ + tilt * bx_ + 1.3 * bx_**2 - 0.02
+        thick = (0.018 + 0.020 * p["brow_thick"]) * (1 - 2.2 * bx_.clamp(min=0))
+        image = over(image, hair * 0.55, 0.92 * cover(torch.minimum(thick - curve.abs(), 1.15 * ew - bx_.abs())))
+        lens = ellipse(ex - 0.01 * side, ey - 0.02, 1.55 * ew, 1.70 * eh)
+        frame = (p["glasses"] > 0.7) * cover(0.013 - lens.abs())
+        image = over(image, 0.16 + 0 * skin, 0.95 * frame)
+    bridge = (p["glasses"] > 0.7) * cover(torch.minimum(0.012 - (t - eye_y).abs(), spacing - 1.5 * ew - s.abs()))
+    image = over(image, 0.16 + 0 * skin, 0.95 * bridge)
+
+    # -- mouth: lips around an opening with teeth and tongue ----------------------------------------------------------
+    mw = (0.155 + 0.045 * p["mouth_width"]) * (1 + 0.34 * m["lip_width"])
+    full = (0.034 + 0.026 * p["lip_full"]) * (1 - 0.22 * m["lip_width"])
+    mx, my = s, t - mouth_y + 0.085 * m["lip_corner"] * ((s / mw) ** 2 - 0.35).clamp(max=1.2)
+    bow = (1 - (mx / mw) ** 2)
+    arch = bow.clamp(min=0) ** 0.7
+    gap = 0.235 * m["jaw"] * bow.clamp(min=0) ** 0.6
+    top, bottom = -0.18 * gap, 0.82 * gap
+    ends = (mw - mx.abs())
+    outer = torch.minimum(torch.minimum(my - top + full * arch, bottom + 1.25 * full * arch - my), ends)
+    image = over(image, skin * 0.72, 0.5 * soft(ellipse(mx, my - bottom - 2.1 * full, 0.6 * mw, 0.03 + 0 * mw), 0.04))
+    image = over(image, lips * shade[:, None], cover(outer))
+    inner = torch.minimum(torch.minimum(my - top, bottom - my), ends - 0.012)
+    image = over(image, rgb(0.22 + 0 * tone, 0.05, 0.07), cover(inner) * (m["jaw"] > 0))
+    image = over(image, rgb(0.72 + 0 * tone, 0.30, 0.32), cover(torch.minimum(inner, my - 0.45 * gap - 0.25 * mx**2 / mw - 0.015)))
+    image = over(image, rgb(0.96 + 0 * tone, 0.95, 0.91), cover(torch.minimum(inner, top + 0.052 - my)))
+    seam = 0.009 - (my - 0.5 * (top + bottom)).abs()
+    image = over(image, lips * 0.45, cover(torch.minimum(seam, ends)) * (1 - 12 * m["jaw"]).clamp(min=0))
+
+    # -- hair in front ------------------------------------------------------------------------------------------------
+    line = -0.30 - 0.13 * p["hairline"] - 0.16 * (p["parting"] - 0.5) * s / fw + (0.55 + 0.4 * p["hair_length"]) * s**2
+    cap = ellipse(u, v + 0.03, fw + volume, fh + volume)
+    cap = torch.minimum(cap, torch.maximum(line - t, 0.10 + 0.3 * long - v - 9 * (fw + 0.01 - (s).abs()).clamp(min=0)))
+    image = over(image, hair * (strands * (0.55 + 0.5 * shade))[:, None], cover(torch.minimum(cap, 0.14 + 1.2 * long - v)))
+    return image.clamp(0, 1) * 2 - 1
+
+
+def pairs(seeds, targets, near, size=128, draw=render):
+    """Stage 1's food: one picture of each of R people and `targets` others of the same person -> (R, 3, size, size) and
+    (R*targets, 3, size, size), in [-1, 1].
+
+    The share `near` of the people hold still between their pictures (pose and light are kept; mouth, eyes and brows
+    differ), as neighbouring frames of a speaker do; the others change in everything, as distant frames. draw: `render`,
+    or the same compiled.
+    """
+    seeds = (seeds[:, None] * (targets + 1) + torch.arange(targets + 1, device=seeds.device)).flatten()
+    seeds = torch.where(seeds[:1] >= HELD_OUT, seeds, seeds % HELD_OUT)
+    motion = random_motion(seeds).unflatten(0, (-1, targets + 1))                         # (R, 1+T, M)
+    people = identity(seeds[::targets + 1])
+    still = torch.tensor([name in (*POSE, "light_x", "light") for name in MOTION], device=seeds.device)
+    keep = (torch.arange(len(people), device=seeds.device) < round(near * len(people)))[:, None, None] & still
+    motion = torch.where(keep, motion[:, :1], motion)
+    images = draw(people.repeat_interleave(targets + 1, 0), motion.flatten(0, 1), size)
+    images = images.unflatten(0, (-1, targets + 1))
+    return images[:, 0], images[:, 1:].flatten(0, 1)
+
+
+# ---- time: a person who speaks -----------------------------------------------------------------------------------------
+
+# What each emotion adds to the face (Ekman and Friesen 1978, as directions; sizes ours).
+EMOTION_FACE = {
+    "neutral": {}, "happy": {"lip_corner": 0.9, "brow_raise": 0.15}, "sad": {"lip_corner": -0.8, "brow_raise": 0.4},
+    "angry": {"brow_furrow": 0.9, "lip_corner": -0.3, "brow_raise": -0.3}, "afraid": {"brow_raise": 0.7, "brow_furrow": 0.4},
+    "disgusted": {"brow_furrow": 0.5, "lip_corner": -0.6}, "surprised": {"brow_raise": 1.0}}
+
+
+def drift(seeds, frames, stream, hertz):
+    """Smooth wandering in about [-1, 1], (B,) -> (B, frames): five sine waves up to `hertz`."""
+    u = uniform(seeds, 10, stream)
+    time = torch.arange(frames, device=seeds.device) / FPS
+    rate, phase = hertz * (0.15 + 0.85 * u[:, :5, None]), 2 * math.pi * u[:, 5:, None]
+    return 0.4 * torch.sin(2 * math.pi * rate * time + phase).sum(1)
+
+
+def events(seeds, frames, stream, low, high):
+    """A clock of irregular events every low..high seconds -> (frames since the last, to the next, its random number)."""
+    u = uniform(seeds, 3, stream)
+    period = FPS * (low + (high - low) * u[:, :1])                                        # (B, 1) frames
+    time = torch.arange(frames, device=seeds.device) + period * u[:, 1:2]
+    number = torch.div(time, period, rounding_mode="floor")                               # (B, F)
+    draw = uniform((seeds[:, None] * 65_537 + number.long()).flatten(), 2, stream).view(*number.shape, 2)
+    return time - number * period, period, draw
+
+
+def perform(seeds, jaw, lip_width, emotion):
+    """Motion of a speaker, with all that the voice does not decide. (B, F), (B, F), (B, 7) -> (B, F, M)."""
+    frames = jaw.shape[1]
+    face = torch.tensor([[EMOTION_FACE[e].get(name, 0.0) for name in MOTION] for e in EMOTIONS], device=jaw.device)
+    shown = (emotion @ face)[:, None]                                                     # (B, 1, M)
+    rest = uniform(seeds, len(MOTION), stream=20) * 2 - 1                                 # (B, M) this clip's usual pose
+    m = {}
+    for k, (name, hertz, wander) in enumerate((("yaw", 0.5, 0.5), ("pitch", 0.6, 0.45), ("roll", 0.4, 0.4), ("shift_x", 0.3, 0.4),
+                                               ("shift_y", 0.3, 0.4), ("scale", 0.15, 0.4), ("lip_corner", 0.4, 0.25),
+                                               ("brow_raise", 0.7, 0.35), ("light_x", 0.1, 0.2))):
+        m[name] = wander * drift(seeds, frames, 21 + k, hertz) + 0.45 * rest[:, k, None]
+    m["brow_furrow"] = 0.25 * drift(seeds, frames, 31, 0.5).clamp(min=0)
+    m["light"] = (0.5 + 0.5 * rest[:, 10, None] + 0.1 * drift(seeds, frames, 32, 0.2))
+    since, _, draw = events(seeds, frames, 33, 0.7, 2.0)                                  # the eyes jump, then rest
+    m["gaze_x"], m["gaze_y"] = 1.6 * draw[..., 0] - 0.8, 1.2 * draw[..., 1] - 0.6
+    since, period, draw = events(seeds, frames, 34, 2.0, 4.5)                             # a blink takes a fifth of a second
+    blink = torch.exp(-(((since - (0.2 + 0.6 * draw[..., 0]) * period) / 2.4) ** 4))
+    m["blink_l"] = m["blink_r"] = (blink + 0.12 * drift(seeds, frames, 35, 0.3).clamp(min=0))
+    m["jaw"], m["lip_width"] = jaw, lip_width
+    low, high = torch.tensor(list(MOTION.values()), device=jaw.device).unbind(1)
+    motion = torch.stack([m[name] for name in MOTION], dim=2) + shown                     # (B, F, M)
+    angles = torch.tensor([high[k] if name in ("yaw", "pitch", "roll") else 1.0 for k, name in enumerate(MOTION)], device=jaw.device)
+    return torch.minimum(torch.maximum(motion * angles, low), high)
+
+
+def clip(seeds, frames):
+    """Clips of people speaking. seeds (B,) -> identity (B, I), motion (B, F, M), wave (B, F*640), emotion (B, 7)."""
+    said = speak(seeds, frames)
+    motion = perform(seeds, said["jaw"], said["lip_width"], said["emotion"])
+    return {"identity": identity(seeds), "motion": motion, "wave": said["wave"], "emotion": said["emotion"]}
+
+
+def render_clip(identity, motion, size=128):
+    """identity (I,), motion (F, M) -> uint8 frames (H, W, 3), one after the other, drawn 16 at a time."""
+    for part in motion.split(16):
+        frames = render(identity.expand(len(part), -1), part, size)
+        yield from ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description="A synthetic talking-head data set.", allow_abbrev=False)
+    parser.add_argument("--out", default="synthetic", help="folder for NUMBER.mp4, NUMBER.wav and NUMBER.npz")
+    parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--seed", type=int, default=0, help=f"number of the first clip; from {HELD_OUT} on: never trained on")
+    parser.add_argument("--size", type=int, default=128, help="pixels")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    frames = round(args.seconds * FPS)
+    if min(args.clips, frames, args.size) < 1:
+        print("synthetic.py: --clips, --seconds and --size must be positive", file=sys.stderr)
+        return 2
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        for seed in tqdm(range(args.seed, args.seed + args.clips), unit="clip"):
+            made = {name: value[0] for name, value in clip(torch.tensor([seed]), frames).items()}
+            stem = os.path.join(args.out, f"{seed:06d}")
+            soundfile.write(stem + ".wav", made["wave"].numpy(), SAMPLE_RATE)
+            with VideoWriter(stem + ".mp4", args.size, sound=stem + ".wav") as video:
+                for frame in render_clip(made["identity"], made["motion"], args.size):
+                    video.write(frame)
+            np.savez(stem + ".npz", identity=made["identity"], motion=made["motion"], emotion=made["emotion"],
+                     identity_names=IDENTITY, motion_names=list(MOTION), emotion_names=EMOTIONS)
+    except (InputError, OSError) as error:
+        print(f"synthetic.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

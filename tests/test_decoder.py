@@ -1,0 +1,302 @@
+"""The decoder: the cached reference against the same attention written out in full, clips, conditioning, x-prediction."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from decoder import Decoder, DecoderConfig, DiTBlock, TemporalBlock, TimeEmbed, modulate, paint
+from encoder import patchify, rms_norm, unpatchify
+from flow import sample
+
+SMALL = dict(image_size=8, patch_size=4, width=24, depth=2, heads=2, token_dim=5, expand=3)
+
+
+def decoder(lively=False, **change):
+    """A small decoder; lively: with weights that were zero or nearly so made random, so that all paths show."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(**{**SMALL, **change})).eval()
+    if lively:
+        for weight in [model.head.weight, model.still, *(b.attention.out.weight for b in model.temporal)]:
+            torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def inputs(references=2, frames=1, seed=1, tokens=1):
+    """-> z_r, m_r of the references; z_t, t, m_t of references * frames targets."""
+    draw = torch.Generator().manual_seed(seed)
+    n = references * frames
+    return (torch.randn(references, 3, 8, 8, generator=draw), torch.randn(references, tokens, 5, generator=draw),
+            torch.randn(n, 3, 8, 8, generator=draw), 0.1 + 0.9 * torch.rand(n, generator=draw), torch.randn(n, tokens, 5, generator=draw))
+
+
+def velocity(model, z_r, m_r, z_t, t, m_t):
+    return model(z_t, t, m_t, model.reference(z_r, m_r))
+
+
+def differ(a, b, by=1e-4):
+    """Each sample of a is unlike its fellow in b."""
+    return ((a - b).abs().flatten(1).amax(1) > by).all()
+
+
+# ---- blocks -------------------------------------------------------------------------------------------------------------
+
+def test_time_embedding_is_of_a_thousand_t():
+    torch.manual_seed(0)
+    embed = TimeEmbed(8)
+    t = torch.tensor([0, 0.3, 1])
+    angle = 1000 * t[:, None] * torch.tensor([1, 10 ** (-4 / 3), 10 ** (-8 / 3), 1e-4])
+    torch.testing.assert_close(embed(t), embed.mlp(torch.cat([angle.sin(), angle.cos()], 1)), atol=1e-4, rtol=1e-4)
+    raw = TimeEmbed(64)
+    raw.mlp = torch.nn.Identity()
+    near = F.cosine_similarity(raw(torch.tensor([0.4])), raw(torch.tensor([0.5])))
+    assert near < 0.8                                                        # times that differ look different
+
+
+def test_modulate_of_zero_is_nothing():
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(modulate(x, torch.zeros(2, 4), torch.zeros(2, 4)), x)
+    torch.testing.assert_close(modulate(x, torch.ones(2, 4), torch.full((2, 4), 2.0)), 3 * x + 1)
+
+
+def test_a_zero_modulation_is_the_identity():
+    block, x = DiTBlock(24, 2), torch.randn(2, 5, 24)
+    torch.nn.init.zeros_(block.modulation[1].weight), torch.nn.init.zeros_(block.modulation[1].bias)
+    assert torch.equal(block(x, torch.randn(2, 24))[0], x)
+
+
+def by_hand(model, z_r, m_r, z_t, t, m_t, sees):
+    """Decoder's output as one joint sequence of reference and target under an explicit mask: sees (2n, 2n), row sees column."""
+    c = model.config
+    rows = [model.row(z_r, m_r, 0), model.row(z_t, m_t, 1)]
+    n, patches = rows[0].shape[1], (c.image_size // c.patch_size) ** 2
+    change = (m_t - m_r).flatten(1)
+    moving = model.time(t) + model.change(torch.cat([change, rms_norm(change)], 1))
+    still = moving if c.full_attention else model.still.expand_as(moving)
+    condition = torch.stack([still, moving], 1).repeat_interleave(n, 1)                # (B, 2n, E): one for each token
+    x = torch.cat(rows, 1)
+    for block in model.blocks:
+        shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(condition).chunk(6, -1)
+        y = F.layer_norm(x, (c.width,), eps=1e-6) * (1 + scale1) + shift1
+        y = F.scaled_dot_product_attention(*block.attention.project(y), attn_mask=sees)
+        x = x + gate1 * block.attention.out(y.transpose(1, 2).flatten(2))
+        x = x + gate2 * block.mlp(F.layer_norm(x, (c.width,), eps=1e-6) * (1 + scale2) + shift2)
+    shift, scale = model.modulation(moving)[:, None].chunk(2, -1)
+    out = model.head(F.layer_norm(x[:, n:n + patches], (c.width,), eps=1e-6) * (1 + scale) + shift)
+    return unpatchify(out, c.patch_size)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_decoder_equals_one_joint_sequence(full):
+    """The cache is a shortcut for: the reference sees the reference, the target sees both (full: all see all)."""
+    model, given = decoder(lively=True, predict="v", full_attention=full), inputs()
+    n = 4 + 3                                                                # patches and motion tokens of a row
+    sees = torch.ones(2 * n, 2 * n, dtype=torch.bool)
+    if not full:
+        sees[:n, n:] = False
+    torch.testing.assert_close(velocity(model, *given), by_hand(model, *given, sees), atol=1e-5, rtol=1e-5)
+    assert differ(velocity(model, *given), by_hand(model, *given, sees.T if not full else sees.tril()), 1e-3)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_only_full_attention_lets_the_reference_see_the_target(full):
+    model = decoder(full_attention=full)
+    z_r, m_r, z_t, t, m_t = inputs(1)
+    states = []
+    model.blocks[-1].register_forward_hook(lambda block, given, out: states.append(out[0]))
+    for target in (z_t, z_t + 1):
+        velocity(model, z_r, m_r, target, t, m_t)
+    first, second = states[::len(states) // 2]                               # the states that hold the reference's row
+    same = torch.allclose(first[:, :7], second[:, :7], atol=1e-6)
+    assert same is not full
+
+
+# ---- the reference, computed once ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_cache_serves_every_step(full):
+    model = decoder(lively=True, full_attention=full)
+    z_r, m_r, z_t, t, m_t = inputs()
+    cache = model.reference(z_r, m_r)
+    first = model(z_t, t, m_t, cache)
+    model(z_t + 1, t / 2, m_t - 1, cache)                                    # another step leaves no trace
+    assert torch.equal(model(z_t, t, m_t, cache), first)
+    assert torch.equal(velocity(model, z_r, m_r, z_t, t, m_t), first)
+
+
+@pytest.mark.parametrize("change", [{}, dict(full_attention=True), dict(predict="v"), dict(num_tokens=2)])
+def test_two_references_of_three_targets_each(change):
+    """(b f): targets 0 1 2 belong to reference 0, targets 3 4 5 to reference 1."""
+    model = decoder(lively=True, **change)
+    z_r, m_r, z_t, t, m_t = inputs(2, 3, tokens=change.get("num_tokens", 1))
+    together = velocity(model, z_r, m_r, z_t, t, m_t)
+    for k in range(6):
+        r = slice(k // 3, k // 3 + 1)
+        alone = velocity(model, z_r[r], m_r[r], z_t[k:k + 1], t[k:k + 1], m_t[k:k + 1])
+        torch.testing.assert_close(together[k:k + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+# ---- frames -------------------------------------------------------------------------------------------------------------
+
+def test_frames_of_an_image_model_are_independent():
+    model = decoder(lively=True)
+    z_r, m_r, z_t, t, m_t = inputs(2, 3)
+    plain = velocity(model, z_r, m_r, z_t, t, m_t)
+    changed = z_t.clone()
+    changed[1] += 1
+    out = velocity(model, z_r, m_r, changed, t, m_t)
+    torch.testing.assert_close(out[[0, 2, 3, 4, 5]], plain[[0, 2, 3, 4, 5]], atol=1e-5, rtol=1e-5)
+    assert differ(out[1:2], plain[1:2])
+    order = torch.tensor([2, 0, 1, 5, 3, 4])
+    torch.testing.assert_close(velocity(model, z_r, m_r, z_t[order], t[order], m_t[order]), plain[order], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_frames_of_a_video_model_see_each_other(full):
+    model = decoder(lively=True, frames=4, full_attention=full)
+    z_r, m_r, z_t, t, m_t = inputs(2, 4)
+    plain = velocity(model, z_r, m_r, z_t, t, m_t)
+    changed = z_t.clone()
+    changed[1] += 1
+    out = velocity(model, z_r, m_r, changed, t, m_t)
+    assert differ(out[:4], plain[:4])                                        # all frames of clip 0
+    torch.testing.assert_close(out[4:], plain[4:], atol=1e-5, rtol=1e-5)     # none of clip 1
+    for clip in range(2):
+        k = slice(4 * clip, 4 * clip + 4)
+        alone = velocity(model, z_r[clip:clip + 1], m_r[clip:clip + 1], z_t[k], t[k], m_t[k])
+        torch.testing.assert_close(plain[k], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_temporal_block_keeps_to_a_position():
+    torch.manual_seed(0)
+    block, x = TemporalBlock(24, 2), torch.randn(2 * 3, 5, 24)
+    changed = x.clone()
+    changed[1, 2] += torch.randn(24)                                         # clip 0, frame 1, position 2
+    moved = (block(changed, 3) - block(x, 3)).abs().amax(2) > 1e-5           # (B*F, n)
+    assert moved[:3, 2].all() and moved.sum() == 3
+    by_position = x.unflatten(0, (2, 3)).transpose(1, 2).flatten(0, 1)       # (B*n, F, E)
+    y = F.layer_norm(by_position, (24,)) + sinusoid(3, 24)
+    want = by_position + block.attention(y)
+    torch.testing.assert_close(block(x, 3), want.unflatten(0, (2, 5)).transpose(1, 2).flatten(0, 1))
+
+
+def sinusoid(frames, width):
+    angle = torch.arange(frames)[:, None] * 10000.0 ** -torch.linspace(0, 1, width // 2)
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def test_a_new_video_model_equals_its_image_model():
+    image, video = decoder(lively=True), decoder(frames=4)
+    missing, unexpected = video.load_state_dict(image.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith("temporal.") for name in missing) and missing
+    given = inputs(2, 4)
+    torch.testing.assert_close(velocity(video, *given), velocity(image, *given))
+
+
+def test_one_frame_of_a_video_model_equals_the_image_model():
+    image, video = decoder(lively=True), decoder(lively=True, frames=4)
+    video.load_state_dict(image.state_dict(), strict=False)
+    assert torch.equal(velocity(video, *inputs()), velocity(image, *inputs()))
+    assert differ(velocity(video, *inputs(2, 4)), velocity(image, *inputs(2, 4)))
+
+
+# ---- conditions ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("which, name", list(enumerate(["z_r", "m_r", "z_t", "t", "m_t"])))
+def test_every_input_matters_from_the_start(which, name, full):
+    model, given = decoder(predict="v", full_attention=full), inputs()
+    changed = list(given)
+    changed[which] = given[which] * 0.5
+    assert differ(velocity(model, *changed), velocity(model, *given))
+
+
+def test_motion_tokens_stand_in_order():
+    """Row = patches, then token 0's `expand` tokens, then token 1's: token l, part k comes from part k of the layer."""
+    model = decoder(num_tokens=2)
+    z_r, m_r, *_ = inputs(tokens=2)
+    row = model.row(z_r, m_r, role=1)
+    assert row.shape == (2, 4 + 2 * 3, 24)
+    torch.testing.assert_close(row[:, :4], model.embed(patchify(z_r, 4)) + model.position + model.role[1])
+    for token in range(2):
+        for part in range(3):
+            rows = slice(24 * part, 24 * part + 24)
+            want = F.linear(m_r[:, token], model.motion.weight[rows], model.motion.bias[rows])
+            place = 3 * token + part
+            torch.testing.assert_close(row[:, 4 + place], want + model.slot[place] + model.role[1])
+
+
+@pytest.mark.parametrize("change", [{}, dict(frames=2), dict(predict="v"), dict(num_tokens=2), dict(full_attention=True)])
+def test_every_parameter_learns_from_the_first_step(change):
+    model = decoder(**change).train()
+    v = velocity(model, *inputs(2, 2, tokens=change.get("num_tokens", 1)))
+    (v * torch.randn_like(v)).sum().backward()
+    unused = {name for name, p in model.named_parameters() if p.grad is None}
+    assert unused == ({"still"} if change.get("full_attention") else set())
+    waits = {name for name, p in model.named_parameters() if p.grad is not None and not p.grad.any()}
+    assert all(name.startswith("temporal.") and "attention.out" not in name for name in waits)  # behind a zero layer
+
+
+# ---- what comes out -----------------------------------------------------------------------------------------------------
+
+def test_velocity_follows_from_the_predicted_picture():
+    """Same weights: "v" hands out the head's output, "x" takes it as the difference from the reference."""
+    z_r, m_r, z_t, t, m_t = inputs(1, 4)
+    t = torch.tensor([1, 0.5, 0.05, 0.01])
+    out = velocity(decoder(lively=True, predict="v"), z_r, m_r, z_t, t, m_t)
+    v = velocity(decoder(lively=True), z_r, m_r, z_t, t, m_t)
+    torch.testing.assert_close(v, (z_r + out - z_t) / torch.tensor([1, 0.5, 0.05, 0.05]).view(4, 1, 1, 1), atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_head_the_reference_is_copied():
+    model = decoder()
+    torch.nn.init.zeros_(model.head.weight)
+    z_r, m_r, z_t, _, m_t = inputs(2, 3)
+    cache = model.reference(z_r, m_r)
+    for steps in (1, 4):
+        copy = sample(model, z_t, steps, m_t=m_t, cache=cache)
+        torch.testing.assert_close(copy, z_r.repeat_interleave(3, 0), atol=1e-5, rtol=0)
+
+
+def test_output_is_fp32_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        v = velocity(decoder(), *inputs())
+    assert v.dtype == torch.float32 and v.shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("wrong, words", [(dict(image_size=9), "9.*4"), (dict(width=25), "25.*2"), (dict(heads=5), "24.*5"),
+                                          (dict(predict="eps"), "'eps'")])
+def test_config_errors_name_the_values(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        DecoderConfig(**{**SMALL, **wrong})
+
+
+# ---- paint --------------------------------------------------------------------------------------------------------------
+
+def painted(model, motion, sizes, **options):
+    z_r, m_r, z_t, *_ = inputs(1)
+    return list(paint(model, z_r, m_r.flatten(1), iter(motion.split(sizes)), z_t, **options))
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_paint_gives_a_frame_for_every_motion(count, frames):
+    model, motion = decoder(lively=True, frames=frames), torch.randn(count, 5, generator=torch.Generator().manual_seed(0))
+    z_r, m_r, z_t, *_ = inputs(1)
+    parts = painted(model, motion, count, steps=2, batch=4)
+    cache, size = model.reference(z_r, m_r), frames if frames > 1 else 4
+    for part, now in zip(parts, motion.split(size), strict=True):
+        want = sample(model, z_t.expand(len(now), -1, -1, -1), 2, m_t=now[:, None], cache=cache)
+        torch.testing.assert_close(part, want.detach())
+    assert sum(map(len, parts)) == count and not parts[0].requires_grad
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("sizes", [1, [2, 5], [3, 0, 4]])
+def test_paint_does_not_care_how_motion_arrives(sizes, frames):
+    model, motion = decoder(lively=True, frames=frames), torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    whole = torch.cat(painted(model, motion, 7))
+    torch.testing.assert_close(torch.cat(painted(model, motion, sizes)), whole)
+
+
+def test_paint_of_nothing_is_nothing():
+    assert painted(decoder(), torch.zeros(0, 5), 1) == []

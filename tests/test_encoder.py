@@ -1,0 +1,267 @@
+"""The motion encoder: values against torch's own layers, masking that really hides, statistics that many processes share."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from encoder import (Attention, Block, EncoderConfig, MotionEncoder, Standardise, attend, patchify, random_keep, rms_norm, sincos,
+                     sincos_2d, unpatchify)
+
+SMALL = dict(image_size=16, patch_size=4, width=24, depth=2, heads=2, token_dim=6)
+N = 16                                                                       # patches of SMALL
+
+
+def encoder(**change):
+    torch.manual_seed(0)
+    return MotionEncoder(EncoderConfig(**{**SMALL, **change})).eval()
+
+
+def images(count, seed=0):
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- patches and positions ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("channels, size, p", [(3, 16, 4), (4, 12, 2), (1, 8, 8), (3, 6, 1)])
+def test_patches_come_back(channels, size, p):
+    x = torch.randn(2, channels, size, size)
+    assert patchify(x, p).shape == (2, (size // p) ** 2, p * p * channels)
+    assert torch.equal(unpatchify(patchify(x, p), p), x)
+
+
+def test_patches_are_in_reading_order():
+    x = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
+    patches = patchify(x, 4)
+    for n, (row, column) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)]):
+        block = x[:, :, row:row + 4, column:column + 4]                      # (B, C, p, p)
+        assert torch.equal(patches[:, n], block.permute(0, 2, 3, 1).flatten(1))
+
+
+def test_positions_are_sines_of_row_and_column():
+    table = sincos(torch.arange(5), 8)
+    assert table.shape == (5, 8)
+    frequency = torch.tensor([1, 10 ** (-4 / 3), 10 ** (-8 / 3), 1e-4])
+    torch.testing.assert_close(table[3], torch.cat([(3 * frequency).sin(), (3 * frequency).cos()]))
+    grid = sincos_2d(3, 16)
+    assert torch.equal(grid[5], torch.cat([sincos(torch.tensor([1]), 8)[0], sincos(torch.tensor([2]), 8)[0]]))  # row 1, column 2
+    assert len(grid.unique(dim=0)) == 9
+
+
+# ---- attention ----------------------------------------------------------------------------------------------------------
+
+def test_attention_equals_torch():
+    torch.manual_seed(0)
+    ours, width, heads = Attention(24, 3), 24, 3
+    x = torch.randn(2, 7, width)
+    q, k, v = F.linear(x, ours.qkv.weight, ours.qkv.bias).chunk(3, dim=-1)
+    q, k = (F.rms_norm(part.unflatten(-1, (heads, -1)), (width // heads,), eps=1e-6).flatten(-2) for part in (q, k))
+    theirs = torch.nn.MultiheadAttention(width, heads, batch_first=True)
+    with torch.no_grad():                                                    # q, k, v are projected already
+        theirs.in_proj_weight.copy_(torch.eye(width).repeat(3, 1))
+        theirs.in_proj_bias.zero_()
+        theirs.out_proj.weight.copy_(ours.out.weight)
+        theirs.out_proj.bias.copy_(ours.out.bias)
+    torch.testing.assert_close(ours(x), theirs(q, k, v, need_weights=False)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_block_is_a_prenorm_transformer_block():
+    torch.manual_seed(0)
+    block, x = Block(24, 2), torch.randn(2, 5, 24)
+    y = x + block.attention(F.layer_norm(x, (24,)))
+    first, second = block.mlp[0], block.mlp[2]
+    y = y + second(F.gelu(first(F.layer_norm(y, (24,))), approximate="tanh"))
+    torch.testing.assert_close(block(x), y)
+
+
+def test_attend_trains_as_torch_does():
+    """While gradients flow on a CPU, attend writes the products out; the numbers are those of the fused kernel."""
+    torch.manual_seed(0)
+    ours, theirs = ([torch.randn(2, 3, n, 8, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in (5, 9, 9)]
+                    for _ in range(2))
+    out, want = attend(*ours), F.scaled_dot_product_attention(*theirs)
+    torch.testing.assert_close(out, want)
+    slope = torch.randn_like(out)
+    out.backward(slope), want.backward(slope)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(attend(*(x.detach() for x in ours)), want.detach())
+
+
+def test_rms_norm_equals_torch():
+    x = torch.randn(4, 10) * 7
+    torch.testing.assert_close(rms_norm(x), F.rms_norm(x, (10,), eps=1e-6))
+
+
+# ---- masks --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ratio, left", [(0, 64), (0.5, 32), (0.9, 7), (0.999, 1), (1.0, 1)])
+def test_kept_patches(ratio, left):
+    keep = random_keep(50, 64, ratio, torch.Generator().manual_seed(0))
+    assert keep.shape == (50, left) and keep.min() >= 0 and keep.max() < 64
+    assert (keep.diff(dim=1) > 0).all()                                      # sorted, and none twice
+    assert torch.equal(keep, random_keep(50, 64, ratio, torch.Generator().manual_seed(0)))
+    if 1 < left < 64:
+        assert len(keep.unique(dim=0)) == 50                                 # a subset for each sample
+        assert not torch.equal(keep, random_keep(50, 64, ratio, torch.Generator().manual_seed(1)))
+
+
+def test_every_patch_is_kept_equally_often():
+    counts = random_keep(4000, 16, 0.75, torch.Generator().manual_seed(0)).flatten().bincount(minlength=16)
+    assert (counts - 1000).abs().max() < 150                                 # 5 standard deviations
+
+
+def test_dropped_patches_cannot_change_the_motion():
+    model, x = encoder(), images(3)
+    keep = random_keep(3, N, 0.6, torch.Generator().manual_seed(0))
+    patches = patchify(x, 4)
+    dropped = torch.ones(3, N, dtype=torch.bool).scatter(1, keep, False)
+    spoiled = unpatchify(torch.where(dropped[..., None], torch.nan, patches), 4)
+    assert spoiled.isnan().any() and model(spoiled).isnan().all()            # unmasked, they would
+    assert torch.equal(model(spoiled, keep), model(x, keep))
+
+
+def test_each_kept_patch_changes_the_motion():
+    model, keep = encoder(), torch.tensor([[1, 6, 11]])
+    patches = patchify(images(1), 4).expand(3, -1, -1).clone()
+    patches[torch.arange(3), keep[0]] += 1
+    motion, plain = model(unpatchify(patches, 4), keep.expand(3, -1)), model(images(1), keep)
+    assert ((motion - plain).abs().amax((1, 2)) > 1e-4).all()
+
+
+def test_a_patch_keeps_its_position_when_others_leave():
+    """Positions are added before the mask: two equal patches at different places give different motion."""
+    model, x = encoder(), torch.ones(2, 3, 16, 16)
+    motion = model(x, torch.tensor([[0], [9]]))
+    assert (motion[0] - motion[1]).abs().max() > 1e-4
+
+
+def test_keeping_all_is_no_mask():
+    model, x = encoder(), images(2)
+    torch.testing.assert_close(model(x, torch.arange(N).expand(2, -1)), model(x))
+    torch.testing.assert_close(model(x, random_keep(2, N, 0)), model(x))
+
+
+# ---- the token ----------------------------------------------------------------------------------------------------------
+
+def test_samples_are_independent():
+    model, x = encoder(), images(3)
+    changed = x.clone()
+    changed[1] += 1
+    torch.testing.assert_close(model(x)[[0, 2]], model(changed)[[0, 2]])
+    assert (model(x)[1] - model(changed)[1]).abs().max() > 1e-3
+    torch.testing.assert_close(model(x[[2, 0, 1]]), model(x)[[2, 0, 1]])
+
+
+def test_token_k_is_token_k():
+    """Output k belongs to learned token k, and its D numbers to it alone. Recomputed by hand, so a scrambled reshape fails."""
+    model, x = encoder(num_tokens=3), images(2)
+    z = model.embed(patchify(x, 4)) + model.position
+    z = torch.cat([z, model.tokens.expand(2, -1, -1)], 1)
+    for block in model.blocks:
+        z = block(z)
+    for k in range(3):
+        state = z[:, N + k]
+        number = F.layer_norm(model.head[1](F.layer_norm(state, (24,))), (6,))          # Standardise is new: it changes nothing
+        torch.testing.assert_close(model(x)[:, k], number, atol=1e-4, rtol=1e-4)
+    order = torch.tensor([2, 0, 1])
+    before = model(x)
+    model.tokens.data = model.tokens.data[order]
+    torch.testing.assert_close(model(x), before[:, order], atol=1e-5, rtol=1e-5)        # learned tokens carry no place
+
+
+def test_a_token_learns_by_itself():
+    """Without blocks tokens cannot speak to each other: changing learned token 2 changes output 2 only."""
+    model, x = encoder(num_tokens=3, depth=0), images(2)
+    before = model(x)
+    model.tokens.data[2] += torch.randn(24)
+    assert torch.equal(model(x)[:, :2], before[:, :2])
+    assert (model(x)[:, 2] - before[:, 2]).abs().max() > 1e-2
+
+
+def test_shape_precision_and_gradients():
+    model = encoder(num_tokens=2, channels=4, image_size=8, patch_size=2).train()
+    motion = model(torch.randn(5, 4, 8, 8), random_keep(5, N, 0.5))
+    assert motion.shape == (5, 2, 6) and motion.dtype == torch.float32
+    (motion * torch.randn_like(motion)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randn(5, 4, 8, 8)).dtype == torch.float32
+    assert "position" not in model.state_dict()
+
+
+@pytest.mark.parametrize("wrong, words", [(dict(image_size=17), "17.*4"), (dict(width=25), "25.*2"), (dict(heads=5), "24.*5"),
+                                          (dict(width=22, heads=2), "22")])
+def test_config_errors_name_the_numbers(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        EncoderConfig(**{**SMALL, **wrong})
+
+
+# ---- Standardise --------------------------------------------------------------------------------------------------------
+
+def lopsided(count, seed=0):
+    """(count, 2, 3) with means 5, -2, 0 and deviations 0.1, 3, 1."""
+    x = torch.randn(count, 2, 3, generator=torch.Generator().manual_seed(seed))
+    return x * torch.tensor([0.1, 3, 1]) + torch.tensor([5.0, -2, 0])
+
+
+def test_standardise_makes_zero_mean_and_unit_variance():
+    norm = Standardise(3)
+    assert not list(norm.parameters())
+    torch.testing.assert_close(norm.eval()(lopsided(4)), lopsided(4))        # before any data: nothing
+    norm.train()
+    for seed in range(100):
+        norm(lopsided(64, seed))
+    out = norm.eval()(lopsided(4000, 1000)).flatten(0, 1)
+    torch.testing.assert_close(out.mean(0), torch.zeros(3), atol=0.1, rtol=0)
+    torch.testing.assert_close(out.var(0), torch.ones(3), atol=0.1, rtol=0)
+
+
+def test_standardise_averages_plainly_at_first():
+    """Until 1 / momentum updates the statistics are those of all that was seen; then old data fades."""
+    norm = Standardise(3)
+    for seed in range(50):
+        norm(lopsided(8, seed))
+    seen = torch.cat([lopsided(8, seed) for seed in range(50)]).flatten(0, 1)
+    torch.testing.assert_close(norm.mean, seen.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(norm.square, seen.square().mean(0), atol=1e-3, rtol=1e-4)
+    for seed in range(300):
+        norm(lopsided(8, seed) + 10)
+    torch.testing.assert_close(norm.mean, seen.mean(0) + 10, atol=0.3, rtol=0)
+
+
+def test_evaluation_does_not_update():
+    norm = Standardise(3)
+    norm(lopsided(8))
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    norm.eval()(lopsided(8) + 100)
+    assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items())
+    assert set(before) == {"mean", "square", "count"}                        # they travel with the weights
+
+
+def test_a_number_that_never_changes_stays_finite():
+    norm = Standardise(3)
+    for _ in range(3):
+        out = norm(torch.full((4, 1, 3), 1e3))
+    assert out.isfinite().all() and out.abs().max() < 1
+
+
+def half(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    norm = Standardise(3)
+    outs = [norm(lopsided(8, seed)[4 * rank:4 * rank + 4]) for seed in range(3)]
+    torch.save((norm.state_dict(), torch.stack(outs)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_statistics_of_the_whole_batch(tmp_path):
+    mp.spawn(half, (str(tmp_path),), nprocs=2)
+    one = Standardise(3)
+    whole = torch.stack([one(lopsided(8, seed)) for seed in range(3)])
+    for rank in range(2):
+        state, outs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in one.state_dict().items():
+            torch.testing.assert_close(state[name], value)
+        torch.testing.assert_close(outs, whole[:, 4 * rank:4 * rank + 4], atol=1e-5, rtol=1e-5)

@@ -1,0 +1,279 @@
+"""The motion generator: each condition reaches the new frames, speech is heard in time, windows join without a trace."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import flow
+from generator import CrossAttention, Generator, GeneratorConfig, dream
+
+SMALL = dict(token_dim=6, audio_dim=5, width=24, depth=2, heads=2, window=4, past=3, ahead=2)
+ROWS = 3 + 4 + 2                                                             # of speech in one pass of SMALL
+
+
+def generator(lively=True, **change):
+    """A small generator; lively: its zero weights made random, so that all paths show."""
+    torch.manual_seed(0)
+    model = Generator(GeneratorConfig(**{**SMALL, **change})).eval()
+    if lively:
+        for p in model.parameters():
+            if not p.any():
+                torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def inputs(batch=2, seed=1, motion=6):
+    """-> what forward takes: m_t, t, past, reference, audio."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, 4, motion, generator=draw), 0.1 + 0.8 * torch.rand(batch, generator=draw), torch.randn(batch, 3, motion, generator=draw),
+            torch.randn(batch, motion, generator=draw), torch.randn(batch, ROWS, 5, generator=draw)]
+
+
+def differ(a, b, by=1e-4):
+    """Each frame of a is unlike its fellow in b."""
+    return ((a - b).abs().amax(2) > by).all()
+
+
+# ---- layers and start ---------------------------------------------------------------------------------------------------
+
+def test_cross_attention_equals_torch():
+    torch.manual_seed(0)
+    ours, width, heads = CrossAttention(24, 3), 24, 3
+    x, context = torch.randn(2, 4, width), torch.randn(2, 7, width)
+    q, (k, v) = ours.q(x), ours.kv(context).chunk(2, -1)
+    q, k = (F.rms_norm(part.unflatten(-1, (heads, -1)), (width // heads,), eps=1e-6).flatten(-2) for part in (q, k))
+    theirs = torch.nn.MultiheadAttention(width, heads, batch_first=True)
+    with torch.no_grad():                                                    # q, k, v are projected already
+        theirs.in_proj_weight.copy_(torch.eye(width).repeat(3, 1))
+        theirs.in_proj_bias.zero_()
+        theirs.out_proj.weight.copy_(ours.out.weight)
+        theirs.out_proj.bias.copy_(ours.out.bias)
+    torch.testing.assert_close(ours(x, context), theirs(q, k, v, need_weights=False)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_start_as_identity_and_the_output_as_zero():
+    model = generator(lively=False)
+    x, given = torch.randn(2, 7, 24), (torch.randn(2, 24), model.clock[:7], torch.randn(2, ROWS, 24), torch.randn(2, 1, 24))
+    assert all(torch.equal(block(x, *given), x) for block in model.blocks)
+    assert not model(*inputs()).any()
+
+
+def test_every_parameter_learns():
+    model = generator(num_tokens=2).train()                                  # of one token, softmax is 1 and queries idle
+    v = model(*inputs(motion=12), drop=torch.tensor([True, False]))
+    (v * torch.randn_like(v)).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert "clock" not in model.state_dict()
+
+
+# ---- conditions ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("which", range(5), ids=["m_t", "t", "past", "reference", "audio"])
+def test_new_frames_depend_on(which):
+    model, given = generator(), inputs()
+    changed = list(given)
+    changed[which] = given[which] * 0.5
+    assert differ(model(*changed), model(*given))
+
+
+@pytest.mark.parametrize("frame", range(3))
+def test_every_past_frame_is_seen(frame):
+    model, given = generator(), inputs()
+    plain = model(*given)
+    given[2] = given[2].clone()
+    given[2][:, frame] += 1
+    assert differ(model(*given), plain, 1e-5)
+
+
+@pytest.mark.parametrize("row", range(ROWS))
+def test_every_row_of_speech_is_heard(row):
+    """Those of the past, of the window, and those ahead of it."""
+    model, given = generator(), inputs()
+    plain = model(*given)
+    given[4] = given[4].clone()
+    given[4][:, row] += 1
+    assert differ(model(*given), plain, 1e-5)
+
+
+@pytest.mark.parametrize("which", [0, 2, 4], ids=["m_t", "past", "audio"])
+def test_order_in_time_matters(which):
+    model, given = generator(), inputs()
+    plain = model(*given)
+    given[which] = given[which].flip(1)
+    back = model(*given)
+    assert differ(back.flip(1) if which == 0 else back, plain)
+
+
+def test_past_and_new_frames_are_told_apart():
+    """The frame before the window and the first of it swap places: not the same, apart from the clock."""
+    model = generator()
+    model.clock.zero_()
+    m_t, t, past, reference, audio = inputs()
+    plain = model(m_t, t, past, reference, audio)[:, 1:]
+    swapped = model(torch.cat([past[:, -1:], m_t[:, 1:]], 1), t, torch.cat([past[:, :-1], m_t[:, :1]], 1), reference, audio)[:, 1:]
+    assert differ(plain, swapped, 1e-5)
+
+
+def test_samples_are_independent():
+    model, given = generator(), inputs(3)
+    plain = model(*given)
+    for k in range(3):
+        torch.testing.assert_close(model(*(part[k:k + 1] for part in given)), plain[k:k + 1], atol=1e-5, rtol=1e-5)
+
+
+# ---- speech left out ----------------------------------------------------------------------------------------------------
+
+def test_no_audio_is_all_rows_dropped():
+    model, (*given, audio) = generator(), inputs()
+    silent = model(*given, None)
+    torch.testing.assert_close(model(*given, audio, drop=torch.tensor([True, True])), silent)
+    torch.testing.assert_close(model(*given, audio * 7, drop=torch.tensor([True, True])), silent)
+    torch.testing.assert_close(model(*given, audio, drop=torch.tensor([False, False])), model(*given, audio))
+    assert differ(silent, model(*given, audio))
+
+
+def test_drop_is_of_each_sample():
+    model, (*given, audio) = generator(), inputs(3)
+    some = model(*given, audio, drop=torch.tensor([False, True, False]))
+    torch.testing.assert_close(some[[0, 2]], model(*given, audio)[[0, 2]])
+    torch.testing.assert_close(some[1], model(*given, None)[1])
+
+
+# ---- shapes -------------------------------------------------------------------------------------------------------------
+
+def test_two_tokens_a_frame():
+    model, given = generator(num_tokens=2), inputs(motion=12)
+    v = model(*given)
+    assert v.shape == (2, 4, 12) and v.dtype == torch.float32
+    reference = given[3].clone()
+    changed = reference.unflatten(1, (2, 6)).flip(1).flatten(1)              # the same set of two tokens
+    torch.testing.assert_close(model(*given[:3], changed, given[4]), v)      # (B, L, D), not (B, D, L)
+    changed = reference.unflatten(1, (6, 2)).transpose(1, 2).flatten(1)
+    assert differ(model(*given[:3], changed, given[4]), v)
+
+
+def test_output_is_fp32_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generator()(*inputs(), drop=torch.tensor([True, False])).dtype == torch.float32
+
+
+@pytest.mark.parametrize("which, words", [(0, "not 3, 3 and 9"), (2, "not 4, 2 and 9"), (4, "not 4, 3 and 8")])
+def test_lengths_that_disagree_are_refused(which, words):
+    given = inputs()
+    given[which] = given[which][:, 1:]
+    with pytest.raises(ValueError, match=f"4 new and 3 past frames and 9 rows.*{words}"):
+        generator()(*given)
+
+
+@pytest.mark.parametrize("wrong, words", [(dict(heads=5), "24.*5"), (dict(width=9, heads=3), "9"), (dict(window=0), "0"), (dict(past=0), "0"),
+                                          (dict(ahead=-1), "-1")])
+def test_config_errors_name_the_numbers(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        GeneratorConfig(**{**SMALL, **wrong})
+
+
+# ---- learning -----------------------------------------------------------------------------------------------------------
+
+def learn(model, batches, steps, rate=5e-3):
+    """-> the losses of training on batches() of (z, t, cond)."""
+    optimiser, losses, draw = torch.optim.Adam(model.parameters(), lr=rate), [], torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        z, t, cond = batches(draw)
+        loss = flow.flow_loss(model, z, torch.randn(z.shape, generator=draw), t, **cond)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_small_batch_is_learned_by_heart():
+    m, _, past, reference, audio = inputs(4)
+    cond = dict(past=past, reference=reference, audio=audio)
+    losses = learn(generator(lively=False).train(), lambda draw: (m, torch.full((4,), 0.7), cond), 150)
+    assert sum(losses[-20:]) / 20 < sum(losses[:5]) / 5 / 5
+
+
+def test_a_frame_learns_to_hear_its_own_row():
+    """Motion of frame f is row f of speech: found only if tokens and speech share a clock."""
+    def batches(draw):
+        audio = torch.randn(64, ROWS, 5, generator=draw)
+        z = F.pad(audio, (0, 1))[:, 3:7]                                     # (B, K, L*D)
+        return z, torch.ones(64), dict(past=torch.zeros(64, 3, 6), reference=torch.zeros(64, 6), audio=audio)
+
+    model = generator(lively=False, depth=1).train()
+    learn(model, batches, 200, 1e-2)
+    z, _, cond = batches(torch.Generator().manual_seed(1))
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        error = (flow.sample(model.eval(), noise, 1, **cond) - z)[..., :5].square().mean()
+    assert error < 0.3                                                       # 1 without hearing; 2 or so of the wrong row
+
+
+# ---- dream --------------------------------------------------------------------------------------------------------------
+
+SILENCE = torch.linspace(-1, 1, 5)
+
+
+def speech(count):
+    return torch.randn(count, 5, generator=torch.Generator().manual_seed(3))
+
+
+def dreamed(model, rows, **options):
+    still = torch.linspace(-2, 2, 6)[None]
+    return list(dream(model, still, rows, torch.Generator().manual_seed(4), SILENCE, **options))
+
+
+def window_by_window(model, rows, steps, guidance):
+    """dream, with all of the speech at hand."""
+    c, still, draw = model.config, torch.linspace(-2, 2, 6), torch.Generator().manual_seed(4)
+    silent = SILENCE.expand(c.past + c.window + c.ahead, -1)
+    padded, past, out = torch.cat([silent[:c.past], rows, silent]), still.expand(1, c.past, -1), []
+    for start in range(0, len(rows), c.window):
+        cond = dict(past=past, reference=still[None], audio=padded[None, start:start + len(silent)])
+        field = flow.guide(model, guidance, {"audio": None})
+        out.append(flow.sample(field, torch.randn(1, c.window, 6, generator=draw), steps, **cond)[0])
+        past = torch.cat([past[0], out[-1]])[None, -c.past:]
+    return torch.cat(out)[:len(rows)].detach()
+
+
+@pytest.mark.parametrize("past", [3, 6], ids=["past shorter than window", "longer"])
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 7, 9, 12])
+def test_dream_writes_a_row_for_every_row_heard(count, past):
+    model, rows = generator(past=past), speech(count)
+    parts = dreamed(model, [rows], steps=2, guidance=1.5)
+    assert [len(part) for part in parts] == [4] * (count // 4) + [count % 4] * (count % 4 > 0)
+    torch.testing.assert_close(torch.cat(parts), window_by_window(model, rows, 2, 1.5), atol=1e-5, rtol=1e-5)
+    assert not parts[0].requires_grad
+
+
+@pytest.mark.parametrize("sizes", [1, 3, 9, [5, 0, 4], [8, 1]])
+def test_dream_does_not_care_how_speech_arrives(sizes):
+    model, rows = generator(), speech(9)
+    torch.testing.assert_close(torch.cat(dreamed(model, iter(rows.split(sizes)))), torch.cat(dreamed(model, [rows])))
+
+
+def test_dream_answers_as_soon_as_it_can():
+    given = []
+
+    def source():
+        for row in speech(30).split(1):
+            given.append(row)
+            yield row
+
+    motions = dream(generator(), torch.zeros(1, 6), source(), torch.Generator(), SILENCE)
+    for k in range(3):
+        next(motions)
+        assert len(given) == 4 * (k + 1) + 2                                 # the window and what is ahead of it
+
+
+def test_dream_starts_from_the_photo():
+    model, seen = generator(), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["past"]), with_kwargs=True)
+    motion = torch.cat(dreamed(model, [speech(9)], steps=1))
+    assert torch.equal(seen[0], torch.linspace(-2, 2, 6).expand(1, 3, -1))
+    assert torch.equal(seen[1][0], motion[1:4]) and torch.equal(seen[2][0], motion[5:8])
+
+
+def test_dream_of_nothing_is_nothing():
+    assert dreamed(generator(), []) == [] and dreamed(generator(), [speech(0)]) == []

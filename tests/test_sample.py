@@ -1,0 +1,260 @@
+"""sample.py: the whole job on a small untrained release; its frames, its sound, its promises, its refusals."""
+import os
+import subprocess
+import sys
+import types
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import audio  # noqa: E402
+import data  # noqa: E402
+import sample  # noqa: E402
+from decoder import Decoder, DecoderConfig  # noqa: E402
+from encoder import EncoderConfig, MotionEncoder  # noqa: E402
+from generator import Generator, GeneratorConfig  # noqa: E402
+from training import save_release  # noqa: E402
+
+torch.set_num_threads(1)
+META = {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2, "guidance": 1.0}
+
+
+def small_models(**decoder):
+    """Untrained, but with no layer left at zero, so that every input reaches the output."""
+    torch.manual_seed(0)
+    shape = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 2, "token_dim": 8}
+    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape, **decoder)),
+              "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=2))}
+    for model in models.values():
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        model.eval()
+    return models
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A folder with a release, a photo, a second of speech-like sound, a driving video."""
+    folder = tmp_path_factory.mktemp("given")
+    save_release(folder / "w.safetensors", small_models(), META)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(folder / "x.png")
+    soundfile.write(folder / "y.wav", 0.2 * rng.normal(size=(22050, 2)).clip(-3, 3), 22050)
+    with data.VideoWriter(folder / "d.mp4", 32, torch.from_numpy(rng.normal(0, 0.1, 16000)).float()) as video:
+        for _ in range(20):
+            video.write(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    return folder
+
+
+def command(given, out, *more, img="x.png", wav="y.wav", ckpt="w.safetensors"):
+    drive = ["--wav", str(given / wav)] if wav else []
+    return ["--img", str(given / img), *drive, "--ckpt", str(given / ckpt), "--out", str(out), "--device", "cpu", *more]
+
+
+def refused(capsys, arguments, *words):
+    """Status 2, one line on stderr that holds the words."""
+    assert sample.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Traceback" not in said
+    assert all(word in said for word in words), said
+
+
+# --------------------------------------------------------------------------------------------------------- whole jobs
+def test_photo_and_speech_make_a_video(given, tmp_path, capsys):
+    assert sample.main(command(given, tmp_path / "o.mp4")) == 0
+    assert "25 frames" in capsys.readouterr().out
+    with av.open(str(tmp_path / "o.mp4")) as container:
+        video, sound = container.streams.video[0], container.streams.audio[0]
+        assert (video.frames, video.width, video.height, sound.rate, sound.channels) == (25, 32, 32, 22050, 2)
+    assert os.listdir(tmp_path) == ["o.mp4"]
+
+
+def test_reenactment_keeps_frames_and_sound(given, tmp_path):
+    assert sample.main(command(given, tmp_path / "o.mp4", "--video", str(given / "d.mp4"), wav=None)) == 0
+    with av.open(str(tmp_path / "o.mp4")) as container:
+        assert container.streams.video[0].frames == 20 and len(container.streams.audio) == 1
+
+
+def test_mute_driving_video_works(given, tmp_path):
+    with data.VideoWriter(tmp_path / "mute.mp4", 32) as video:
+        for k in range(3):
+            video.write(np.full((32, 32, 3), 50 * k, np.uint8))
+    assert sample.main(command(given, tmp_path / "o.mp4", "--video", str(tmp_path / "mute.mp4"), wav=None)) == 0
+    assert not data.has_audio(tmp_path / "o.mp4") and len(list(data.read_video(tmp_path / "o.mp4", 32))) == 3
+
+
+@pytest.mark.parametrize("seconds, frames", [(0.1, 2), (0.001, 1), (0.64, 16), (0.66, 16), (1.5, 38)])
+def test_frames_are_as_many_as_the_sound_lasts(given, tmp_path, seconds, frames):
+    soundfile.write(tmp_path / "y.wav", 0.1 * np.ones(round(16000 * seconds)), 16000)
+    assert sample.main(command(given, tmp_path / "o.mp4", "--wav", str(tmp_path / "y.wav"), wav=None)) == 0
+    assert len(list(data.read_video(tmp_path / "o.mp4", 32))) == frames
+
+
+def test_same_seed_same_bytes_other_seed_other_take(given, tmp_path):
+    for name, seed in [("a", "3"), ("b", "3"), ("c", "4")]:
+        assert sample.main(command(given, tmp_path / f"{name}.mp4", "--seed", seed)) == 0
+    a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_it_runs_as_a_program(given, tmp_path):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), *command(given, "o.mp4")], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "25 frames" in done.stdout and done.stderr == "" and os.listdir(tmp_path) == ["o.mp4"]
+
+
+# ---------------------------------------------------------------------------------------------------------- the parts
+def test_what_is_heard_lines_up():
+    """Row n of the sound must stand at place P + n - K w of window w; silence before, after, and nothing lost."""
+    config = types.SimpleNamespace(past=5, window=4, ahead=2)
+    for total in (1, 3, 4, 5, 6, 7, 8, 11, 23):
+        rows = torch.arange(1.0, total + 1)[:, None]
+        for cut in (1, 3, 50):
+            seen = list(sample.hear(iter(rows.split(cut)), config, torch.zeros(1)))
+            assert sum(count for _, count in seen) == total
+            for w, (heard, _) in enumerate(seen):
+                first = 4 * w - 5
+                want = [n + 1.0 if 0 <= n < total else 0.0 for n in range(first, first + 11)]
+                assert heard[:, 0].tolist() == want
+
+
+def test_motion_follows_the_past():
+    """A generator that returns its past's last frame plus one counts upward through the windows."""
+    def generator(m_t, t, past, reference, audio):
+        assert past.shape == (1, 3, 2) and audio.shape == (1, 8, 1) and reference.tolist() == [[7.0, 7.0]]
+        want = past[:, -1:] + torch.arange(1.0, 5)[None, :, None]
+        return want - m_t                                        # one Euler step ends at `want`
+
+    generator.config = types.SimpleNamespace(past=3, window=4, ahead=1)
+    noise = sample.draws(0, torch.device("cpu"))
+    motion = torch.cat(list(sample.dream(generator, torch.full((1, 2), 7.0), iter([torch.zeros(10, 1)]), noise, 1, 1.0,
+                                         torch.zeros(1))))
+    assert torch.allclose(motion[:, 0], torch.arange(8.0, 18.0), atol=1e-2)
+
+
+def features(frames):
+    return torch.randn(frames, audio.FEATURE_DIM["mel"], generator=torch.Generator().manual_seed(frames))
+
+
+@pytest.mark.parametrize("frames", [1, 8])
+def test_pieces_of_the_sound_do_not_matter(frames):
+    models, rows = small_models(frames=frames), features(43)
+    image = torch.rand(3, 32, 32) * 2 - 1
+    whole = list(sample.talk(models, META, image, iter([rows])))
+    parts = list(sample.talk(models, META, image, iter(rows.split(7))))
+    assert len(whole) == 43 and whole[0].shape == (32, 32, 3) and whole[0].dtype == np.uint8
+    assert all(np.array_equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_frames_depend_on_photo_sound_and_guidance():
+    models, image = small_models(), torch.rand(3, 32, 32) * 2 - 1
+    base, other = (np.stack(list(sample.talk(models, META, image, iter([features(17) * k])))) for k in (1, -1))
+    assert not np.array_equal(base, other)
+    strong = np.stack(list(sample.talk(models, META, image, iter([features(17)]), guidance=3.0)))
+    assert not np.array_equal(base, strong)
+    assert not np.array_equal(base, np.stack(list(sample.talk(models, META, -image, iter([features(17)])))))
+
+
+def test_early_frames_do_not_wait_for_late_sound():
+    """Streaming: the first frames come when the first window and what it hears ahead are there; memory stays flat."""
+    taken = []
+
+    def rows():
+        for k in range(1000):
+            taken.append(k)
+            yield features(1)
+
+    frames = sample.talk(small_models(), META, torch.zeros(3, 32, 32), rows())
+    next(frames)
+    assert len(taken) <= 16 + 3
+    for _ in range(100):
+        next(frames)
+    assert len(taken) <= 16 + 3 + 16 * 7
+
+
+def test_grad_mode_does_not_leak():
+    frames = sample.talk(small_models(), META, torch.zeros(3, 32, 32), iter([features(20)]))
+    next(frames)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def test_reenactment_uses_the_motion_of_each_frame(monkeypatch):
+    """Backwards in, backwards out: no frame depends on its place or on the frames beside it."""
+    monkeypatch.setattr(sample, "fast_bf16", lambda device: False)
+    models, image = small_models(), torch.rand(3, 32, 32) * 2 - 1
+    video = torch.rand(20, 3, 32, 32) * 2 - 1
+    frames = list(sample.reenact(models, META, image, iter(video)))
+    again = list(sample.reenact(models, META, image, iter(video.flip(0))))
+    assert len(frames) == 20
+    assert np.abs(np.stack(frames).astype(int) - np.stack(again[::-1]).astype(int)).max() <= 1
+    assert not np.array_equal(frames[0], frames[1])
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+def test_bad_inputs_end_in_a_sentence(given, tmp_path, capsys):
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.wav").write_bytes(b"no sound at all, just text")
+    (tmp_path / "text.safetensors").write_bytes(b"no weights")
+    soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
+    out = tmp_path / "o.mp4"
+    for option, name, word in [
+            ("--img", "empty.png", "empty"), ("--img", "no.png", "does not exist"), ("--img", "", "folder"),
+            ("--wav", "text.wav", "not a sound"), ("--wav", "nan.wav", "NaN"), ("--wav", "no.wav", "does not exist"),
+            ("--ckpt", "text.safetensors", "safetensors"), ("--ckpt", "no.safetensors", "does not exist"),
+            ("--out", "no/o.mp4", "no folder"), ("--out", "o.gif", ".mp4"), ("--device", "abacus", "cannot be used")]:
+        value = name if option == "--device" else str(tmp_path / name)
+        refused(capsys, [*command(given, out), option, value], value, word)
+        assert sorted(os.listdir(tmp_path)) == ["empty.png", "nan.wav", "text.safetensors", "text.wav"]
+    refused(capsys, command(given, out, "--video", str(tmp_path / "text.wav"), wav=None), "text.wav", "video")
+
+
+def test_weights_with_nan_and_without_generator_are_refused(given, tmp_path, capsys):
+    models = small_models()
+    save_release(tmp_path / "half.safetensors", {k: models[k] for k in ("encoder", "decoder")}, META)
+    half = tmp_path / "half.safetensors"
+    refused(capsys, command(given, tmp_path / "o.mp4", ckpt=half), "half.safetensors", "--video")
+    next(models["decoder"].parameters()).data.fill_(float("nan"))
+    save_release(tmp_path / "nan.safetensors", models, META)
+    refused(capsys, command(given, tmp_path / "o.mp4", ckpt=tmp_path / "nan.safetensors"), "nan.safetensors", "NaN")
+
+
+def test_an_input_is_not_overwritten(given, capsys):
+    before = (given / "d.mp4").read_bytes()
+    refused(capsys, command(given, given / "d.mp4", "--video", str(given / "d.mp4"), wav=None), "overwrite")
+    assert (given / "d.mp4").read_bytes() == before
+
+
+def test_driving_video_that_breaks_off_leaves_no_file(given, tmp_path, capsys, monkeypatch):
+    def broken(path, size):
+        yield torch.zeros(3, size, size)
+        raise data.InputError(f"{path} is cut off")
+
+    monkeypatch.setattr(data, "read_video", broken)
+    refused(capsys, command(given, tmp_path / "o.mp4", "--video", str(given / "d.mp4"), wav=None), "cut off")
+    assert os.listdir(tmp_path) == []
+
+
+def test_interruption_leaves_no_file(given, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        yield np.zeros((32, 32, 3), np.uint8)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "talk", interrupted)
+    assert sample.main(command(given, tmp_path / "o.mp4")) == 130
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("wrong", [["--wav", "y.wav"], ["--img", "x.png"], ["--img", "x", "--wav", "y", "--video", "z"],
+                                   ["--img", "x", "--wav", "y", "--steps", "0"]])
+def test_wrong_usage_is_status_2(wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sample.main(wrong)
+    assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,200 @@
+"""Stage 1: train the motion encoder and the decoder together (paper section 3.1, eqs. 1-3 and 8).
+
+    python train_ae.py --preset tiny                                   synthetic world, a laptop, no data
+    python train_ae.py --preset tiny --frames 8 --init runs/ae/semo.safetensors      image-to-video, from the image model
+    torchrun --nproc_per_node=8 train_ae.py --preset tiny              the same on 8 GPUs
+
+Run the same command again to resume: --out holds state.pt (to go on), semo.safetensors (to use), log.jsonl and pictures
+of reference | target | output. Ctrl-C and SIGTERM save first.
+"""
+import argparse
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, replace
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import flow
+import synthetic
+import training
+from decoder import Decoder, DecoderConfig
+from encoder import EncoderConfig, MotionEncoder, random_keep
+
+# refs: people a step and process; targets: pictures of each; near: share of people who hold still (synthetic.pairs)
+PRESETS = {
+    "nano": dict(encoder=EncoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8),
+                 decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8, expand=2),
+                 steps=20, refs=2, targets=2, near=0.5, lr=1e-3, muon_lr=0.02),
+    "tiny": dict(encoder=EncoderConfig(width=128, depth=4, heads=2), decoder=DecoderConfig(width=192, depth=6, heads=3),
+                 steps=8000, refs=16, targets=4, near=0.5, lr=1e-3, muon_lr=0.02),
+}
+
+
+class AutoEncoder(nn.Module):
+    """Both networks and their loss, as one module: what DistributedDataParallel and torch.compile want."""
+
+    def __init__(self, encoder, decoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(self, reference, target, noise, t, keep):
+        """reference (R, C, H, W); target, noise (R*T, C, H, W); t (R*T,); keep (R + R*T, n) patches not masked -> loss.
+
+        Each sample's error is divided by that of copying the reference (ours): a moving mouth then counts as much as a
+        turning head, which changes ten times the pixels.
+        """
+        motion = self.encoder(torch.cat([reference, target]), keep)                    # (R + R*T, L, D)   eq. (1)
+        m_r, m_t = motion[: len(reference)], motion[len(reference):]
+        cache = self.decoder.reference(reference, m_r)
+        copied = reference.repeat_interleave(len(target) // len(reference), 0)
+        weight = 0.1 / ((target - copied).square().mean((1, 2, 3)) + 0.002)            # (R*T,)
+        return flow.flow_loss(self.decoder, target, noise, t, weight=weight, m_t=m_t, cache=cache)     # eqs. (3), (8)
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of the networks and of the run")
+    p.add_argument("--out", default="runs/ae", help="folder of this run; an unfinished one is resumed")
+    p.add_argument("--init", help="start from the weights of this release, e.g. the image model for --frames 8")
+    p.add_argument("--frames", type=int, default=1, help="above 1: the image-to-video stage, clips of so many frames")
+    p.add_argument("--steps", type=int, help="length of the run (default: the preset's)")
+    p.add_argument("--refs", type=int, help="people a step and process (default: the preset's)")
+    p.add_argument("--mask-max", type=float, default=0.9, help="masks drop a share of the patches, U(0, this) (paper: 0.9)")
+    p.add_argument("--accumulate", type=int, default=1, help="batches a step, for large batches in little memory")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                   help="fuse with torch.compile: 1-2 minutes to start, then faster (needs a C++ compiler on CPUs)")
+    p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints and pictures")
+    args = p.parse_args(argv)
+    preset = PRESETS[args.preset]
+    args.steps, args.refs = args.steps or preset["steps"], args.refs or preset["refs"]
+    if min(args.steps, args.refs, args.accumulate, args.save_every, args.frames) < 1 or not 0 <= args.mask_max < 1:
+        p.error("--steps, --refs, --frames, --accumulate and --save-every must be positive, --mask-max in [0, 1)")
+    return args
+
+
+def clips(seeds, frames, size, draw):
+    """The video stage's food: a frame of each of R clips and `frames` later ones in a row -> (R, 3, H, W), (R*F, 3, H, W)."""
+    made = synthetic.clip(seeds, 2 * frames)
+    picked = torch.cat([made["motion"][:, :1], made["motion"][:, frames:]], dim=1)     # (R, 1+F, M)
+    people = made["identity"].repeat_interleave(frames + 1, 0)
+    images = draw(people, picked.flatten(0, 1), size).unflatten(0, (-1, frames + 1))
+    return images[:, 0], images[:, 1:].flatten(0, 1)
+
+
+def batch(args, preset, number, draw, held_out=False):
+    """The people of one forward pass, a function of its number alone: no two processes or steps get the same."""
+    size = preset["encoder"].image_size
+    seeds = number * args.refs + torch.arange(args.refs)
+    seeds = seeds + synthetic.HELD_OUT if held_out else seeds
+    if args.frames > 1:
+        return clips(seeds, args.frames, size, draw)
+    return synthetic.pairs(seeds, preset["targets"], preset["near"], size, draw)
+
+
+def randomness(args, encoder, shape, number, rank, progress):
+    """Noise and times of the R*T targets of one pass and masks for all, drawn on the CPU from (seed, rank, number).
+
+    A curriculum (ours): a run starts at pure noise and without masks, where the token is all there is to learn from;
+    clearer targets and the paper's masks come in over its first 60%.
+    """
+    draw = training.draws(args.seed, rank, number)
+    ramp = min(1.0, progress / 0.6)
+    noise = torch.randn(shape, generator=draw)
+    t = flow.random_times(shape[0] // args.frames, draw, noise_share=1 - 0.5 * ramp)
+    t = t.repeat_interleave(args.frames)                                               # one time a clip
+    patches = (encoder.image_size // encoder.patch_size) ** 2
+    ratio = ramp * args.mask_max * torch.rand((), generator=draw).item()               # one for all: a rectangle
+    return noise, t, random_keep(args.refs + shape[0], patches, ratio, draw)
+
+
+@torch.no_grad()
+def picture(path, model, args, preset, device):
+    """Held-out people: reference | target | output after 1 and 4 steps -> PSNR in dB of 1 step and of copying."""
+    model.eval()
+    reference, target = (x.to(device) for x in batch(args, preset, 0, synthetic.render, held_out=True))
+    m_r, m_t = model.encoder(reference), model.encoder(target)
+    cache = model.decoder.reference(reference, m_r)
+    noise = torch.randn(target.shape, generator=training.draws(args.seed, 0, 0)).to(device)
+    one, four = (flow.sample(model.decoder, noise, n, m_t=m_t, cache=cache) for n in (1, 4))
+    copied = reference.repeat_interleave(len(target) // len(reference), 0)
+    show = slice(None, None, max(1, len(target) // 12))
+    training.save_grid(path, [x[show] for x in (copied, target, one, four)])
+    model.train()
+    return [-10 * math.log10(((x.clamp(-1, 1) - target) / 2).square().mean().item() + 1e-12) for x in (one, copied)]
+
+
+def train_step(args, preset, loss_of, draw, step, rank, world, device, bf16):
+    """Gradients of one step's batches -> their mean loss. Only the last backward pass waits for the other processes."""
+    total = 0.0
+    for part in range(args.accumulate):
+        number = (step * args.accumulate + part) * world + rank
+        reference, target = (x.to(device) for x in batch(args, preset, number, draw))
+        noise, t, keep = (x.to(device) for x in randomness(args, preset["encoder"], target.shape, number, rank, step / args.steps))
+        if world > 1:
+            loss_of.require_backward_grad_sync = part == args.accumulate - 1
+        with bf16:
+            loss = loss_of(reference, target, noise, t, keep)
+        (loss / args.accumulate).backward()
+        total += loss.item() / args.accumulate
+    return total
+
+
+def main(argv=None):
+    args = parse(argv)
+    preset = PRESETS[args.preset]
+    rank, world, device = training.start(args.device)
+    training.seed_everything(args.seed)
+    configs = {"encoder": preset["encoder"], "decoder": replace(preset["decoder"], frames=args.frames)}
+    model, ema = (AutoEncoder(MotionEncoder(configs["encoder"]), Decoder(configs["decoder"])).to(device) for _ in range(2))
+    if args.init:
+        training.init_from(args.init, encoder=model.encoder, decoder=model.decoder)
+    ema.load_state_dict(model.state_dict())
+    ema.eval().requires_grad_(False)
+    optimisers = training.optimisers(model, preset["lr"], preset["muon_lr"])
+    files = {name: os.path.join(args.out, name) for name in ("state.pt", "semo.safetensors", "log.jsonl")}
+    step = training.resume(files["state.pt"], configs, model, ema, optimisers)
+
+    draw = torch.compile(synthetic.render, dynamic=False) if args.compile else synthetic.render
+    loss_of = training.wrap(torch.compile(model, dynamic=False) if args.compile else model, world, device)
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=training.fast_bf16(device))
+    stopper, began, first = training.Stopper(), time.time(), step
+    model.train()
+    bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
+    while step < args.steps:
+        training.set_rate(optimisers, step, args.steps, warmup=50)
+        loss = train_step(args, preset, loss_of, draw, step, rank, world, device, bf16)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if training.anyone(not (math.isfinite(loss) and norm.isfinite()), device):
+            raise SystemExit(f"train_ae.py: loss {loss}, gradient {norm:.3g} at step {step}: not finite. The last good "
+                             f"state is in {files['state.pt']}; try a lower learning rate.")
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        training.update_ema(ema, model, step)
+        step += 1
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.4f}")
+        stop = training.anyone(stopper.wanted, device)
+        if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
+            training.save_state(files["state.pt"], step=step, configs={k: asdict(c) for k, c in configs.items()},
+                                model=model.state_dict(), ema=ema.state_dict(), optimisers=[o.state_dict() for o in optimisers])
+            psnr, copy = picture(os.path.join(args.out, f"step{step:06d}.png"), ema, args, preset, device)
+            training.save_release(files["semo.safetensors"], {"encoder": ema.encoder, "decoder": ema.decoder},
+                                  {"latents": "pixel", "size": configs["encoder"].image_size, "steps": 1, "trained_steps": step})
+            targets = args.frames if args.frames > 1 else preset["targets"]
+            speed = (step - first) * args.accumulate * world * args.refs * targets / (time.time() - began)
+            training.log(files["log.jsonl"], step=step, loss=loss, psnr=psnr, psnr_copy=copy, samples_per_second=speed)
+        if stop:
+            break
+    bar.close()
+    return 130 if step < args.steps else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

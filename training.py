@@ -1,0 +1,222 @@
+"""What both training scripts need: processes, random draws, optimisers, EMA, checkpoints, log. Plain functions; the loops
+themselves stand in train_ae.py and train_gen.py.
+
+Two kinds of file. `state.pt` (torch.save, loads under weights_only=True) holds what a run needs to go on: weights, EMA,
+optimisers, step. A release (`.safetensors`) holds what a user needs: half-precision EMA weights, and as JSON in its
+metadata the config of every model. Both are written to a temporary name and moved into place, so that a kill at any
+moment leaves a good file.
+"""
+import json
+import os
+import random
+import signal
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from decoder import Decoder, DecoderConfig
+from encoder import EncoderConfig, MotionEncoder
+from generator import Generator, GeneratorConfig
+
+KINDS = {"encoder": (MotionEncoder, EncoderConfig), "decoder": (Decoder, DecoderConfig),
+         "generator": (Generator, GeneratorConfig)}
+
+
+# ---- processes and randomness ---------------------------------------------------------------------------------------
+
+def start(device="auto"):
+    """Join the other processes, if torchrun started us -> (rank, world, device). NCCL on GPUs, gloo on CPUs."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world, torch.device(device)
+
+
+def wrap(model, world, device):
+    """The same model, its gradients averaged over all processes."""
+    if world == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                               broadcast_buffers=False)
+
+
+def draws(seed, rank, step):
+    """The source of every random number of one step on one process: resuming needs nothing but the step."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4099 + rank)
+
+
+def fast_bf16(device):
+    """Whether bf16 is quicker than fp32 here: any recent GPU; a CPU only with AMX or AVX512-BF16."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    try:
+        with open("/proc/cpuinfo") as f:
+            return any(flag in f.read() for flag in ("amx_bf16", "avx512_bf16"))
+    except OSError:
+        return False
+
+
+class Stopper:
+    """Turns the first SIGTERM or Ctrl-C into a wish to stop after the current step; a second one ends at once."""
+
+    def __init__(self):
+        self.wanted = False
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self.ask)
+
+    def ask(self, number, frame):
+        self.wanted = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+def anyone(wish, device):
+    """Whether any process has the wish; all must ask at the same step."""
+    if not dist.is_initialized():
+        return wish
+    flag = torch.tensor(float(wish), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+# ---- optimisation ---------------------------------------------------------------------------------------------------
+
+def optimisers(model, lr, muon_lr, weight_decay=0.01):
+    """Muon (Jordan et al. 2024) for the matrices inside blocks, AdamW for the rest: half the steps of AdamW alone."""
+    inner = [p for n, p in model.named_parameters() if p.ndim == 2 and ".blocks." in "." + n and "modulation" not in n]
+    known = {id(p) for p in inner}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    fused = all(p.is_cuda for p in rest)
+    found = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)]
+    if inner:
+        found.append(torch.optim.Muon(inner, lr=muon_lr, weight_decay=weight_decay))
+    for optimiser in found:
+        for group in optimiser.param_groups:
+            group["peak"] = group["lr"]
+    return found
+
+
+def set_rate(optimisers, step, steps, warmup, decay=0.3):
+    """Warm up linearly, hold, and go down to zero linearly over the last share `decay` of the run."""
+    factor = min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, decay * steps))
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * factor
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay=0.999):
+    """ema <- decay ema + (1 - decay) model, weights and statistics alike; a shorter memory in the first steps."""
+    rate = 1 - min(decay, (1 + step) / (10 + step))
+    old, new = ema.state_dict(), model.state_dict()
+    torch._foreach_lerp_([old[k] for k in old], [new[k] for k in old], rate)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def replace(path, write):
+    """Call write(temporary name), then move the finished file to `path`."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def save_state(path, **state):
+    replace(path, lambda name: torch.save(state, name))
+
+
+def resume(path, configs, model, ema, optimisers):
+    """Go on from `path`, if it exists -> the number of steps done. Exits if the run there has other networks."""
+    if not os.path.exists(path):
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["configs"] != {kind: asdict(config) for kind, config in configs.items()}:
+        raise SystemExit(f"{path}: this run has networks of other sizes; give another --out, or the run's own --preset")
+    model.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(saved)
+    return state["step"]
+
+
+def init_from(path, **models):
+    """Start from a release's weights. What it lacks (the temporal blocks of a video model) keeps its first values."""
+    found, _ = load_release(path)
+    for kind, model in models.items():
+        if kind not in found:
+            raise ValueError(f"{path} holds no {kind}, only {', '.join(found)}")
+        missing, unexpected = model.load_state_dict(found[kind].state_dict(), strict=False)
+        if unexpected or any(".temporal." not in "." + name for name in missing):
+            raise ValueError(f"{path}: its {kind} has another shape; it needs the preset it was trained with")
+
+
+def save_release(path, models, meta, dtype=torch.float16):
+    """models {"encoder": ..., "decoder": ..., maybe "generator": ...}, each with a `config`; meta: plain JSON values."""
+    weights = {f"{kind}.{name}": value.detach().cpu().to(dtype if value.ndim > 1 else torch.float32).contiguous()
+               for kind, model in models.items() for name, value in model.state_dict().items()}
+    about = {"format": "semo-1", "configs": {kind: asdict(model.config) for kind, model in models.items()}, **meta}
+    replace(path, lambda name: save_file(weights, name, metadata={"semo": json.dumps(about)}))
+
+
+def load_release(path, device="cpu"):
+    """-> ({kind: model in eval mode}, meta). ValueError with one clear sentence if the file is not a sound release."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            meta = json.loads((f.metadata() or {}).get("semo", "null"))
+            weights = {name: f.get_tensor(name) for name in f.keys()} if meta else {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); "
+                         "give a SeMo release such as weights/semo-tiny.safetensors") from error
+    if not isinstance(meta, dict) or meta.get("format") != "semo-1":
+        raise ValueError(f"{path}: a safetensors file, but not a SeMo release; train_ae.py and train_gen.py write those")
+    bad = [name for name, value in weights.items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"{path}: {len(bad)} weights hold NaN or infinity, first {bad[0]}; the file is damaged or badly trained")
+    models = {}
+    for kind, config in meta.pop("configs").items():
+        make, make_config = KINDS[kind]
+        model = make(make_config(**config))
+        own = {name[len(kind) + 1:]: value.float() for name, value in weights.items() if name.startswith(kind + ".")}
+        try:
+            model.load_state_dict(own)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: the {kind}'s weights do not fit its config ({str(error).splitlines()[-1].strip()})") from error
+        models[kind] = model.to(device).eval()
+    return models, meta
+
+
+def log(path, **row):
+    """Add one JSON line."""
+    with open(path, "a") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def save_grid(path, rows):
+    """rows: list of (n, 3, H, W) in [-1, 1] -> a PNG, one row of pictures each."""
+    picture = torch.cat([torch.cat(list(row.float().cpu()), dim=2) for row in rows], dim=1)
+    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    replace(path, lambda name: Image.fromarray(np.ascontiguousarray(pixels)).save(name, format="PNG"))
+
+
+def seed_everything(seed):
+    """For the initial weights; every later draw comes from `draws`."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
