@@ -366,7 +366,7 @@ class VideoWriter:
             self.video = self.container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "fast"})
             context = self.video.codec_context
             context.width = context.height = self.size
-            context.pix_fmt, context.thread_count = "yuv420p", 1  # one thread: the same bytes on every machine
+            context.pix_fmt, context.thread_count = "yuv420p", 1  # a second thread gains nothing here
             context.color_range = context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
             if self.blocks:
                 self.audio = self.container.add_stream("aac", rate=self.rate, layout=LAYOUTS[self.channels])

@@ -78,7 +78,7 @@ class DiTBlock(nn.Module):
         q, k, v = self.attention.project(modulate(self.norm1(x), shift1, scale1))
         own = (k, v)
         if memory is not None:
-            k, v = (torch.cat([there, here], dim=2) for there, here in zip(memory, own))
+            k, v = (torch.cat([there, here], dim=2) for there, here in zip(memory, own, strict=True))
         heard = self.attention.out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
         x = x + gate1[:, None] * heard
         x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -112,11 +112,14 @@ class Decoder(nn.Module):
         side = c.image_size // c.patch_size
         patch = c.patch_size**2 * c.channels
         self.embed = nn.Linear(patch, c.width)
+        self.under = nn.Linear(patch, c.width, bias=False)
         self.motion = nn.Linear(c.token_dim, c.expand * c.width)
         self.time = TimeEmbed(c.width)
-        self.change = nn.Linear(2 * c.num_tokens * c.token_dim, c.width, bias=False)
+        self.change = nn.Linear(2 * c.num_tokens * c.token_dim, (1 + c.expand) * c.width, bias=False)
+        self.spread = nn.Parameter(torch.randn(side**2, c.expand) * c.expand**-0.5)     # where on the picture each is felt
         self.role = nn.Parameter(0.02 * torch.randn(2, c.width))             # reference row, target row
-        self.still = nn.Parameter(torch.zeros(c.width))                      # the reference row's condition: no time
+        if not c.full_attention:
+            self.still = nn.Parameter(torch.zeros(c.width))                  # the reference row's condition: no time
         self.slot = nn.Parameter(0.02 * torch.randn(c.num_tokens * c.expand, c.width))
         self.blocks = nn.ModuleList(DiTBlock(c.width, c.heads) for _ in range(c.depth))
         self.temporal = nn.ModuleList(TemporalBlock(c.width, c.heads) for _ in range(c.depth if c.frames > 1 else 0))
@@ -127,25 +130,36 @@ class Decoder(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Not adaLN-zero: with zero gates *and* a zero head, and pairs that differ by zero on average, no gradient reaches
-        the motion at all; measured, the token stays unused for thousands of steps (ours)."""
-        for block in [*self.blocks, self]:
-            nn.init.normal_(block.modulation[1].weight, std=0.5 * self.config.width**-0.5)
+        for block in [*self.blocks, self]:                                   # adaLN-zero: every block starts as identity
+            nn.init.zeros_(block.modulation[1].weight)
             nn.init.zeros_(block.modulation[1].bias)
-        for block in self.blocks:
-            block.modulation[1].bias.data.view(6, -1)[[2, 5]] = 1            # gates open
         for block in self.temporal:
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.attention.out.bias)
         nn.init.normal_(self.change.weight, std=self.change.in_features**-0.5)
-        nn.init.normal_(self.head.weight, std=0.1 * self.config.width**-0.5) # nearly 0: at first the reference is copied
+        nn.init.zeros_(self.head.weight)                                     # output 0: at first the reference is copied
         nn.init.zeros_(self.head.bias)
 
     def row(self, z, motion, role):
-        """Picture z (B, C, H, W) and motion (B, L, D) as one sequence (B, N + L*expand, E)."""
+        """Picture z (B, C, H, W) and motion (B, L, D) as one sequence of N patches and L*K tokens -> (B, n, E)."""
         patches = self.embed(patchify(z, self.config.patch_size)) + self.position      # (B, N, E)
         tokens = rearrange(self.motion(motion), "b l (k e) -> b (l k) e", k=self.config.expand) + self.slot
         return torch.cat([patches, tokens], dim=1) + self.role[role]
+
+    def target(self, z_t, t, m_t, z_r, m_r):
+        """The target's sequence (B, n, E) and condition (B, E).
+
+        Ours: a target patch knows from the start what lies beneath it in the reference, and what has changed since, each
+        place mixing K views of the change in its own way. All of this could be learned by attention alone, in ten times
+        the steps.
+        """
+        change = (m_t - m_r).flatten(1)                                                # (B, L*D)
+        change = self.change(torch.cat([change, rms_norm(change)], dim=1))
+        change = rearrange(change, "b (k e) -> b k e", e=self.config.width)            # (B, 1+K, E)
+        x = self.row(z_t, m_t, role=1)                                                 # (B, n, E)
+        below = self.under(patchify(z_r, self.config.patch_size)) + self.spread @ change[:, 1:]        # (B, N, E)
+        x = torch.cat([x[:, : len(self.position)] + below, x[:, len(self.position):]], dim=1)
+        return x, self.time(t) + change[:, 0]
 
     def reference(self, z_r, m_r):
         """What every frame of a video needs of its reference, z_r (B, C, H, W) and m_r (B, L, D): computed once."""
@@ -166,9 +180,7 @@ class Decoder(nn.Module):
         """
         frames = len(z_t) // len(cache["z"])
         z_r, m_r = (repeat(cache[k], "b ... -> (b f) ...", f=frames) for k in ("z", "m"))
-        x = self.row(z_t, m_t, role=1)                                                 # (B*F, n, E)
-        change = (m_t - m_r).flatten(1)                                                # (B*F, L*D)
-        condition = self.time(t) + self.change(torch.cat([change, rms_norm(change)], dim=1))           # (B*F, E)
+        x, condition = self.target(z_t, t, m_t, z_r, m_r)                              # (B*F, n, E), (B*F, E)
         n = x.shape[1]
         if self.config.full_attention:
             x = torch.cat([repeat(cache["memory"], "b n e -> (b f) n e", f=frames), x], dim=1)

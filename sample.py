@@ -11,7 +11,6 @@ Memory does not grow with the length of the sound or the video. The same seed gi
 Exit status: 0 with a complete file, 2 after one sentence about bad input, 130 when interrupted; else no file is left.
 """
 import argparse
-import contextlib
 import os
 import signal
 import sys
@@ -22,7 +21,8 @@ from tqdm import tqdm
 
 import audio
 import data
-import flow
+from decoder import paint
+from generator import dream
 from latents import load_latents
 from training import fast_bf16, load_release
 
@@ -40,73 +40,22 @@ def pick_device(name="auto"):
         raise data.InputError(f"--device {name} cannot be used here; give auto, cpu, cuda or mps") from error
 
 
-def draws(seed, device):
-    """A function shape -> normal noise on `device`: drawn on the CPU, so that every device gets the same."""
-    source = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(shape, generator=source).to(device)
-
-
-def compute(device):
-    """The context of every call of a model. It is left before frames are handed out: a generator must not leak it."""
-    stack = contextlib.ExitStack()
-    stack.enter_context(torch.inference_mode())
-    if fast_bf16(device):
-        stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-    return stack
-
-
-def hear(rows, config, silence):
-    """Iterator of (n, A) -> iterator of what the generator hears in one pass, (P+K+ahead, A), and how many of its K new
-    rows are real. silence (A,), the row of no sound, stands before the first row and after the last."""
-    P, K, span = config.past, config.window, config.past + config.window + config.ahead
-    held = silence.expand(P, -1)
-    for block in rows:
-        held = torch.cat([held, block])
-        while len(held) >= span:
-            yield held[:span], K
-            held = held[K:]
-    while len(held) > P:
-        yield torch.cat([held, silence.expand(span, -1)])[:span], min(K, len(held) - P)
-        held = held[K:]
-
-
-def dream(generator, still, rows, draw, steps, guidance, silence):
-    """Motion for a sound: still (1, L*D), the photo's motion; rows, iterator of (n, A) -> iterator of (n, L*D)."""
-    model = flow.guide(generator, guidance, null={"audio": None})
-    past = still[:, None].expand(1, generator.config.past, -1)                              # (1, P, L*D)
-    for heard, count in hear(rows, generator.config, silence):
-        noise = draw(1, generator.config.window, still.shape[1])
-        with compute(still.device):
-            motion = flow.sample(model, noise, steps, past=past, reference=still, audio=heard[None].to(still.device))
-        past = torch.cat([past, motion], dim=1)[:, -past.shape[1]:]                         # (1, P, L*D)
-        yield motion[0, :count]
+def within(device, items, models=True):
+    """The items of an iterator, each made without gradients and, where bf16 is fast, under autocast; with models=False,
+    out of it. The context is left before an item is handed out, so it never leaks to the caller."""
+    items = iter(items)
+    while True:
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=models and fast_bf16(device)):
+            item = next(items, None)
+        if item is None:
+            return
+        yield item
 
 
 def watch(encoder, space, video, device):
     """Motion of a video: iterator of (3, H, W) frames -> iterator of (n, L*D). As it is, not relative to the first."""
     for frames in data.rechunk((frame[None] for frame in video), BATCH):
-        with compute(device):
-            motion = encoder(space.encode(frames.to(device))).flatten(1)
-        yield motion
-
-
-def paint(decoder, z_r, still, motions, draw, steps):
-    """Frames for motions. z_r (1, C, H, W), still (1, L*D), motions: iterator of (n, L*D) -> iterator of (n', C, H, W).
-
-    Every frame starts from the same noise, so that what the noise decides stands still (ours). The video model takes
-    as many frames at once as it was trained on, and as there, a noise for each.
-    """
-    shape, device, video = z_r.shape[1:], z_r.device, decoder.config.frames > 1
-    size = decoder.config.frames if video else BATCH
-    tokens = decoder.config.num_tokens, decoder.config.token_dim
-    with compute(device):
-        cache = decoder.reference(z_r, still.unflatten(1, tokens))
-    shared = draw(1, *shape)
-    for motion in data.rechunk(motions, size):
-        noise = draw(size, *shape)[:len(motion)] if video else shared.expand(len(motion), *shape)
-        with compute(device):
-            frames = flow.sample(decoder, noise, steps, m_t=motion.unflatten(1, tokens), cache=cache)
-        yield frames
+        yield encoder(space.encode(frames.to(device))).flatten(1)
 
 
 def to_bytes(space, frames):
@@ -116,34 +65,33 @@ def to_bytes(space, frames):
     return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
 
-def begin(models, meta, image):
-    """What both jobs start with -> space of the latents, photo (1, C, H, W) in it, the photo's motion (1, L*D)."""
+def begin(models, meta, image, seed):
+    """What both jobs start with -> space of the latents, photo (1, C, H, W) in it, its motion (1, L*D), source of noise,
+    the frames' noise (1, C, H, W). Noise is drawn on the CPU, so that every device gets the same."""
     device = next(models["decoder"].parameters()).device
-    space = load_latents(meta["latents"], device=device)
-    with compute(device):
-        z_r = space.encode(image[None].to(device))
-        return space, z_r, models["encoder"](z_r).flatten(1)
+    space, source = load_latents(meta["latents"], device=device), torch.Generator().manual_seed(seed)
+    z_r = next(within(device, (space.encode(picture.to(device)) for picture in [image[None]])))
+    still = next(within(device, (models["encoder"](z) for z in [z_r]))).flatten(1)
+    return space, z_r, still, source, torch.randn(z_r.shape, generator=source).to(device)
 
 
 def talk(models, meta, image, rows, seed=0, steps=None, guidance=None):
     """A photo speaks. image (3, H, W) in [-1, 1]; rows: iterator of (n, A) sound features -> (H, W, 3) uint8 frames,
     as many as rows, yielded as they are made. steps and guidance are the release's own (meta) where None."""
-    space, z_r, still = begin(models, meta, image)
+    space, z_r, still, source, noise = begin(models, meta, image, seed)
     silence = audio.features(torch.zeros(1, audio.FRAME), meta["audio"])[0, 0]              # (A,)
     guidance = meta["guidance"] if guidance is None else guidance
-    motions = dream(models["generator"], still, rows, draws(2 * seed, z_r.device), steps or meta["gen_steps"], guidance,
-                    silence)
-    draw = draws(2 * seed + 1, z_r.device)
-    for frames in paint(models["decoder"], z_r, still, motions, draw, steps or meta["steps"]):
+    rows = within(z_r.device, rows, models=False)                                           # sound stays in fp32
+    motions = dream(models["generator"], still, rows, source, silence, steps or meta["gen_steps"], guidance)
+    for frames in within(z_r.device, paint(models["decoder"], z_r, still, motions, noise, steps or meta["steps"], BATCH)):
         yield from to_bytes(space, frames)
 
 
 def reenact(models, meta, image, video, seed=0, steps=None):
     """A photo moves as a video. image (3, H, W) in [-1, 1]; video: iterator of such -> (H, W, 3) uint8, as many."""
-    space, z_r, still = begin(models, meta, image)
+    space, z_r, still, _, noise = begin(models, meta, image, seed)
     motions = watch(models["encoder"], space, video, z_r.device)
-    draw = draws(2 * seed + 1, z_r.device)
-    for frames in paint(models["decoder"], z_r, still, motions, draw, steps or meta["steps"]):
+    for frames in within(z_r.device, paint(models["decoder"], z_r, still, motions, noise, steps or meta["steps"], BATCH)):
         yield from to_bytes(space, frames)
 
 

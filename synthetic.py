@@ -94,6 +94,8 @@ def render(identity, motion, size=128):
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     y, x = y[None], x[None]
 
+    fw, fh = 0.45 + 0.09 * p["face_width"], 0.60 + 0.08 * p["face_height"]                # half width, half height
+
     def cover(distance):                       # signed distance (inside positive) -> coverage of the pixel
         return (0.5 + distance / px).clamp(0, 1)
 
@@ -101,14 +103,13 @@ def render(identity, motion, size=128):
         return torch.sigmoid(4 * distance / width)
 
     def ellipse(x, y, a, b):                   # approximate signed distance to an ellipse
-        return (1 - torch.sqrt((x / a) ** 2 + (y / b) ** 2 + 1e-8)) * torch.minimum(a + 0 * b, b + 0 * a)
+        return (1 - torch.sqrt((x / a) ** 2 + (y / b) ** 2 + 1e-8)) * torch.minimum(fw * 0 + a, fw * 0 + b)
 
     # -- pose: undo shift, roll (about the neck) and scale, then turn the ellipsoid back ------------------------------
     cos, sin = torch.cos(m["roll"]), torch.sin(m["roll"])
     zoom = 1.12 * (1 + 0.08 * m["scale"])
     xs, ys = (x - 0.08 * m["shift_x"]) / zoom, (y - 0.06 * m["shift_y"] - 0.45) / zoom
     u, v = cos * xs + sin * ys, cos * ys - sin * xs + 0.45 + 0.02                                       # (B, H, W)
-    fw, fh = 0.45 + 0.09 * p["face_width"], 0.60 + 0.08 * p["face_height"]
     u = u - 0.10 * torch.sin(m["yaw"])
     v = v + 0.02 - 0.05 * torch.sin(m["pitch"])
     rx, ry = 1.15 * fw, 1.20 * fh
@@ -117,7 +118,8 @@ def render(identity, motion, size=128):
 
     # -- colours ------------------------------------------------------------------------------------------------------
     tone = 0.36 + 0.60 * p["skin"]
-    skin = rgb(tone, tone * (0.70 + 0.08 * p["skin_hue"] + 0.06 * p["skin"]), tone * (0.52 + 0.12 * p["skin_hue"] + 0.12 * p["skin"]))
+    skin = rgb(tone, tone * (0.70 + 0.08 * p["skin_hue"] + 0.06 * p["skin"]),
+               tone * (0.52 + 0.12 * p["skin_hue"] + 0.12 * p["skin"]))
     light = 0.08 + 0.75 * p["hair_light"] ** 1.5
     hair = rgb(light, light * (0.82 - 0.32 * p["hair_red"]), light * (0.62 - 0.42 * p["hair_red"]))
     lips = skin * rgb(0.92 - 0.05 * p["lip_red"], 0.66 - 0.28 * p["lip_red"], 0.68 - 0.22 * p["lip_red"])
@@ -158,22 +160,26 @@ def render(identity, motion, size=128):
     # -- beard, cheeks, nose ------------------------------------------------------------------------------------------
     mouth_y = 0.345 + 0.03 * p["nose_length"]
     whisker = (2 * p["beard"] - 1).clamp(min=0)                                               # half of the people have none
-    jawline = soft(t - 0.24 - 0.15 * torch.cos(2.2 * s / fw), 0.16) * (1 - soft(ellipse(s, t - mouth_y - 0.03, 0.17 + 0 * fw, 0.10 + 0 * fw), 0.05))
-    moustache = soft(ellipse(s, t - mouth_y + 0.085, 0.19 + 0 * fw, 0.045 + 0 * fw), 0.04)
+    jawline = soft(t - 0.24 - 0.15 * torch.cos(2.2 * s / fw), 0.16)
+    jawline = jawline * (1 - soft(ellipse(s, t - mouth_y - 0.03, 0.17, 0.10), 0.05))
+    moustache = soft(ellipse(s, t - mouth_y + 0.085, 0.19, 0.045), 0.04)
     fuzz = torch.maximum(jawline, moustache) * cover(head) * whisker
     image = over(image, hair * (0.8 * strands * shade)[:, None], 0.85 * fuzz)
     for side in (-1, 1):
-        image = over(image, skin * rgb(1.0 + 0 * tone, 0.80, 0.80), 0.35 * soft(ellipse(s - side * 0.27, t - 0.17, 0.13 + 0 * fw, 0.10 + 0 * fw), 0.15) * cover(head))
+        cheek = soft(ellipse(s - side * 0.27, t - 0.17, 0.13, 0.10), 0.15) * cover(head)
+        image = over(image, skin * rgb(1.0 + 0 * tone, 0.80, 0.80), 0.35 * cheek)
     ns, nt = s - 0.10 * torch.sin(m["yaw"]), t - 0.06 * torch.sin(m["pitch"])                # the nose stands out
     tip, wide = 0.12 + 0.07 * p["nose_length"], 0.05 + 0.035 * p["nose_width"]
-    side = soft(wide * (0.35 + 0.65 * ((nt + 0.12) / (tip + 0.12)).clamp(0, 1)) - ns.abs(), 0.05) * soft(nt + 0.14, 0.2) * cover(tip + 0.02 - nt)
-    image = over(image, skin * (shade * (1.03 - 0.9 * (ns * (-0.4 - m["light_x"])).clamp(min=-0.1)))[:, None] * 1.04, 0.55 * side)
-    image = over(image, skin * 0.66, 0.8 * soft(ellipse(ns, nt - tip - 0.01, wide * 1.25, 0.022 + 0 * wide), 0.03))
-    image = over(image, skin * 1.12, 0.5 * soft(ellipse(ns + 0.02 * m["light_x"], nt - tip + 0.045, 0.5 * wide, 0.04 + 0 * wide), 0.04))
+    ridge = soft(wide * (0.35 + 0.65 * ((nt + 0.12) / (tip + 0.12)).clamp(0, 1)) - ns.abs(), 0.05)
+    ridge = ridge * soft(nt + 0.14, 0.2) * cover(tip + 0.02 - nt)
+    lit = shade * (1.03 - 0.9 * (ns * (-0.4 - m["light_x"])).clamp(min=-0.1))
+    image = over(image, skin * lit[:, None] * 1.04, 0.55 * ridge)
+    image = over(image, skin * 0.66, 0.8 * soft(ellipse(ns, nt - tip - 0.01, wide * 1.25, 0.022), 0.03))
+    image = over(image, skin * 1.12, 0.5 * soft(ellipse(ns + 0.02 * m["light_x"], nt - tip + 0.045, 0.5 * wide, 0.04), 0.04))
 
     # -- eyes, brows, glasses -----------------------------------------------------------------------------------------
     ew, spacing = 0.118 + 0.028 * p["eye_size"], 0.205 + 0.03 * p["eye_spacing"]
-    eh, eye_y = 0.70 * ew, -0.06
+    eh, eye_y, white = 0.70 * ew, -0.06, rgb(0.95 + 0 * tone, 0.94, 0.92)
     for side, blink in ((-1, m["blink_l"]), (1, m["blink_r"])):
         ex, ey = s - side * spacing, t - eye_y
         arch = (1 - (ex / ew) ** 2)
@@ -183,7 +189,6 @@ def render(identity, motion, size=128):
         opening = torch.minimum(torch.minimum(ey - lid, lower - ey), ew - ex.abs())
         socket = soft(ellipse(ex, ey, 1.45 * ew, 1.55 * eh), 0.10)
         image = over(image, skin * 0.80, 0.45 * socket)
-        white = rgb(0.95 + 0 * tone, 0.94, 0.92)
         image = over(image, white * (0.86 + 0.14 * soft(ey - lid, 0.06))[:, None], cover(opening))
         gx, gy = ex - 0.052 * m["gaze_x"], ey - 0.008 - 0.036 * m["gaze_y"]
         r = torch.sqrt(gx**2 + gy**2 + 1e-8)
@@ -216,7 +221,7 @@ def render(identity, motion, size=128):
     top, bottom = -0.18 * gap, 0.82 * gap
     ends = (mw - mx.abs())
     outer = torch.minimum(torch.minimum(my - top + full * arch, bottom + 1.25 * full * arch - my), ends)
-    image = over(image, skin * 0.72, 0.5 * soft(ellipse(mx, my - bottom - 2.1 * full, 0.6 * mw, 0.03 + 0 * mw), 0.04))
+    image = over(image, skin * 0.72, 0.5 * soft(ellipse(mx, my - bottom - 2.1 * full, 0.6 * mw, 0.03), 0.04))
     image = over(image, lips * shade[:, None], cover(outer))
     inner = torch.minimum(torch.minimum(my - top, bottom - my), ends - 0.012)
     image = over(image, rgb(0.22 + 0 * tone, 0.05, 0.07), cover(inner) * (m["jaw"] > 0))
@@ -241,10 +246,9 @@ def pairs(seeds, targets, near, size=128, draw=render):
     differ), as neighbouring frames of a speaker do; the others change in everything, as distant frames. draw: `render`,
     or the same compiled.
     """
-    seeds = (seeds[:, None] * (targets + 1) + torch.arange(targets + 1, device=seeds.device)).flatten()
-    seeds = torch.where(seeds[:1] >= HELD_OUT, seeds, seeds % HELD_OUT)
-    motion = random_motion(seeds).unflatten(0, (-1, targets + 1))                         # (R, 1+T, M)
-    people = identity(seeds[::targets + 1])
+    people = identity(seeds)
+    draws = seeds[:, None] * (targets + 1) + torch.arange(targets + 1, device=seeds.device)            # (R, 1+T)
+    motion = random_motion(draws.flatten()).unflatten(0, (-1, targets + 1))               # (R, 1+T, M)
     still = torch.tensor([name in (*POSE, "light_x", "light") for name in MOTION], device=seeds.device)
     keep = (torch.arange(len(people), device=seeds.device) < round(near * len(people)))[:, None, None] & still
     motion = torch.where(keep, motion[:, :1], motion)
@@ -331,9 +335,10 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    frames = round(args.seconds * FPS)
-    if min(args.clips, frames, args.size) < 1:
-        print("synthetic.py: --clips, --seconds and --size must be positive", file=sys.stderr)
+    frames = round(args.seconds * FPS) if 0 < args.seconds < 1e6 else 0
+    if args.clips < 1 or args.seed < 0 or frames < 1 or args.size < 16 or args.size % 2:
+        print(f"synthetic.py: --clips {args.clips} must be at least 1, --seed {args.seed} at least 0, --seconds {args.seconds} "
+              f"at least a frame, --size {args.size} an even number from 16 on", file=sys.stderr)
         return 2
     try:
         os.makedirs(args.out, exist_ok=True)

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from dataclasses import asdict, replace
 
 import torch
@@ -28,9 +29,9 @@ from encoder import EncoderConfig, MotionEncoder, random_keep
 PRESETS = {
     "nano": dict(encoder=EncoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8),
                  decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8, expand=2),
-                 steps=20, refs=2, targets=2, near=0.5, lr=1e-3, muon_lr=0.02),
+                 steps=20, refs=2, targets=2, near=0.5, lr=3e-3, muon_lr=0.02),
     "tiny": dict(encoder=EncoderConfig(width=128, depth=4, heads=2), decoder=DecoderConfig(width=192, depth=6, heads=3),
-                 steps=8000, refs=16, targets=4, near=0.5, lr=1e-3, muon_lr=0.02),
+                 steps=16000, refs=16, targets=4, near=0.5, lr=1e-3, muon_lr=0.02),
 }
 
 
@@ -90,8 +91,8 @@ def clips(seeds, frames, size, draw):
 def batch(args, preset, number, draw, held_out=False):
     """The people of one forward pass, a function of its number alone: no two processes or steps get the same."""
     size = preset["encoder"].image_size
-    seeds = number * args.refs + torch.arange(args.refs)
-    seeds = seeds + synthetic.HELD_OUT if held_out else seeds
+    seeds = (args.seed * 1_000_003 + number) * args.refs + torch.arange(args.refs)
+    seeds = seeds + synthetic.HELD_OUT if held_out else seeds % synthetic.HELD_OUT
     if args.frames > 1:
         return clips(seeds, args.frames, size, draw)
     return synthetic.pairs(seeds, preset["targets"], preset["near"], size, draw)
@@ -161,9 +162,12 @@ def main(argv=None):
     step = training.resume(files["state.pt"], configs, model, ema, optimisers)
 
     draw = torch.compile(synthetic.render, dynamic=False) if args.compile else synthetic.render
-    loss_of = training.wrap(torch.compile(model, dynamic=False) if args.compile else model, world, device)
+    if args.compile:
+        model.decoder.compile(dynamic=False)                        # in place; the encoder's shapes change with the mask
+    loss_of = training.wrap(model, world, device)
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=training.fast_bf16(device))
     stopper, began, first = training.Stopper(), time.time(), step
+    recent = deque(maxlen=100)                                      # losses, to print their mean
     model.train()
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
@@ -179,7 +183,8 @@ def main(argv=None):
         training.update_ema(ema, model, step)
         step += 1
         bar.update()
-        bar.set_postfix(loss=f"{loss:.4f}")
+        recent.append(loss)
+        bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
         stop = training.anyone(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             training.save_state(files["state.pt"], step=step, configs={k: asdict(c) for k, c in configs.items()},
@@ -189,7 +194,7 @@ def main(argv=None):
                                   {"latents": "pixel", "size": configs["encoder"].image_size, "steps": 1, "trained_steps": step})
             targets = args.frames if args.frames > 1 else preset["targets"]
             speed = (step - first) * args.accumulate * world * args.refs * targets / (time.time() - began)
-            training.log(files["log.jsonl"], step=step, loss=loss, psnr=psnr, psnr_copy=copy, samples_per_second=speed)
+            training.log(files["log.jsonl"], step=step, loss=sum(recent) / len(recent), psnr=psnr, psnr_copy=copy, samples_per_second=speed)
         if stop:
             break
     bar.close()

@@ -9,7 +9,6 @@ sample.py reads), log.jsonl and short clips with sound. Ctrl-C and SIGTERM save 
 """
 import argparse
 import hashlib
-import math
 import os
 import sys
 import time

@@ -62,7 +62,8 @@ def fast_bf16(device):
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     try:
         with open("/proc/cpuinfo") as f:
-            return any(flag in f.read() for flag in ("amx_bf16", "avx512_bf16"))
+            flags = f.read()
+        return "amx_bf16" in flags or "avx512_bf16" in flags
     except OSError:
         return False
 
@@ -92,14 +93,16 @@ def anyone(wish, device):
 # ---- optimisation ---------------------------------------------------------------------------------------------------
 
 def optimisers(model, lr, muon_lr, weight_decay=0.01):
-    """Muon (Jordan et al. 2024) for the matrices inside blocks, AdamW for the rest: half the steps of AdamW alone."""
-    inner = [p for n, p in model.named_parameters() if p.ndim == 2 and ".blocks." in "." + n and "modulation" not in n]
-    known = {id(p) for p in inner}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    """Muon (Jordan et al. 2024) for the matrices of attention and MLP, AdamW for the rest."""
+    def inner(name, p):
+        return p.ndim == 2 and "blocks" in name.split(".") and "modulation" not in name
+
+    matrices = [p for name, p in model.named_parameters() if inner(name, p)]
+    rest = [p for name, p in model.named_parameters() if not inner(name, p)]
     fused = all(p.is_cuda for p in rest)
     found = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)]
-    if inner:
-        found.append(torch.optim.Muon(inner, lr=muon_lr, weight_decay=weight_decay))
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
     for optimiser in found:
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]
@@ -191,8 +194,11 @@ def load_release(path, device="cpu"):
         raise ValueError(f"{path}: {len(bad)} weights hold NaN or infinity, first {bad[0]}; the file is damaged or badly trained")
     models = {}
     for kind, config in meta.pop("configs").items():
-        make, make_config = KINDS[kind]
-        model = make(make_config(**config))
+        try:
+            make, make_config = KINDS[kind]
+            model = make(make_config(**config))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: its {kind} was made by another version of SeMo ({error})") from error
         own = {name[len(kind) + 1:]: value.float() for name, value in weights.items() if name.startswith(kind + ".")}
         try:
             model.load_state_dict(own)

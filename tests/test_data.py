@@ -467,12 +467,6 @@ def test_flash_and_click_stay_together(tmp_path):
     assert len(onsets) == 3 and all(abs(onset / 640 - k) < 0.15 for onset, k in zip(onsets, times, strict=True))
 
 
-def test_same_frames_same_bytes(tmp_path):
-    for name in ("a.mp4", "b.mp4"):
-        write(tmp_path / name, 10, torch.from_numpy(sine(16000, 0.4, 1)[:, 0]))
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
 def test_interrupted_writing_leaves_nothing(tmp_path, error):
     def fail(k):

@@ -1,4 +1,4 @@
-"""The motion encoder: values against torch's own layers, masking that really hides, statistics that many processes share."""
+"""The motion encoder: values against torch's own layers, masks that really hide, statistics that processes share."""
 
 import pytest
 import torch
@@ -6,10 +6,23 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from encoder import (Attention, Block, EncoderConfig, MotionEncoder, Standardise, attend, patchify, random_keep, rms_norm, sincos,
-                     sincos_2d, unpatchify)
+from encoder import (
+    Attention,
+    Block,
+    EncoderConfig,
+    MotionEncoder,
+    Standardise,
+    attend,
+    patchify,
+    random_keep,
+    rms_norm,
+    sincos,
+    sincos_2d,
+    unpatchify,
+)
 
-SMALL = dict(image_size=16, patch_size=4, width=24, depth=2, heads=2, token_dim=6)
+torch.set_num_threads(1)
+SMALL = {"image_size": 16, "patch_size": 4, "width": 24, "depth": 2, "heads": 2, "token_dim": 6}
 N = 16                                                                       # patches of SMALL
 
 
@@ -22,7 +35,7 @@ def images(count, seed=0):
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- patches and positions ----------------------------------------------------------------------------------------------
+# ---- patches and positions ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("channels, size, p", [(3, 16, 4), (4, 12, 2), (1, 8, 8), (3, 6, 1)])
 def test_patches_come_back(channels, size, p):
@@ -45,11 +58,12 @@ def test_positions_are_sines_of_row_and_column():
     frequency = torch.tensor([1, 10 ** (-4 / 3), 10 ** (-8 / 3), 1e-4])
     torch.testing.assert_close(table[3], torch.cat([(3 * frequency).sin(), (3 * frequency).cos()]))
     grid = sincos_2d(3, 16)
-    assert torch.equal(grid[5], torch.cat([sincos(torch.tensor([1]), 8)[0], sincos(torch.tensor([2]), 8)[0]]))  # row 1, column 2
+    row, column = sincos(torch.tensor([1, 2]), 8)
+    assert torch.equal(grid[5], torch.cat([row, column]))
     assert len(grid.unique(dim=0)) == 9
 
 
-# ---- attention ----------------------------------------------------------------------------------------------------------
+# ---- attention ------------------------------------------------------------------------------------------------------
 
 def test_attention_equals_torch():
     torch.manual_seed(0)
@@ -78,8 +92,8 @@ def test_block_is_a_prenorm_transformer_block():
 def test_attend_trains_as_torch_does():
     """While gradients flow on a CPU, attend writes the products out; the numbers are those of the fused kernel."""
     torch.manual_seed(0)
-    ours, theirs = ([torch.randn(2, 3, n, 8, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in (5, 9, 9)]
-                    for _ in range(2))
+    ours = [torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 9, 9)]
+    theirs = [x.detach().clone().requires_grad_() for x in ours]
     out, want = attend(*ours), F.scaled_dot_product_attention(*theirs)
     torch.testing.assert_close(out, want)
     slope = torch.randn_like(out)
@@ -94,7 +108,7 @@ def test_rms_norm_equals_torch():
     torch.testing.assert_close(rms_norm(x), F.rms_norm(x, (10,), eps=1e-6))
 
 
-# ---- masks --------------------------------------------------------------------------------------------------------------
+# ---- masks ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ratio, left", [(0, 64), (0.5, 32), (0.9, 7), (0.999, 1), (1.0, 1)])
 def test_kept_patches(ratio, left):
@@ -143,7 +157,7 @@ def test_keeping_all_is_no_mask():
     torch.testing.assert_close(model(x, random_keep(2, N, 0)), model(x))
 
 
-# ---- the token ----------------------------------------------------------------------------------------------------------
+# ---- the token ------------------------------------------------------------------------------------------------------
 
 def test_samples_are_independent():
     model, x = encoder(), images(3)
@@ -155,7 +169,7 @@ def test_samples_are_independent():
 
 
 def test_token_k_is_token_k():
-    """Output k belongs to learned token k, and its D numbers to it alone. Recomputed by hand, so a scrambled reshape fails."""
+    """Output k belongs to learned token k, its D numbers to it alone: by hand, so a scrambled reshape fails."""
     model, x = encoder(num_tokens=3), images(2)
     z = model.embed(patchify(x, 4)) + model.position
     z = torch.cat([z, model.tokens.expand(2, -1, -1)], 1)
@@ -163,7 +177,7 @@ def test_token_k_is_token_k():
         z = block(z)
     for k in range(3):
         state = z[:, N + k]
-        number = F.layer_norm(model.head[1](F.layer_norm(state, (24,))), (6,))          # Standardise is new: it changes nothing
+        number = F.layer_norm(model.head[1](F.layer_norm(state, (24,))), (6,))   # Standardise, new, changes nothing
         torch.testing.assert_close(model(x)[:, k], number, atol=1e-4, rtol=1e-4)
     order = torch.tensor([2, 0, 1])
     before = model(x)
@@ -191,14 +205,14 @@ def test_shape_precision_and_gradients():
     assert "position" not in model.state_dict()
 
 
-@pytest.mark.parametrize("wrong, words", [(dict(image_size=17), "17.*4"), (dict(width=25), "25.*2"), (dict(heads=5), "24.*5"),
-                                          (dict(width=22, heads=2), "22")])
+@pytest.mark.parametrize("wrong, words", [({"image_size": 17}, "17.*4"), ({"width": 25}, "25.*2"),
+                                          ({"heads": 5}, "24.*5"), ({"width": 22, "heads": 2}, "22")])
 def test_config_errors_name_the_numbers(wrong, words):
     with pytest.raises(ValueError, match=words):
         EncoderConfig(**{**SMALL, **wrong})
 
 
-# ---- Standardise --------------------------------------------------------------------------------------------------------
+# ---- Standardise ----------------------------------------------------------------------------------------------------
 
 def lopsided(count, seed=0):
     """(count, 2, 3) with means 5, -2, 0 and deviations 0.1, 3, 1."""

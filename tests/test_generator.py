@@ -1,4 +1,4 @@
-"""The motion generator: each condition reaches the new frames, speech is heard in time, windows join without a trace."""
+"""The motion generator: each condition reaches the new frames, speech is heard in time, windows follow each other."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ import torch.nn.functional as F
 import flow
 from generator import CrossAttention, Generator, GeneratorConfig, dream
 
-SMALL = dict(token_dim=6, audio_dim=5, width=24, depth=2, heads=2, window=4, past=3, ahead=2)
+torch.set_num_threads(1)
+SMALL = {"token_dim": 6, "audio_dim": 5, "width": 24, "depth": 2, "heads": 2, "window": 4, "past": 3, "ahead": 2}
 ROWS = 3 + 4 + 2                                                             # of speech in one pass of SMALL
 
 
@@ -25,8 +26,9 @@ def generator(lively=True, **change):
 def inputs(batch=2, seed=1, motion=6):
     """-> what forward takes: m_t, t, past, reference, audio."""
     draw = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, 4, motion, generator=draw), 0.1 + 0.8 * torch.rand(batch, generator=draw), torch.randn(batch, 3, motion, generator=draw),
-            torch.randn(batch, motion, generator=draw), torch.randn(batch, ROWS, 5, generator=draw)]
+    return [torch.randn(batch, 4, motion, generator=draw), 0.1 + 0.8 * torch.rand(batch, generator=draw),
+            torch.randn(batch, 3, motion, generator=draw), torch.randn(batch, motion, generator=draw),
+            torch.randn(batch, ROWS, 5, generator=draw)]
 
 
 def differ(a, b, by=1e-4):
@@ -34,7 +36,7 @@ def differ(a, b, by=1e-4):
     return ((a - b).abs().amax(2) > by).all()
 
 
-# ---- layers and start ---------------------------------------------------------------------------------------------------
+# ---- layers and start -----------------------------------------------------------------------------------------------
 
 def test_cross_attention_equals_torch():
     torch.manual_seed(0)
@@ -53,20 +55,21 @@ def test_cross_attention_equals_torch():
 
 def test_blocks_start_as_identity_and_the_output_as_zero():
     model = generator(lively=False)
-    x, given = torch.randn(2, 7, 24), (torch.randn(2, 24), model.clock[:7], torch.randn(2, ROWS, 24), torch.randn(2, 1, 24))
+    x = torch.randn(2, 7, 24)
+    given = torch.randn(2, 24), model.clock[:7], torch.randn(2, ROWS, 24), torch.randn(2, 1, 24)
     assert all(torch.equal(block(x, *given), x) for block in model.blocks)
     assert not model(*inputs()).any()
 
 
 def test_every_parameter_learns():
-    model = generator(num_tokens=2).train()                                  # of one token, softmax is 1 and queries idle
+    model = generator(num_tokens=2).train()                                  # (softmax over one token is 1)
     v = model(*inputs(motion=12), drop=torch.tensor([True, False]))
     (v * torch.randn_like(v)).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     assert "clock" not in model.state_dict()
 
 
-# ---- conditions ---------------------------------------------------------------------------------------------------------
+# ---- conditions -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("which", range(5), ids=["m_t", "t", "past", "reference", "audio"])
 def test_new_frames_depend_on(which):
@@ -110,7 +113,8 @@ def test_past_and_new_frames_are_told_apart():
     model.clock.zero_()
     m_t, t, past, reference, audio = inputs()
     plain = model(m_t, t, past, reference, audio)[:, 1:]
-    swapped = model(torch.cat([past[:, -1:], m_t[:, 1:]], 1), t, torch.cat([past[:, :-1], m_t[:, :1]], 1), reference, audio)[:, 1:]
+    first, last = m_t[:, :1], past[:, -1:]
+    swapped = model(torch.cat([last, m_t[:, 1:]], 1), t, torch.cat([past[:, :-1], first], 1), reference, audio)[:, 1:]
     assert differ(plain, swapped, 1e-5)
 
 
@@ -121,7 +125,7 @@ def test_samples_are_independent():
         torch.testing.assert_close(model(*(part[k:k + 1] for part in given)), plain[k:k + 1], atol=1e-5, rtol=1e-5)
 
 
-# ---- speech left out ----------------------------------------------------------------------------------------------------
+# ---- speech left out ------------------------------------------------------------------------------------------------
 
 def test_no_audio_is_all_rows_dropped():
     model, (*given, audio) = generator(), inputs()
@@ -139,7 +143,7 @@ def test_drop_is_of_each_sample():
     torch.testing.assert_close(some[1], model(*given, None)[1])
 
 
-# ---- shapes -------------------------------------------------------------------------------------------------------------
+# ---- shapes ---------------------------------------------------------------------------------------------------------
 
 def test_two_tokens_a_frame():
     model, given = generator(num_tokens=2), inputs(motion=12)
@@ -165,14 +169,14 @@ def test_lengths_that_disagree_are_refused(which, words):
         generator()(*given)
 
 
-@pytest.mark.parametrize("wrong, words", [(dict(heads=5), "24.*5"), (dict(width=9, heads=3), "9"), (dict(window=0), "0"), (dict(past=0), "0"),
-                                          (dict(ahead=-1), "-1")])
+@pytest.mark.parametrize("wrong, words", [({"heads": 5}, "24.*5"), ({"width": 9, "heads": 3}, "9"),
+                                          ({"window": 0}, "0"), ({"past": 0}, "0"), ({"ahead": -1}, "-1")])
 def test_config_errors_name_the_numbers(wrong, words):
     with pytest.raises(ValueError, match=words):
         GeneratorConfig(**{**SMALL, **wrong})
 
 
-# ---- learning -----------------------------------------------------------------------------------------------------------
+# ---- learning -------------------------------------------------------------------------------------------------------
 
 def learn(model, batches, steps, rate=5e-3):
     """-> the losses of training on batches() of (z, t, cond)."""
@@ -189,7 +193,7 @@ def learn(model, batches, steps, rate=5e-3):
 
 def test_a_small_batch_is_learned_by_heart():
     m, _, past, reference, audio = inputs(4)
-    cond = dict(past=past, reference=reference, audio=audio)
+    cond = {"past": past, "reference": reference, "audio": audio}
     losses = learn(generator(lively=False).train(), lambda draw: (m, torch.full((4,), 0.7), cond), 150)
     assert sum(losses[-20:]) / 20 < sum(losses[:5]) / 5 / 5
 
@@ -199,7 +203,7 @@ def test_a_frame_learns_to_hear_its_own_row():
     def batches(draw):
         audio = torch.randn(64, ROWS, 5, generator=draw)
         z = F.pad(audio, (0, 1))[:, 3:7]                                     # (B, K, L*D)
-        return z, torch.ones(64), dict(past=torch.zeros(64, 3, 6), reference=torch.zeros(64, 6), audio=audio)
+        return z, torch.ones(64), {"past": torch.zeros(64, 3, 6), "reference": torch.zeros(64, 6), "audio": audio}
 
     model = generator(lively=False, depth=1).train()
     learn(model, batches, 200, 1e-2)
@@ -207,10 +211,10 @@ def test_a_frame_learns_to_hear_its_own_row():
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         error = (flow.sample(model.eval(), noise, 1, **cond) - z)[..., :5].square().mean()
-    assert error < 0.3                                                       # 1 without hearing; 2 or so of the wrong row
+    assert error < 0.3                                                       # 1 without hearing, 2 with the wrong row
 
 
-# ---- dream --------------------------------------------------------------------------------------------------------------
+# ---- dream ----------------------------------------------------------------------------------------------------------
 
 SILENCE = torch.linspace(-1, 1, 5)
 
@@ -230,7 +234,7 @@ def window_by_window(model, rows, steps, guidance):
     silent = SILENCE.expand(c.past + c.window + c.ahead, -1)
     padded, past, out = torch.cat([silent[:c.past], rows, silent]), still.expand(1, c.past, -1), []
     for start in range(0, len(rows), c.window):
-        cond = dict(past=past, reference=still[None], audio=padded[None, start:start + len(silent)])
+        cond = {"past": past, "reference": still[None], "audio": padded[None, start:start + len(silent)]}
         field = flow.guide(model, guidance, {"audio": None})
         out.append(flow.sample(field, torch.randn(1, c.window, 6, generator=draw), steps, **cond)[0])
         past = torch.cat([past[0], out[-1]])[None, -c.past:]

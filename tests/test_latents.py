@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL
 
 from latents import load_latents
 
+torch.set_num_threads(1)
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -13,9 +14,9 @@ IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 
 def folder(tmp_path_factory):
     """A tiny random autoencoder in the hub's own format, with factor 8 and 4 channels as the real one."""
     torch.manual_seed(1)
-    levels = 4
-    vae = AutoencoderKL(block_out_channels=(8,) * levels, down_block_types=("DownEncoderBlock2D",) * levels, norm_num_groups=4,
-                        up_block_types=("UpDecoderBlock2D",) * levels, latent_channels=4, sample_size=32, scaling_factor=0.18215)
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                        block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, sample_size=32,
+                        scaling_factor=0.18215)
     path = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(path)
     return str(path)

@@ -2,7 +2,6 @@
 import os
 import subprocess
 import sys
-import types
 
 import av
 import numpy as np
@@ -96,12 +95,15 @@ def test_frames_are_as_many_as_the_sound_lasts(given, tmp_path, seconds, frames)
     assert len(list(data.read_video(tmp_path / "o.mp4", 32))) == frames
 
 
-def test_same_seed_same_bytes_other_seed_other_take(given, tmp_path):
-    for name, seed in [("a", "3"), ("b", "3"), ("c", "4")]:
-        assert sample.main(command(given, tmp_path / f"{name}.mp4", "--seed", seed)) == 0
-    a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
-    assert a == b
-    assert a != c
+def test_same_seed_same_frames_other_seed_other_take(given, tmp_path, monkeypatch):
+    """The frames that reach the encoder: libx264 itself is not bit-exact from run to run at this size."""
+    takes, write = [], data.VideoWriter.write
+    monkeypatch.setattr(data.VideoWriter, "write", lambda self, x: (takes[-1].append(x.copy()), write(self, x)))
+    for seed in ("3", "3", "4"):
+        takes.append([])
+        assert sample.main(command(given, tmp_path / "o.mp4", "--seed", seed)) == 0
+    a, b, c = (np.stack(frames) for frames in takes)
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 
 def test_it_runs_as_a_program(given, tmp_path):
@@ -112,34 +114,6 @@ def test_it_runs_as_a_program(given, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- the parts
-def test_what_is_heard_lines_up():
-    """Row n of the sound must stand at place P + n - K w of window w; silence before, after, and nothing lost."""
-    config = types.SimpleNamespace(past=5, window=4, ahead=2)
-    for total in (1, 3, 4, 5, 6, 7, 8, 11, 23):
-        rows = torch.arange(1.0, total + 1)[:, None]
-        for cut in (1, 3, 50):
-            seen = list(sample.hear(iter(rows.split(cut)), config, torch.zeros(1)))
-            assert sum(count for _, count in seen) == total
-            for w, (heard, _) in enumerate(seen):
-                first = 4 * w - 5
-                want = [n + 1.0 if 0 <= n < total else 0.0 for n in range(first, first + 11)]
-                assert heard[:, 0].tolist() == want
-
-
-def test_motion_follows_the_past():
-    """A generator that returns its past's last frame plus one counts upward through the windows."""
-    def generator(m_t, t, past, reference, audio):
-        assert past.shape == (1, 3, 2) and audio.shape == (1, 8, 1) and reference.tolist() == [[7.0, 7.0]]
-        want = past[:, -1:] + torch.arange(1.0, 5)[None, :, None]
-        return want - m_t                                        # one Euler step ends at `want`
-
-    generator.config = types.SimpleNamespace(past=3, window=4, ahead=1)
-    noise = sample.draws(0, torch.device("cpu"))
-    motion = torch.cat(list(sample.dream(generator, torch.full((1, 2), 7.0), iter([torch.zeros(10, 1)]), noise, 1, 1.0,
-                                         torch.zeros(1))))
-    assert torch.allclose(motion[:, 0], torch.arange(8.0, 18.0), atol=1e-2)
-
-
 def features(frames):
     return torch.randn(frames, audio.FEATURE_DIM["mel"], generator=torch.Generator().manual_seed(frames))
 
@@ -180,10 +154,18 @@ def test_early_frames_do_not_wait_for_late_sound():
     assert len(taken) <= 16 + 3 + 16 * 7
 
 
-def test_grad_mode_does_not_leak():
-    frames = sample.talk(small_models(), META, torch.zeros(3, 32, 32), iter([features(20)]))
-    next(frames)
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+def test_precision_does_not_leak(monkeypatch):
+    """Models run under autocast where it is fast; neither the caller nor the sound's features may."""
+    monkeypatch.setattr(sample, "fast_bf16", lambda device: True)
+
+    def rows():
+        for _ in range(20):
+            assert not torch.is_autocast_enabled("cpu")
+            yield features(1)
+
+    frames = sample.talk(small_models(), META, torch.zeros(3, 32, 32), rows())
+    for _ in frames:
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def test_reenactment_uses_the_motion_of_each_frame(monkeypatch):

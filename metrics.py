@@ -1,0 +1,194 @@
+"""What evaluate.py measures on pictures and on signals, each in a few lines.
+
+Pictures are (B, 3, H, W) in [-1, 1]; a box is a mask (B, H, W) of the pixels that count, None for all. Picture measures
+return one number a picture, (B,).
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from synthetic import FPS, IDENTITY, MOTION
+
+NAMES = list(MOTION)
+
+
+def average(x, box=None):
+    """Mean of x (B, H, W) over the box -> (B,)."""
+    return x.mean((1, 2)) if box is None else (x * box).sum((1, 2)) / box.sum((1, 2)).clamp(min=1)
+
+
+def psnr(made, true, box=None):
+    """Peak signal to noise ratio in dB on [0, 1], at most 100 (equal pictures)."""
+    error = average(((made - true) / 2).square().mean(1), box)
+    return -10 * torch.log10(error.clamp(min=1e-10))
+
+
+def l1(made, true, box=None):
+    """Mean absolute difference on [0, 1]."""
+    return average(((made - true) / 2).abs().mean(1), box)
+
+
+def blur(x, sigma, size, pad=True):
+    """Gaussian blur of (B, C, H, W) over size x size pixels; without padding the result is size - 1 smaller.
+
+    One product with a band matrix for each axis: on a CPU much faster than a depthwise convolution.
+    """
+    def band(n):
+        margin = size // 2
+        centre = torch.arange(n) if pad else torch.arange(margin, n - margin)
+        distance = torch.arange(n)[:, None] - centre                                    # (n, n or n-size+1)
+        kernel = torch.exp(-((torch.arange(size) - margin) ** 2) / (2 * sigma**2)).sum()
+        return (torch.exp(-(distance**2) / (2 * sigma**2)) * (distance.abs() <= margin) / kernel).to(x)
+
+    return band(x.shape[2]).T @ x @ band(x.shape[3])
+
+
+def ssim(made, true):
+    """Structural similarity (Wang et al. 2004) on [0, 1]: Gaussian window 11 x 11 of sigma 1.5, mean over channels.
+
+    -> (B, H-10, W-10): only of windows that lie inside the picture.
+    """
+    a, b = (made + 1) / 2, (true + 1) / 2
+    moments = blur(torch.cat([a, b, a * a, b * b, a * b]), 1.5, 11, pad=False)          # (5B, 3, H-10, W-10)
+    ma, mb, aa, bb, ab = moments.split(len(a))
+    va, vb, vab = aa - ma**2, bb - mb**2, ab - ma * mb
+    return ((2 * ma * mb + 1e-4) * (2 * vab + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))).mean(1)
+
+
+def gradient(x):
+    """Length of the gradient, mean over channels: (B, 3, H, W) -> (B, H, W), the last row and column zero."""
+    dx, dy = F.pad(x.diff(dim=3), (0, 1)), F.pad(x.diff(dim=2), (0, 0, 0, 1))
+    return (dx**2 + dy**2).sqrt().mean(1)
+
+
+def sharpness(made, true, box=None):
+    """Mean gradient, made over true: under 1 is blurred, over 1 is noisy."""
+    return average(gradient(made), box) / average(gradient(true), box).clamp(min=1e-8)
+
+
+def border_ratio(x, patch):
+    """Mean difference of neighbouring pixels across patch borders, over that inside patches."""
+    ratios = []
+    for step in (x.diff(dim=3), x.diff(dim=2).transpose(2, 3)):                         # (B, 3, H, W-1)
+        border = torch.arange(1, step.shape[3] + 1, device=x.device) % patch == 0
+        ratios.append(step[..., border].abs().mean((1, 2, 3)) / step[..., ~border].abs().mean((1, 2, 3)).clamp(min=1e-8))
+    return (ratios[0] + ratios[1]) / 2
+
+
+def seams(made, true, patch):
+    """Patch borders, made relative to true: 1 where none can be seen."""
+    return border_ratio(made, patch) / border_ratio(true, patch).clamp(min=1e-8)
+
+
+def compare(made, true, box, patch):
+    """All picture measures of a clip (n, 3, H, W), means over its frames; those named face_ are over the head's box."""
+    values, alike = {}, ssim(made, true)
+    for prefix, where in (("", None), ("face_", box)):
+        values[prefix + "psnr"] = psnr(made, true, where)
+        values[prefix + "ssim"] = average(alike, None if where is None else where[:, 5:-5, 5:-5])
+        values[prefix + "l1"] = l1(made, true, where)
+    values |= {"sharpness": sharpness(made, true, box), "seams": seams(made, true, patch)}
+    return {name: value.mean().item() for name, value in values.items()}
+
+
+def face_box(people, motion, size):
+    """The upright box round the head, from the known factors (I,) or (n, I) and (n, M) -> mask (n, size, size).
+
+    The renderer's pose, forwards: the head's ellipse, nodded and turned, rolled about the neck, scaled, shifted.
+    """
+    p = dict(zip(IDENTITY, people.expand(len(motion), -1).unbind(1), strict=True))
+    m = dict(zip(NAMES, motion.unbind(1), strict=True))
+    wide, high = 0.45 + 0.09 * p["face_width"], 0.60 + 0.08 * p["face_height"]
+    cos, sin, zoom = torch.cos(m["roll"]), torch.sin(m["roll"]), 1.12 * (1 + 0.08 * m["scale"])
+    u = 0.10 * torch.sin(m["yaw"])
+    v = 0.05 * torch.sin(m["pitch"]) - 0.02 + 0.0375 * m["jaw"] - 0.47
+    high = high + 0.0375 * m["jaw"]                                                       # the chin goes down
+    x, y = zoom * (cos * u - sin * v) + 0.08 * m["shift_x"], zoom * (sin * u + cos * v) + 0.45 + 0.06 * m["shift_y"]
+    half_x, half_y = zoom * torch.hypot(wide * cos, high * sin), zoom * torch.hypot(wide * sin, high * cos)
+    axis = (torch.arange(size) + 0.5) * 2 / size - 1
+    across = (axis - x[:, None]).abs() <= half_x[:, None]                                 # (n, W)
+    down = (axis - y[:, None]).abs() <= half_y[:, None]                                   # (n, H)
+    return down[:, :, None] & across[:, None, :]                                          # (n, H, W)
+
+
+def correlation(a, b):
+    """Pearson's, of each column: (F, n), (F, n) -> (n,). 0 where one of the two does not move."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    spread = (a.square().sum(0) * b.square().sum(0)).sqrt()
+    return torch.where(spread > 1e-9, (a * b).sum(0) / spread.clamp(min=1e-9), torch.zeros_like(spread))
+
+
+def lag_correlation(made, true, reach=5):
+    """(F,), (F,) -> best correlation over shifts of -reach..reach frames, its shift (positive: made is late), that at 0."""
+    F_, found = len(true), {}
+    for lag in range(-reach, reach + 1):
+        late, early = max(lag, 0), max(-lag, 0)
+        if F_ - late - early > 2:
+            found[lag] = correlation(made[late: F_ - early, None], true[early: F_ - late, None]).item()
+    best = max(found, key=lambda lag: (found[lag], -abs(lag)))
+    return found[best], best, found[0]
+
+
+def events(signal, up=0.5, down=0.3):
+    """How often (F,) rises above `up`, counted again only after it has fallen below `down`."""
+    count, inside = 0, False
+    for value in signal.tolist():
+        count += value > up and not inside
+        inside = value > up or (inside and value > down)
+    return count
+
+
+def followed(read, true):
+    """Correlation over all frames of all clips (list of (n, M)) once each clip's mean is taken out: does it move as told?"""
+    return correlation(*(torch.cat([x - x.mean(0) for x in each]) for each in (read, true))).tolist()
+
+
+def sync(read, true):
+    """A clip's mouth and head as read (n, M) against its true mouth -> numbers."""
+    at, values = {name: k for k, name in enumerate(NAMES)}, {}
+    for name in ("jaw", "lip_width"):
+        best, lag, now = lag_correlation(read[:, at[name]], true[:, at[name]])
+        values |= {name: now, name + "_best": best, name + "_lag": lag}
+    for name in ("yaw", "pitch", "roll"):
+        values[name + "_std"] = math.degrees(read[:, at[name]].std())
+    blinks = events((read[:, at["blink_l"]] + read[:, at["blink_r"]]) / 2)
+    return values | {"blinks_per_minute": blinks * 60 * FPS / len(read), "jaw_mean": read[:, at["jaw"]].mean().item()}
+
+
+def r_squared(guess, true):
+    """Share of the variance explained, of each column: (n, k), (n, k) -> (k,)."""
+    return 1 - (guess - true).square().sum(0) / (true - true.mean(0)).square().sum(0).clamp(min=1e-9)
+
+
+def ridge_r_squared(x, y, fit, check, test):
+    """Linear probe: R^2 on the rows `test` of each column of y (n, k), read from x (n, d).
+
+    fit, check, test: masks (n,). Ridge regression on `fit`; its strength is the one best on `check`, for each column.
+    """
+    x, y = x.double(), y.double()
+    x = (x - x[fit].mean(0)) / x[fit].std(0).clamp(min=1e-6)
+    middle = y[fit].mean(0)
+    values, vectors = torch.linalg.eigh(x[fit].T @ x[fit] / fit.sum())
+    target = vectors.T @ (x[fit].T @ (y[fit] - middle) / fit.sum())                     # (d, k)
+    strengths = torch.logspace(-5, 3, 17, dtype=x.dtype)
+    weights = torch.stack([vectors @ (target / (values.clamp(min=0) + s)[:, None]) for s in strengths])     # (17, d, k)
+    scores = torch.stack([r_squared(x[check] @ w + middle, y[check]) for w in weights])                     # (17, k)
+    best = weights[scores.argmax(0), :, torch.arange(y.shape[1])].T                                         # (d, k)
+    return r_squared(x[test] @ best + middle, y[test]).float()
+
+
+def probe_tokens(tokens, motion, people, number, factors=None):
+    """Linear probes from tokens (n, d), people split 60-20-20 by their number (n,) -> R^2 of each motion and identity factor."""
+    share = number.float() / (number.max() + 1)
+    fit, check, test = share < 0.6, (share >= 0.6) & (share < 0.8), share >= 0.8
+    found = ridge_r_squared(tokens.cpu(), torch.cat([motion, people], 1), fit, check, test).tolist()
+    return dict(zip(NAMES, found, strict=False)), dict(zip(IDENTITY, found[len(NAMES):], strict=True))
+
+
+def interval(values, rounds=2000, seed=0):
+    """Bootstrap over clips (Efron 1979): list of numbers -> mean, and the 95% interval of the mean, low and high."""
+    values = torch.tensor(values, dtype=torch.float64)
+    pick = torch.randint(len(values), (rounds, len(values)), generator=torch.Generator().manual_seed(seed))
+    low, high = values[pick].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return {"mean": values.mean().item(), "low": low, "high": high}
