@@ -46,6 +46,8 @@ def parse(argv):
     p.add_argument("--mask-max", type=float, default=0.2, help="masks of the past frames, U(0, this) (paper: 0.2)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                   help="draw the clips with torch.compile: a minute to start, then five times faster (needs a C++ compiler)")
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and preview clips")
     args = p.parse_args(argv)
     for name in ("steps", "clips", "windows"):
@@ -56,7 +58,7 @@ def parse(argv):
 
 
 @torch.no_grad()
-def encode_clip(encoder, seed, frames, mask_max, draw, device, bf16):
+def encode_clip(encoder, seed, frames, mask_max, draw, render, device, bf16):
     """One speaker -> motion (F, L*D) eq. (5), the same seen through a mask eq. (4), speech features (F, A)."""
     made = synthetic.clip(torch.tensor([seed]), frames)
     rows = audio.features(audio.level(made["wave"]))[0]                                # (F, A)
@@ -65,7 +67,7 @@ def encode_clip(encoder, seed, frames, mask_max, draw, device, bf16):
     ratio = mask_max * torch.rand((), generator=draw).item()
     for part in made["motion"][0].split(25):
         people = made["identity"].expand(len(part), -1)
-        images = synthetic.render(people, part, encoder.config.image_size).to(device)
+        images = render(people, part, encoder.config.image_size).to(device)
         with bf16:
             clear.append(encoder(images).flatten(1).cpu())                             # (n, L*D)   eq. (5)
             keep = random_keep(len(part), patches, ratio, draw).to(device)
@@ -83,9 +85,11 @@ def clips(args, preset, encoder, rank, world, device, bf16):
         if kept["key"] == key:
             return [kept[name] for name in ("motion", "masked", "rows")]
     made, frames = [], round(preset["seconds"] * FPS)
+    render = torch.compile(synthetic.render, dynamic=False) if args.compile else synthetic.render
     for number in tqdm(range(args.clips), desc="encoding", unit="clip", disable=rank > 0):
         seed = (args.seed * 100_000 + number) * world + rank
-        made.append(encode_clip(encoder, seed, frames, args.mask_max, training.draws(args.seed, rank, seed), device, bf16))
+        draw = training.draws(args.seed, rank, seed)
+        made.append(encode_clip(encoder, seed, frames, args.mask_max, draw, render, device, bf16))
     motion, masked, rows = (torch.stack(part) for part in zip(*made, strict=True))
     training.save_state(path, key=key, motion=motion, masked=masked, rows=rows)
     return motion, masked, rows

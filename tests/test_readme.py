@@ -1,0 +1,76 @@
+"""README's commands run as they stand, at the nano size; what it names exists."""
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import soundfile
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TEXT = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+LINES = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+ORDER = ("train_ae.py", "train_gen.py", "synthetic.py", "sample.py", "evaluate.py")
+SMALLER = {"train_ae.py": "--steps 2 --refs 2", "train_gen.py": "--steps 2 --clips 1", "synthetic.py": "--size 32",
+           "sample.py": "", "evaluate.py": ""}
+
+
+def commands(script):
+    return [shlex.split(line) for line in LINES if line.startswith("python " + script)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which README's relative paths hold, with a short speech."""
+    path = tmp_path_factory.mktemp("readme")
+    os.mkdir(path / "examples")
+    os.symlink(os.path.join(ROOT, "examples", "portrait.png"), path / "examples" / "portrait.png")
+    wave, rate = soundfile.read(os.path.join(ROOT, "examples", "speech.wav"))
+    soundfile.write(path / "examples" / "speech.wav", wave[: rate // 2], rate)
+    return path
+
+
+def shrink(words):
+    """The command at the nano size: words of a README line -> arguments."""
+    script, rest = words[1], [("nano" if word == "tiny" else word) for word in words[2:]]
+    for option, few in (("--clips", "1"), ("--seconds", "0.2"), ("--frames", "2")):
+        if option in rest:
+            rest[rest.index(option) + 1] = few
+    if script == "sample.py" and "--ckpt" not in rest:
+        rest += ["--ckpt", "runs/gen/semo.safetensors"]
+    if script == "evaluate.py":
+        rest += ["--clips", "10" if "probe" in rest else "2"]
+    return [sys.executable, os.path.join(ROOT, script), *rest, *SMALLER[script].split()]
+
+
+def test_every_command_runs(folder):
+    run = [words for script in ORDER for words in commands(script) if "evaluate.py" not in words]
+    assert len(run) >= 7
+    for words in run:
+        done = subprocess.run(shrink(words), cwd=folder, capture_output=True, text=True, timeout=120,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
+        assert done.returncode == 0, (words, done.stderr[-2000:])
+    for made in ("out.mp4", "out2.mp4", "runs/ae/semo.safetensors", "runs/gen/semo.safetensors"):
+        assert (folder / made).stat().st_size > 0
+
+
+def test_every_line_is_a_known_command():
+    known = ("python ", "torchrun ", "pip install -r requirements.txt", "ruff check .", "pytest")
+    assert all(line.startswith(known) for line in LINES if line)
+    scripts = [shlex.split(line)[1] for line in LINES if line.startswith("python ")]
+    assert set(scripts) == set(ORDER)
+
+
+def test_named_files_and_functions_exist():
+    for name in set(re.findall(r"`(\w+\.py)`", TEXT)):
+        assert os.path.exists(os.path.join(ROOT, name)), name
+    for file, rest in re.findall(r"^\|.*\| `(\w+\.py)` (`.*`) \|$", TEXT, re.M):
+        code = open(os.path.join(ROOT, file), encoding="utf-8").read()
+        for name in re.findall(r"`([\w.]+)`", rest):
+            assert re.search(rf"(def|class) {name.split('.')[-1]}\b", code), (file, name)
+
+
+def test_pinned_torch_is_the_one_that_runs():
+    assert f"torch=={torch.__version__.split('+')[0]}" in open(os.path.join(ROOT, "requirements.txt")).read().split()
