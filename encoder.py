@@ -28,6 +28,7 @@ class EncoderConfig:
     heads: int = 3
     num_tokens: int = 1       # L
     token_dim: int = 64       # D
+    thumb: int = 16           # numbers of each patch that enter the sketch (ours)
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -146,7 +147,12 @@ class Standardise(nn.Module):
 
 
 class MotionEncoder(nn.Module):
-    """Frame -> motion tokens (B, L, D). `keep` names the patches that stay; None keeps all of them."""
+    """Frame -> motion tokens (B, L, D). `keep` names the patches that stay; None keeps all of them.
+
+    The learnable tokens start with a sketch of what is seen, a few numbers of each patch, linear in them and each place
+    with weights of its own (ours). Without it a new token holds the mean over all patches, in which a mouth is a
+    fiftieth of what varies, and finding it takes several times the steps.
+    """
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -154,6 +160,8 @@ class MotionEncoder(nn.Module):
         side = c.image_size // c.patch_size
         self.embed = nn.Linear(c.patch_size**2 * c.channels, c.width)
         self.tokens = nn.Parameter(0.02 * torch.randn(c.num_tokens, c.width))
+        self.thumb = nn.Linear(c.width, c.thumb)
+        self.sketch = nn.Linear(side**2 * c.thumb, c.num_tokens * c.width, bias=False)
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.depth))
         self.head = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, c.token_dim),
                                   nn.LayerNorm(c.token_dim, elementwise_affine=False))
@@ -163,9 +171,15 @@ class MotionEncoder(nn.Module):
     def forward(self, x, keep=None):
         """x (B, C, H, W), keep (B, n) sorted patch numbers -> motion (B, L, D), fp32."""
         z = self.embed(patchify(x, self.config.patch_size)) + self.position            # (B, N, E)
-        if keep is not None:
+        thumbs = z.new_zeros(*z.shape[:2], self.config.thumb)                          # (B, N, thumb)
+        if keep is None:
+            thumbs = self.thumb(z)
+        else:
             z = z.gather(1, keep[..., None].expand(-1, -1, z.shape[-1]))               # (B, n, E)
-        tokens = self.tokens.expand(len(z), -1, -1).to(z.dtype)
+            seen = self.thumb(z) * (thumbs.shape[1] / z.shape[1])
+            thumbs = thumbs.to(seen).scatter(1, keep[..., None].expand_as(seen), seen)
+        sketch = rearrange(self.sketch(thumbs.flatten(1)), "b (l e) -> b l e", l=self.config.num_tokens)
+        tokens = self.tokens + sketch                                                  # (B, L, E)     T
         z = torch.cat([z, tokens], dim=1)                                              # (B, n+L, E)   Z^m + T
         for block in self.blocks:
             z = block(z)

@@ -1,7 +1,7 @@
 """Stage 1: train the motion encoder and the decoder together (paper section 3.1, eqs. 1-3 and 8).
 
     python train_ae.py --preset tiny                                   synthetic world, a laptop, no data
-    python train_ae.py --preset tiny --frames 8 --init runs/ae/semo.safetensors      image-to-video, from the image model
+    python train_ae.py --preset tiny --frames 8 --init runs/ae/semo.safetensors --out runs/video     image-to-video
     torchrun --nproc_per_node=8 train_ae.py --preset tiny              the same on 8 GPUs
 
 Run the same command again to resume: --out holds state.pt (to go on), semo.safetensors (to use), log.jsonl and pictures
@@ -30,8 +30,8 @@ PRESETS = {
     "nano": dict(encoder=EncoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8),
                  decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8, expand=2),
                  steps=20, refs=2, targets=2, near=0.5, lr=3e-3, muon_lr=0.02),
-    "tiny": dict(encoder=EncoderConfig(width=128, depth=4, heads=2), decoder=DecoderConfig(width=192, depth=6, heads=3),
-                 steps=16000, refs=16, targets=4, near=0.5, lr=1e-3, muon_lr=0.02),
+    "tiny": dict(encoder=EncoderConfig(width=128, depth=3, heads=2), decoder=DecoderConfig(width=192, depth=4, heads=3),
+                 steps=20000, refs=16, targets=4, near=0.5, lr=1e-3, muon_lr=0.02),
 }
 
 
@@ -73,9 +73,10 @@ def parse(argv):
     p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints and pictures")
     args = p.parse_args(argv)
     preset = PRESETS[args.preset]
-    args.steps, args.refs = args.steps or preset["steps"], args.refs or preset["refs"]
-    if min(args.steps, args.refs, args.accumulate, args.save_every, args.frames) < 1 or not 0 <= args.mask_max < 1:
-        p.error("--steps, --refs, --frames, --accumulate and --save-every must be positive, --mask-max in [0, 1)")
+    for name in ("steps", "refs"):
+        setattr(args, name, preset[name] if getattr(args, name) is None else getattr(args, name))
+    if min(args.steps, args.refs, args.accumulate, args.save_every, args.frames, args.seed + 1) < 1 or not 0 <= args.mask_max < 1:
+        p.error("--steps, --refs, --frames, --accumulate and --save-every must be positive, --seed not negative, --mask-max in [0, 1)")
     return args
 
 
@@ -102,10 +103,10 @@ def randomness(args, encoder, shape, number, rank, progress):
     """Noise and times of the R*T targets of one pass and masks for all, drawn on the CPU from (seed, rank, number).
 
     A curriculum (ours): a run starts at pure noise and without masks, where the token is all there is to learn from;
-    clearer targets and the paper's masks come in over its first 60%.
+    between 30% and 70% of its steps, clearer targets and the paper's masks come in.
     """
     draw = training.draws(args.seed, rank, number)
-    ramp = min(1.0, progress / 0.6)
+    ramp = min(1.0, max(0.0, (progress - 0.3) / 0.4))
     noise = torch.randn(shape, generator=draw)
     t = flow.random_times(shape[0] // args.frames, draw, noise_share=1 - 0.5 * ramp)
     t = t.repeat_interleave(args.frames)                                               # one time a clip
@@ -154,7 +155,10 @@ def main(argv=None):
     configs = {"encoder": preset["encoder"], "decoder": replace(preset["decoder"], frames=args.frames)}
     model, ema = (AutoEncoder(MotionEncoder(configs["encoder"]), Decoder(configs["decoder"])).to(device) for _ in range(2))
     if args.init:
-        training.init_from(args.init, encoder=model.encoder, decoder=model.decoder)
+        try:
+            training.init_from(args.init, encoder=model.encoder, decoder=model.decoder)
+        except ValueError as error:
+            raise SystemExit(f"train_ae.py: {error}") from error
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
     optimisers = training.optimisers(model, preset["lr"], preset["muon_lr"])
@@ -187,14 +191,14 @@ def main(argv=None):
         bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
         stop = training.anyone(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
-            training.save_state(files["state.pt"], step=step, configs={k: asdict(c) for k, c in configs.items()},
-                                model=model.state_dict(), ema=ema.state_dict(), optimisers=[o.state_dict() for o in optimisers])
             psnr, copy = picture(os.path.join(args.out, f"step{step:06d}.png"), ema, args, preset, device)
             training.save_release(files["semo.safetensors"], {"encoder": ema.encoder, "decoder": ema.decoder},
                                   {"latents": "pixel", "size": configs["encoder"].image_size, "steps": 1, "trained_steps": step})
-            targets = args.frames if args.frames > 1 else preset["targets"]
-            speed = (step - first) * args.accumulate * world * args.refs * targets / (time.time() - began)
-            training.log(files["log.jsonl"], step=step, loss=sum(recent) / len(recent), psnr=psnr, psnr_copy=copy, samples_per_second=speed)
+            pictures = args.accumulate * world * args.refs * (args.frames if args.frames > 1 else preset["targets"])
+            training.log(files["log.jsonl"], step=step, loss=sum(recent) / len(recent), psnr=psnr, psnr_copy=copy,
+                         pictures_per_second=pictures * (step - first) / (time.time() - began))
+            training.save_state(files["state.pt"], step=step, configs={k: asdict(c) for k, c in configs.items()},
+                                model=model.state_dict(), ema=ema.state_dict(), optimisers=[o.state_dict() for o in optimisers])
         if stop:
             break
     bar.close()

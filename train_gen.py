@@ -51,9 +51,9 @@ def parse(argv):
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and preview clips")
     args = p.parse_args(argv)
     for name in ("steps", "clips", "windows"):
-        setattr(args, name, getattr(args, name) or PRESETS[args.preset][name])
-    if min(args.steps, args.clips, args.windows, args.save_every) < 1 or not 0 <= args.mask_max < 1:
-        p.error("--steps, --clips, --windows and --save-every must be positive, --mask-max in [0, 1)")
+        setattr(args, name, PRESETS[args.preset][name] if getattr(args, name) is None else getattr(args, name))
+    if min(args.steps, args.clips, args.windows, args.save_every, args.seed + 1) < 1 or not 0 <= args.mask_max < 1:
+        p.error("--steps, --clips, --windows and --save-every must be positive, --seed not negative, --mask-max in [0, 1)")
     return args
 
 
@@ -82,12 +82,14 @@ def clips(args, preset, encoder, rank, world, device, bf16):
     path = os.path.join(args.out, f"clips-{rank}.pt")
     if os.path.exists(path):
         kept = torch.load(path, map_location="cpu", weights_only=True)
+        if kept["key"][0] != key[0] and os.path.exists(os.path.join(args.out, "state.pt")):
+            raise SystemExit(f"train_gen.py: the run in {args.out} learned the tokens of another encoder; give another --out")
         if kept["key"] == key:
             return [kept[name] for name in ("motion", "masked", "rows")]
     made, frames = [], round(preset["seconds"] * FPS)
     render = torch.compile(synthetic.render, dynamic=False) if args.compile else synthetic.render
     for number in tqdm(range(args.clips), desc="encoding", unit="clip", disable=rank > 0):
-        seed = (args.seed * 100_000 + number) * world + rank
+        seed = ((args.seed * 100_000 + number) * world + rank) % synthetic.HELD_OUT
         draw = training.draws(args.seed, rank, seed)
         made.append(encode_clip(encoder, seed, frames, args.mask_max, draw, render, device, bf16))
     motion, masked, rows = (torch.stack(part) for part in zip(*made, strict=True))
@@ -185,13 +187,13 @@ def main(argv=None):
         bar.set_postfix(loss=f"{loss.item():.4f}")
         stop = training.anyone(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
-            training.save_state(files["state.pt"], step=step, configs={"generator": asdict(config)}, model=model.state_dict(),
-                                ema=ema.state_dict(), optimisers=[o.state_dict() for o in optimisers])
             done = {"encoder": encoder, "decoder": models["decoder"], "generator": ema}
             training.save_release(files["semo.safetensors"], done, {**meta, "audio": "mel", "gen_steps": 4, "guidance": 1.5})
             preview(os.path.join(args.out, f"step{step:06d}.mp4"), done, args, device)
             training.log(files["log.jsonl"], step=step, loss=loss.item(),
                          windows_per_second=(step - first) * world * args.windows / (time.time() - began))
+            training.save_state(files["state.pt"], step=step, configs={"generator": asdict(config)}, model=model.state_dict(),
+                                ema=ema.state_dict(), optimisers=[o.state_dict() for o in optimisers])
         if stop:
             break
     bar.close()

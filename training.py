@@ -47,8 +47,7 @@ def wrap(model, world, device):
     """The same model, its gradients averaged over all processes."""
     if world == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                               broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def draws(seed, rank, step):
@@ -135,6 +134,7 @@ def replace(path, write):
         write(temporary)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -165,8 +165,11 @@ def init_from(path, **models):
     for kind, model in models.items():
         if kind not in found:
             raise ValueError(f"{path} holds no {kind}, only {', '.join(found)}")
-        missing, unexpected = model.load_state_dict(found[kind].state_dict(), strict=False)
-        if unexpected or any(".temporal." not in "." + name for name in missing):
+        try:
+            missing, unexpected = model.load_state_dict(found[kind].state_dict(), strict=False)
+        except RuntimeError as error:
+            missing, unexpected = str(error), ()
+        if unexpected or any("temporal." not in name for name in missing):
             raise ValueError(f"{path}: its {kind} has another shape; it needs the preset it was trained with")
 
 
@@ -193,11 +196,11 @@ def load_release(path, device="cpu"):
     if bad:
         raise ValueError(f"{path}: {len(bad)} weights hold NaN or infinity, first {bad[0]}; the file is damaged or badly trained")
     models = {}
-    for kind, config in meta.pop("configs").items():
+    for kind, config in meta.pop("configs", {}).items():
         try:
             make, make_config = KINDS[kind]
             model = make(make_config(**config))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: its {kind} was made by another version of SeMo ({error})") from error
         own = {name[len(kind) + 1:]: value.float() for name, value in weights.items() if name.startswith(kind + ".")}
         try:

@@ -172,7 +172,8 @@ def test_token_k_is_token_k():
     """Output k belongs to learned token k, its D numbers to it alone: by hand, so a scrambled reshape fails."""
     model, x = encoder(num_tokens=3), images(2)
     z = model.embed(patchify(x, 4)) + model.position
-    z = torch.cat([z, model.tokens.expand(2, -1, -1)], 1)
+    sketch = model.sketch(model.thumb(z).flatten(1)).view(2, 3, 24)
+    z = torch.cat([z, model.tokens + sketch], 1)
     for block in model.blocks:
         z = block(z)
     for k in range(3):
@@ -182,6 +183,7 @@ def test_token_k_is_token_k():
     order = torch.tensor([2, 0, 1])
     before = model(x)
     model.tokens.data = model.tokens.data[order]
+    model.sketch.weight.data = model.sketch.weight.data.view(3, 24, -1)[order].flatten(0, 1)
     torch.testing.assert_close(model(x), before[:, order], atol=1e-5, rtol=1e-5)        # learned tokens carry no place
 
 

@@ -1,0 +1,398 @@
+"""train_ae.py: the loss by hand, exact resume, several processes, the video stage; all runs are of the nano preset."""
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import synthetic
+import train_ae
+import training
+from decoder import Decoder
+from encoder import MotionEncoder, random_keep
+
+torch.set_num_threads(1)
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+NANO = train_ae.PRESETS["nano"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """main() takes SIGTERM and Ctrl-C for itself; give them back to pytest."""
+    kept = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for name, handler in kept.items():
+        signal.signal(name, handler)
+
+
+def train(out, *more, steps=4):
+    return train_ae.main(["--preset", "nano", "--device", "cpu", "--out", str(out), "--steps", str(steps), *more])
+
+
+def state(out):
+    return torch.load(out / "state.pt", weights_only=True)
+
+
+def same(a, b):
+    """Equal to the last bit: nested dicts and lists of tensors and numbers."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def auto_encoder(seed=0, nudge=0.05):
+    """Fresh, then nudged, so that no layer is left at zero."""
+    torch.manual_seed(seed)
+    model = train_ae.AutoEncoder(MotionEncoder(NANO["encoder"]), Decoder(NANO["decoder"]))
+    for parameter in model.parameters():
+        parameter.data += nudge * torch.randn(parameter.shape)
+    model.encoder.tokens.data.normal_()                                      # tiny tokens and young statistics would
+    model.encoder.standardise.count.fill_(1)                                 # magnify rounding
+    return model
+
+
+@pytest.fixture
+def people(monkeypatch):
+    """Every identity that is drawn, in order."""
+    seen, draw = [], synthetic.identity
+    monkeypatch.setattr(synthetic, "identity", lambda ids: seen.extend(ids.tolist()) or draw(ids))
+    return seen
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(train_ae, "picture", lambda *_: (0.0, 0.0))
+
+
+def around_step(monkeypatch, hook):
+    """Call hook(step) before the work of each step."""
+    work = train_ae.train_step
+
+    def step(args, preset, loss_of, draw, number, *more):
+        hook(number)
+        return work(args, preset, loss_of, draw, number, *more)
+
+    monkeypatch.setattr(train_ae, "train_step", step)
+
+
+def ask_to_stop_at(monkeypatch, when):
+    around_step(monkeypatch, lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == when else None)
+
+
+# ---- data and randomness --------------------------------------------------------------------------------------------
+
+def test_no_two_steps_or_processes_draw_the_same_people(people):
+    args, model = train_ae.parse(["--preset", "nano", "--accumulate", "2"]), auto_encoder()
+    for step in range(3):
+        for rank in range(2):
+            train_ae.train_step(args, NANO, model, synthetic.render, step, rank, 2, CPU, torch.autocast("cpu", enabled=False))
+    assert len(set(people)) == 3 * 2 * 2 * args.refs                         # steps, ranks, passes, people of each
+
+
+@pytest.mark.parametrize("seed", [0, 1, 999])
+@pytest.mark.parametrize("frames", [1, 4])
+def test_held_out_people_are_never_trained_on(people, no_pictures, tmp_path, seed, frames):
+    assert train(tmp_path, "--seed", str(seed), "--frames", str(frames), steps=2) == 0
+    assert len(set(people)) == 4 and max(people) < synthetic.HELD_OUT
+    args = train_ae.parse(["--preset", "nano", "--seed", str(seed), "--frames", str(frames)])
+    people.clear()
+    train_ae.batch(args, NANO, 10**9 // 3, synthetic.render)                 # nor after a billion passes
+    assert max(people) < synthetic.HELD_OUT
+    people.clear()
+    train_ae.batch(args, NANO, 0, synthetic.render, held_out=True)
+    assert min(people) >= synthetic.HELD_OUT
+
+
+def test_a_batch_depends_on_its_number_alone():
+    args = train_ae.parse(["--preset", "nano"])
+    one, again, other = (train_ae.batch(args, NANO, number, synthetic.render) for number in (3, 3, 4))
+    assert one[0].shape == (2, 3, 32, 32) and one[1].shape == (4, 3, 32, 32)
+    assert same(list(one), list(again)) and not torch.equal(one[0], other[0])
+
+
+def test_clips_are_frames_in_a_row_of_one_person():
+    """A drawing that writes its frame's motion and person into the picture names every picture."""
+    def draw(people, motion, size):
+        return torch.cat([people, motion], dim=1)[:, None, None]
+
+    seeds = torch.tensor([5, 6])
+    reference, target = train_ae.clips(seeds, 3, 32, draw)
+    made = synthetic.clip(seeds, 6)
+    for k in range(2):
+        want = torch.cat([made["identity"][k].expand(6, -1), made["motion"][k]], dim=1)[:, None, None]   # (6, 1, 1, I+M)
+        assert torch.equal(reference[k], want[0]) and torch.equal(target[3 * k:3 * k + 3], want[3:])
+
+
+def test_randomness_starts_pure_and_ends_as_in_the_paper():
+    args = train_ae.parse(["--preset", "nano"])
+    shape = (4, 3, 32, 32)
+    noise, t, keep = train_ae.randomness(args, NANO["encoder"], shape, 0, 0, progress=0)
+    assert noise.shape == shape and (t == 1).all() and torch.equal(keep, torch.arange(16).expand(6, 16))
+    late = [train_ae.randomness(args, NANO["encoder"], shape, number, 0, progress=1) for number in range(400)]
+    times = torch.cat([t for _, t, _ in late])
+    assert (times == 1).float().mean() == pytest.approx(0.5, abs=0.05) and (times > 0).all()
+    left = torch.tensor([keep.shape[1] for _, _, keep in late])              # 16 - floor(16 U(0, 0.9)): 2 .. 16
+    assert (left.min(), left.max()) == (2, 16) and left.float().mean() == pytest.approx(9.3, abs=0.7)
+    assert all(keep.shape[0] == 6 and (keep.diff() > 0).all() for _, _, keep in late)
+    again = train_ae.randomness(args, NANO["encoder"], shape, 7, 0, progress=1)
+    assert same(list(again), list(late[7])) and not torch.equal(late[6][0], late[7][0])
+    assert not torch.equal(again[0], train_ae.randomness(args, NANO["encoder"], shape, 7, 1, progress=1)[0])
+
+
+def test_the_frames_of_a_clip_share_their_time():
+    args = train_ae.parse(["--preset", "nano", "--frames", "4"])
+    t = train_ae.randomness(args, NANO["encoder"], (8, 3, 32, 32), 2, 0, progress=1)[1].view(2, 4)
+    assert (t == t[:, :1]).all()
+    many = [train_ae.randomness(args, NANO["encoder"], (8, 3, 32, 32), k, 0, progress=1)[1].view(2, 4)[:, 0] for k in range(20)]
+    assert any(a != b for a, b in many)                                      # but not clips
+
+
+# ---- loss and gradients ---------------------------------------------------------------------------------------------
+
+def given_batch():
+    """Two people: reference (2, ...), target and noise (4, ...), t (4,), keep (6, 10)."""
+    draw = torch.Generator().manual_seed(0)
+    reference, target = train_ae.batch(train_ae.parse(["--preset", "nano"]), NANO, 0, synthetic.render)
+    target[3] = reference[1]                                                 # one that copying gets right
+    return [reference, target, torch.randn(target.shape, generator=draw), torch.tensor([1, 0.8, 0.5, 0.2]),
+            random_keep(6, 16, 0.4, draw)]
+
+
+def test_a_fresh_models_loss_is_that_of_copying():
+    """It paints the reference, so v = (z_r - z_t)/t and v - (z - eps) = (z_r - z)/t; copying weighs 1 / (its error + 0.002)."""
+    reference, target, noise, t, keep = given_batch()
+    loss = auto_encoder(nudge=0)(reference, target, noise, t, keep)
+    error = (reference[[0, 0, 1, 1]] - target).square().mean((1, 2, 3))
+    assert loss.item() == pytest.approx((0.1 * error / t**2 / (error + 0.002)).mean().item(), rel=1e-5)
+
+
+def test_accumulated_gradients_are_the_mean_of_the_passes():
+    args, model = train_ae.parse(["--preset", "nano", "--accumulate", "2"]), auto_encoder()
+    other, plain = copy.deepcopy(model), torch.autocast("cpu", enabled=False)
+    loss = train_ae.train_step(args, NANO, model, synthetic.render, 3, 0, 1, CPU, plain)
+    losses, want = [], {name: 0 for name, _ in other.named_parameters()}
+    for number in (6, 7):                                                    # step 3 of 2 passes each
+        reference, target = train_ae.batch(args, NANO, number, synthetic.render)
+        other.zero_grad()
+        losses.append(other(reference, target, *train_ae.randomness(args, NANO["encoder"], target.shape, number, 0, 3 / 20)))
+        losses[-1].backward()
+        want = {name: want[name] + p.grad / 2 for name, p in other.named_parameters()}
+    assert loss == pytest.approx(sum(losses).item() / 2)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, want[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_one_batch_is_learnt(monkeypatch, no_pictures, tmp_path):
+    args, losses, work = train_ae.parse(["--preset", "nano"]), [], train_ae.train_step
+    data = train_ae.batch(args, NANO, 0, synthetic.render)
+    luck = train_ae.randomness(args, NANO["encoder"], data[1].shape, 0, 0, progress=0)
+    monkeypatch.setattr(train_ae, "batch", lambda *_: data)
+    monkeypatch.setattr(train_ae, "randomness", lambda *_: luck)
+    monkeypatch.setattr(train_ae, "train_step", lambda *given: losses.append(work(*given)) or losses[-1])
+    assert train(tmp_path, steps=60) == 0
+    assert losses[0] > 0.05 and losses[-1] < losses[0] / 5
+
+
+def half(rank, folder):
+    """One of two processes: one step's gradients on person `rank` and their two targets."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    try:
+        reference, target, noise, t, keep = given_batch()
+        mine = slice(2 * rank, 2 * rank + 2)
+        model = auto_encoder(seed=rank)                                      # the first process's weights must win
+        rows = torch.cat([keep[rank:rank + 1], keep[2:][mine]])
+        wrapped = training.wrap(model, 2, CPU)
+        wrapped(reference[rank:rank + 1], target[mine], noise[mine], t[mine], rows).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)              # as in main(): length 1
+        wishes = [training.anyone(wish, CPU) for wish in (rank == 1, False)]
+        torch.save({"gradients": {name: p.grad for name, p in model.named_parameters()}, "wishes": wishes,
+                    "buffers": dict(model.named_buffers())}, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def other_half(_, folder):
+    half(1, folder)
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    other = torch.multiprocessing.spawn(other_half, (str(tmp_path),), nprocs=1, join=False)
+    half(0, str(tmp_path))
+    other.join()
+    model = auto_encoder()
+    model(*given_batch()).backward()
+    assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) > 1
+    for rank in range(2):
+        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert got["wishes"] == [True, False]                                # one wish is enough, on every process
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(got["gradients"][name], p.grad, atol=1e-6, rtol=0, msg=name)
+        for name, value in model.named_buffers():
+            torch.testing.assert_close(got["buffers"][name], value, atol=1e-6, rtol=1e-6, msg=name)
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+def test_a_run_writes_its_files(tmp_path, capsys):
+    assert train(tmp_path, "--save-every", "2", "--accumulate", "2") == 0
+    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "semo.safetensors", "state.pt", "step000002.png", "step000004.png"]
+    rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(math.isfinite(row[name]) for row in rows for name in ("loss", "psnr", "psnr_copy", "samples_per_second"))
+    models, meta = training.load_release(tmp_path / "semo.safetensors")
+    assert list(models) == ["encoder", "decoder"] and (meta["trained_steps"], meta["size"]) == (4, 32)
+    ema = state(tmp_path)["ema"]
+    for name, value in {f"{kind}.{k}": v for kind, m in models.items() for k, v in m.state_dict().items()}.items():
+        torch.testing.assert_close(value, ema[name], rtol=1e-3, atol=1e-6, msg=name)     # the release is the EMA
+    assert "loss=" in capsys.readouterr().err                                # the bar
+
+
+def test_pictures_show_reference_target_and_output(tmp_path):
+    model, args = auto_encoder(nudge=0), train_ae.parse(["--preset", "nano"])
+    psnr, copied = train_ae.picture(tmp_path / "p.png", model, args, NANO, CPU)
+    reference, target = train_ae.batch(args, NANO, 0, synthetic.render, held_out=True)
+    reference = reference[[0, 0, 1, 1]]
+    assert copied == pytest.approx(-10 * math.log10((reference - target).square().mean() / 4), abs=1e-3)
+    assert psnr == pytest.approx(copied, abs=1e-3)                           # a fresh model copies
+    got = torch.tensor(np.asarray(Image.open(tmp_path / "p.png"))).permute(2, 0, 1) / 127.5 - 1
+    assert got.shape == (3, 4 * 32, 4 * 32)                                  # 4 rows of 4 targets
+    for row, want in enumerate((reference, target, reference, reference)):
+        for k in range(4):
+            torch.testing.assert_close(got[:, 32 * row:32 * row + 32, 32 * k:32 * k + 32], want[k], atol=0.01, rtol=0)
+
+
+def test_stop_and_resume_give_the_same_run(monkeypatch, tmp_path):
+    assert train(tmp_path / "whole", steps=10) == 0
+    with monkeypatch.context() as patch:
+        ask_to_stop_at(patch, 4)                                             # while the fifth step is computed
+        assert train(tmp_path / "parts", steps=10) == 130
+    assert state(tmp_path / "parts")["step"] == 5
+    training.load_release(tmp_path / "parts" / "semo.safetensors")
+    assert train(tmp_path / "parts", steps=10) == 0
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert whole["step"] == 10 and len(whole["optimisers"]) == 2 and whole["optimisers"][1]["state"]
+    assert same(whole, parts)                                                # weights, EMA, optimisers
+    name = "semo.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    assert not same(whole["model"], whole["ema"])
+
+
+def test_saving_does_not_change_the_run(no_pictures, tmp_path, monkeypatch):
+    assert train(tmp_path / "a") == 0
+    monkeypatch.undo()                                                       # with pictures
+    assert train(tmp_path / "b", "--save-every", "1") == 0
+    assert same(state(tmp_path / "a"), state(tmp_path / "b"))
+
+
+def test_a_finished_run_does_nothing_more(tmp_path):
+    assert train(tmp_path) == 0
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    assert train(tmp_path) == 0
+    assert before == {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+
+
+def test_a_kill_while_the_last_step_is_saved_costs_no_release(monkeypatch, tmp_path):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ae, "picture", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    assert train(tmp_path) == 0                                              # the same command again
+    assert training.load_release(tmp_path / "semo.safetensors")[1]["trained_steps"] == 4
+
+
+def test_nan_stops_the_run_and_spares_the_state(monkeypatch, no_pictures, tmp_path):
+    assert train(tmp_path / "whole", steps=6) == 0
+    make, out = train_ae.batch, tmp_path / "out"
+
+    def spoilt(args, preset, number, *more):
+        reference, target = make(args, preset, number, *more)
+        return reference, target * (float("nan") if number == 3 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ae, "batch", spoilt)
+        with pytest.raises(SystemExit) as end:
+            train(out, "--save-every", "2", steps=6)
+    assert str(end.value).startswith("train_ae.py: loss nan") and "step 3" in str(end.value) and "state.pt" in str(end.value)
+    assert end.value.code not in (None, 0)
+    held = state(out)
+    assert held["step"] == 2 and all(v.isfinite().all() for kind in ("model", "ema") for v in held[kind].values())
+    training.load_release(out / "semo.safetensors")
+    assert train(out, "--save-every", "2", steps=6) == 0                     # the same command again, without the fault
+    assert same(state(out), state(tmp_path / "whole"))
+
+
+def test_an_infinite_gradient_stops_the_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(SystemExit, match="gradient inf at step 0"):
+        train(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_video_stage_starts_from_the_image_release(monkeypatch, tmp_path):
+    image = auto_encoder(seed=5)
+    training.save_release(tmp_path / "image.safetensors", {"encoder": image.encoder, "decoder": image.decoder}, {})
+    first = []
+    make = training.optimisers
+    monkeypatch.setattr(training, "optimisers", lambda model, *rates: first.append(copy.deepcopy(model)) or make(model, *rates))
+    assert train(tmp_path / "video", "--frames", "4", "--init", str(tmp_path / "image.safetensors"), steps=2) == 0
+    held = first[0].state_dict()
+    for name, value in image.state_dict().items():
+        torch.testing.assert_close(held[name], value, rtol=1e-3, atol=1e-6, msg=name)
+    models, _ = training.load_release(tmp_path / "video" / "semo.safetensors")
+    assert models["decoder"].config.frames == 4 and len(models["decoder"].temporal) == 1
+    assert models["decoder"].temporal[0].attention.out.weight.any()          # it learns
+    with pytest.raises(SystemExit, match="other sizes"):
+        train(tmp_path / "video", steps=2)                                   # the image stage in the video run's folder
+
+
+def test_torchrun_with_two_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_ae.py", "--preset",
+               "nano", "--device", "cpu", "--steps", "3", "--accumulate", "2", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path / "out")) == ["log.jsonl", "semo.safetensors", "state.pt", "step000003.png"]
+    assert len(open(tmp_path / "out" / "log.jsonl").readlines()) == 1        # one process writes
+    assert state(tmp_path / "out")["step"] == 3
+    training.load_release(tmp_path / "out" / "semo.safetensors")
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("wrong", [["--steps", "-1"], ["--refs", "-2"], ["--frames", "0"], ["--accumulate", "0"],
+                                   ["--save-every", "0"], ["--mask-max", "1"], ["--mask-max", "-0.1"], ["--mask-max", "nan"],
+                                   ["--preset", "huge"], ["--step", "3"], ["--steps", "many"], ["extra"]])
+def test_bad_arguments_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit) as end:
+        train_ae.main(["--preset", "nano", *wrong])
+    assert end.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["--steps", "--refs"])
+def test_zero_is_refused(name):
+    with pytest.raises(SystemExit) as end:
+        train_ae.parse(["--preset", "nano", name, "0"])
+    assert end.value.code == 2
+
+
+def test_a_wrong_init_is_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="train_ae.py: .*none.safetensors") as end:
+        train(tmp_path, "--init", str(tmp_path / "none.safetensors"))
+    assert end.value.code not in (None, 0)

@@ -1,0 +1,322 @@
+"""train_gen.py: windows frame by frame, clips encoded once, exact resume, the release and its preview."""
+import hashlib
+import json
+import os
+import signal
+from contextlib import nullcontext
+
+import av
+import pytest
+import torch
+
+import audio
+import data
+import synthetic
+import train_ae
+import train_gen
+import training
+from generator import GeneratorConfig
+
+torch.set_num_threads(1)
+NANO = train_gen.PRESETS["nano"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def signals():
+    """main() takes SIGTERM and Ctrl-C for itself; give them back to pytest."""
+    kept = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for name, handler in kept.items():
+        signal.signal(name, handler)
+
+
+@pytest.fixture(scope="module")
+def ae(tmp_path_factory, signals):
+    """A release of stage 1."""
+    out = tmp_path_factory.mktemp("ae")
+    assert train_ae.main(["--preset", "nano", "--device", "cpu", "--steps", "3", "--out", str(out)]) == 0
+    return out / "semo.safetensors"
+
+
+def command(ae, out, *more, steps=4):
+    return ["--preset", "nano", "--device", "cpu", "--ae", str(ae), "--out", str(out), "--steps", str(steps), *more]
+
+
+def train(ae, out, *more, steps=4):
+    return train_gen.main(command(ae, out, *more, steps=steps))
+
+
+def state(out):
+    return torch.load(out / "state.pt", weights_only=True)
+
+
+def same(a, b):
+    """Equal to the last bit: nested dicts and lists of tensors and numbers."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture
+def no_preview(monkeypatch):
+    monkeypatch.setattr(train_gen, "preview", lambda *_: None)
+
+
+# ---- windows: every entry names its clip and frame ------------------------------------------------------------------
+
+P, K, AHEAD, CLIPS, FRAMES = 3, 4, 2, 5, 14
+QUIET = -1.0                                                                 # stands for a row of silence
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """400 windows as numbers: 100 * clip + frame; masked entries carry a half more."""
+    name = 100.0 * torch.arange(CLIPS)[:, None, None] + torch.arange(FRAMES)[:, None]                # (n, F, 1)
+    given = name.expand(-1, -1, 6), (name + 0.5).expand(-1, -1, 6), name.expand(-1, -1, 320)
+    config = GeneratorConfig(token_dim=6, window=K, past=P, ahead=AHEAD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gen, "silence", lambda: torch.full((320,), QUIET))
+        found = train_gen.windows(given, config, 400, torch.Generator().manual_seed(0))
+    for part, shape in zip(found, [(400, K, 6), (400, P, 6), (400, 6), (400, P + K + AHEAD, 320)], strict=True):
+        assert part.shape == shape and (part == part[..., :1]).all()         # whole rows, not mixtures
+    new, past, reference, heard = (part[..., 0] for part in found)
+    start = new[:, 0] % 100
+    return {"new": new, "past": past, "reference": reference, "heard": heard, "clip": new[:, 0] // 100, "start": start,
+            "begins": start == 0}
+
+
+def test_new_frames_are_clear_and_in_a_row(drawn):
+    assert torch.equal(drawn["new"], drawn["new"][:, :1] + torch.arange(K))
+    assert set(drawn["clip"].tolist()) == set(range(CLIPS))
+    inside = drawn["start"][~drawn["begins"]]
+    assert set(inside.tolist()) == set(range(P, FRAMES - K + 1))             # every place that has a past and a future
+    assert drawn["begins"].float().mean() == pytest.approx(0.25, abs=0.06)
+
+
+def test_past_is_masked_and_leads_to_the_new_frames(drawn):
+    inside = ~drawn["begins"]
+    want = drawn["new"][inside, :1] + torch.arange(-P, 0) + 0.5
+    assert torch.equal(drawn["past"][inside], want)
+
+
+def test_at_the_start_the_past_is_the_reference(drawn):
+    begins = drawn["begins"]
+    assert torch.equal(drawn["past"][begins], drawn["reference"][begins, None].expand(-1, P))
+
+
+def test_reference_is_a_masked_frame_from_anywhere_in_the_clip(drawn):
+    assert torch.equal(drawn["reference"] // 100, drawn["clip"])
+    assert set((drawn["reference"] % 100).tolist()) == {f + 0.5 for f in range(FRAMES)}
+
+
+def test_row_i_of_the_speech_belongs_to_frame_start_minus_past_plus_i(drawn):
+    frame = drawn["start"][:, None] + torch.arange(-P, K + AHEAD)
+    outside = (frame < 0) | (frame >= FRAMES)
+    assert torch.equal(drawn["heard"], torch.where(outside, QUIET, 100 * drawn["clip"][:, None] + frame))
+    assert (drawn["heard"][drawn["begins"], :P] == QUIET).all()              # nothing was said before
+    assert (drawn["heard"][drawn["start"] == FRAMES - K][:, -AHEAD:] == QUIET).all()     # nor after the end
+
+
+def test_windows_repeat_with_the_draw():
+    given = torch.randn(2, 12, 6), torch.randn(2, 12, 6), torch.randn(2, 12, 320)
+    config = GeneratorConfig(token_dim=6, window=K, past=P, ahead=AHEAD)
+    one, again, other = (train_gen.windows(given, config, 8, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert same(list(one), list(again)) and not torch.equal(one[0], other[0])
+
+
+def test_silence_is_the_row_of_a_silent_wave():
+    assert torch.equal(train_gen.silence(), audio.features(torch.zeros(1, 6400))[0, 5])
+
+
+# ---- clips ----------------------------------------------------------------------------------------------------------
+
+def test_a_clip_is_encoded_frame_by_frame(ae):
+    encoder = training.load_release(ae)[0]["encoder"]
+    draw = torch.Generator().manual_seed(0)
+    clear, masked, rows = train_gen.encode_clip(encoder, 3, 30, 0.6, draw, synthetic.render, CPU, nullcontext())
+    made = synthetic.clip(torch.tensor([3]), 30)
+    with torch.no_grad():
+        want = encoder(synthetic.render(made["identity"].expand(30, -1), made["motion"][0], 32)).flatten(1)
+    torch.testing.assert_close(clear, want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(rows, audio.features(audio.level(made["wave"]))[0])
+    assert masked.shape == clear.shape == (30, 8) and not torch.isclose(masked, clear).all(1).any()
+    clear, masked, _ = train_gen.encode_clip(encoder, 3, 30, 0.0, draw, synthetic.render, CPU, nullcontext())
+    torch.testing.assert_close(masked, clear)                                # no mask
+
+
+def test_processes_encode_different_clips_none_held_out(ae, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_gen, "encode_clip", lambda encoder, seed, *_: seen.append(seed) or [torch.zeros(2, 1)] * 3)
+    for seed in (0, 1, 9):
+        for rank in range(2):
+            args = train_gen.parse(command(ae, tmp_path, "--clips", "3", "--seed", str(seed)))
+            train_gen.clips(args, NANO, None, rank, 2, CPU, nullcontext())
+    assert len(set(seen)) == 18 and 0 <= min(seen) and max(seen) < synthetic.HELD_OUT
+
+
+def test_a_large_seed_does_not_reach_the_held_out_clips(ae, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_gen, "encode_clip", lambda encoder, seed, *_: seen.append(seed) or [torch.zeros(2, 1)] * 3)
+    train_gen.clips(train_gen.parse(command(ae, tmp_path, "--seed", "12345")), NANO, None, 0, 1, CPU, nullcontext())
+    assert max(seen) < synthetic.HELD_OUT
+
+
+def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
+    made, encode = [], train_gen.encode_clip
+    monkeypatch.setattr(train_gen, "encode_clip", lambda encoder, seed, *more: made.append(seed) or encode(encoder, seed, *more))
+    models, meta = training.load_release(ae)
+
+    def get(path=ae, *more):
+        made.clear()
+        args = train_gen.parse(command(path, tmp_path, "--clips", "1", *more))
+        encoder = training.load_release(path)[0]["encoder"]
+        return train_gen.clips(args, NANO, encoder, 0, 1, CPU, nullcontext())
+
+    first = get()
+    assert made == [0] and [part.shape for part in first] == [(1, 25, 8), (1, 25, 8), (1, 25, 320)]
+    assert same(list(first), list(get())) and made == []                     # the second time from the disk
+    models["encoder"].tokens.data += 1
+    training.save_release(tmp_path / "other.safetensors", models, meta)
+    other = get(tmp_path / "other.safetensors")
+    assert made == [0] and not torch.equal(other[0], first[0])               # another encoder
+    assert same(list(get()), list(first)) and made == [0]                    # and back: the old ones are not confused
+    for more in (["--mask-max", "0.5"], ["--seed", "1"], ["--clips", "2"]):
+        get(ae, *more)
+        assert made != []
+        get(ae, *more)
+        assert made == []
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+def test_a_run_writes_its_files(ae, tmp_path):
+    before = hashlib.sha256(ae.read_bytes()).digest()
+    assert train(ae, tmp_path, "--save-every", "3") == 0
+    assert sorted(os.listdir(tmp_path)) == ["clips-0.pt", "log.jsonl", "semo.safetensors", "state.pt", "step000003.mp4",
+                                            "step000004.mp4"]
+    rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert [row["step"] for row in rows] == [3, 4] and all(0 < row["loss"] < 100 for row in rows)
+    assert hashlib.sha256(ae.read_bytes()).digest() == before
+    models, meta = training.load_release(tmp_path / "semo.safetensors")
+    assert list(models) == ["encoder", "decoder", "generator"] and models["generator"].config.window == 4
+    assert {"audio": "mel", "gen_steps": 4, "guidance": 1.5, "latents": "pixel", "size": 32}.items() <= meta.items()
+    stage1, ema = training.load_release(ae)[0], state(tmp_path)["ema"]
+    for kind in ("encoder", "decoder"):
+        assert same(dict(stage1[kind].state_dict()), dict(models[kind].state_dict()))    # frozen, statistics too
+    for name, value in models["generator"].state_dict().items():
+        torch.testing.assert_close(value, ema[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_preview_is_the_held_out_person_with_their_words(ae, tmp_path):
+    assert train(ae, tmp_path, steps=1) == 0
+    path = str(tmp_path / "step000001.mp4")
+    with av.open(path) as container:
+        assert container.streams.video[0].average_rate == 25 and len(container.streams.audio) == 1
+    frames, sound = list(data.read_video(path, 32)), data.load_audio(path)
+    made = synthetic.clip(torch.tensor([synthetic.HELD_OUT]), 75)
+    photo = synthetic.render(made["identity"], made["motion"][:, 0], 32)[0]
+    assert len(frames) == 75 and (frames[0] - photo).square().mean() < 0.05  # a fresh decoder copies the photo
+    assert len(sound) == pytest.approx(3 * 16000, abs=1100)                  # AAC pads to whole blocks
+    wave = audio.level(made["wave"])[0]
+    n = min(len(wave), len(sound))
+    assert torch.corrcoef(torch.stack([wave[:n], sound[:n]]))[0, 1] > 0.9
+
+
+def test_stop_and_resume_give_the_same_run(ae, tmp_path, monkeypatch, no_preview):
+    assert train(ae, tmp_path / "whole", steps=10) == 0
+    choose, seeds = train_gen.windows, []
+
+    def windows(given, config, count, draw):
+        seeds.append(draw.initial_seed())
+        if len(seeds) == 5:                                                  # while the fifth step is computed
+            os.kill(os.getpid(), signal.SIGTERM)
+        return choose(given, config, count, draw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gen, "windows", windows)
+        assert train(ae, tmp_path / "parts", steps=10) == 130
+        assert state(tmp_path / "parts")["step"] == 5
+        training.load_release(tmp_path / "parts" / "semo.safetensors")
+        assert train(ae, tmp_path / "parts", steps=10) == 0
+    assert len(set(seeds)) == 10                                             # every step draws anew
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert whole["step"] == 10 and len(whole["optimisers"]) == 2 and whole["optimisers"][1]["state"]
+    assert same(whole, parts)                                                # weights, EMA, optimisers
+    name = "semo.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_one_set_of_windows_is_learnt(ae, tmp_path, monkeypatch, no_preview):
+    choose, loss = train_gen.windows, train_gen.flow.flow_loss
+    losses = []
+
+    def recorded(*given, **cond):
+        losses.append(loss(*given, **cond))
+        return losses[-1]
+
+    monkeypatch.setattr(train_gen, "windows", lambda given, config, count, draw: choose(given, config, count, draw.manual_seed(1)))
+    monkeypatch.setattr(train_gen.flow, "flow_loss", recorded)
+    assert train(ae, tmp_path, steps=100) == 0
+    assert losses[-1] < losses[0] / 5
+
+
+def test_nan_stops_the_run_and_spares_the_state(ae, tmp_path, monkeypatch, no_preview):
+    choose, calls = train_gen.windows, []
+
+    def spoilt(*given):
+        calls.append(1)
+        new, *rest = choose(*given)
+        return new * (float("nan") if len(calls) == 4 else 1), *rest
+
+    monkeypatch.setattr(train_gen, "windows", spoilt)
+    with pytest.raises(SystemExit) as end:
+        train(ae, tmp_path, "--save-every", "2")
+    assert str(end.value).startswith("train_gen.py: loss nan") and "step 3" in str(end.value) and "state.pt" in str(end.value)
+    held = state(tmp_path)
+    assert held["step"] == 2 and all(v.isfinite().all() for kind in ("model", "ema") for v in held[kind].values())
+
+
+def test_a_kill_while_the_last_step_is_saved_costs_no_release(ae, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_release", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(ae, tmp_path)
+    assert train(ae, tmp_path) == 0                                          # the same command again
+    assert "generator" in training.load_release(tmp_path / "semo.safetensors")[0]
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("content", [None, b"no weights"])
+def test_a_wrong_ae_is_one_sentence(tmp_path, content):
+    path = tmp_path / "wrong.safetensors"
+    if content is not None:                                                  # None: there is no such file
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        train(path, tmp_path / "out")
+    said = end.value.code
+    assert said.startswith("train_gen.py: ") and str(path) in said and "\n" not in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [["--steps", "-1"], ["--windows", "-2"], ["--clips", "-3"], ["--save-every", "0"],
+                                   ["--mask-max", "1"], ["--mask-max", "nan"], ["--preset", "huge"], ["--step", "3"], ["extra"]])
+def test_bad_arguments_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit) as end:
+        train_gen.main(["--preset", "nano", *wrong])
+    assert end.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["--steps", "--clips", "--windows"])
+def test_zero_is_refused(name):
+    with pytest.raises(SystemExit) as end:
+        train_gen.parse(["--preset", "nano", name, "0"])
+    assert end.value.code == 2

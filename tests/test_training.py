@@ -1,0 +1,328 @@
+"""training.py: draws, optimisers, schedule, EMA, and files that survive kills, other versions and damage."""
+import copy
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import training
+from decoder import Decoder, DecoderConfig
+from encoder import EncoderConfig, MotionEncoder
+from generator import Generator, GeneratorConfig
+
+torch.set_num_threads(1)
+SHAPE = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 1, "token_dim": 8}
+META = {"latents": "pixel", "size": 32, "steps": 1, "trained_steps": 20}
+
+
+def networks(seed=0, **decoder):
+    """All three, no parameter left at zero."""
+    torch.manual_seed(seed)
+    models = {"encoder": MotionEncoder(EncoderConfig(**SHAPE)), "decoder": Decoder(DecoderConfig(**SHAPE, expand=2, **decoder)),
+              "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=4, past=4, ahead=1))}
+    for model in models.values():
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    return models
+
+
+@pytest.fixture
+def release(tmp_path):
+    training.save_release(tmp_path / "w.safetensors", networks(), META)
+    return tmp_path / "w.safetensors"
+
+
+def rewrite(path, about=None, **weights):
+    """Change a release on the disk: its JSON and single weights (None: left out)."""
+    with training.safe_open(path, framework="pt") as f:
+        found = json.loads(f.metadata()["semo"])
+    held = {**load_file(path), **weights}
+    save_file({k: v for k, v in held.items() if v is not None}, path, {"semo": json.dumps({**found, **(about or {})})})
+
+
+# ---- processes and randomness ---------------------------------------------------------------------------------------
+
+def test_draws_repeat_and_differ():
+    def first(*place):
+        return tuple(torch.rand(4, generator=training.draws(*place)).tolist())
+
+    places = [(seed, rank, step) for seed in range(4) for rank in range(4) for step in range(6)]
+    assert len({first(*place) for place in places}) == len(places)           # seed, rank and step all count
+    assert all(first(*place) == first(*place) for place in places)
+    torch.rand(3)                                                            # the global source does not
+    assert first(1, 2, 3) == first(1, 2, 3)
+
+
+def test_start_alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert training.start("cpu") == (0, 1, torch.device("cpu"))
+    model = nn.Linear(2, 2)
+    assert training.wrap(model, 1, torch.device("cpu")) is model
+    assert training.anyone(True, "cpu") is True and training.anyone(False, "cpu") is False
+
+
+def test_fast_bf16_is_yes_or_no():
+    assert training.fast_bf16(torch.device("cpu")) in (True, False)
+    assert training.fast_bf16(torch.device("mps")) is False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_is_a_wish_and_the_second_ends(number):
+    kept = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stopper = training.Stopper()
+        assert not stopper.wanted
+        os.kill(os.getpid(), number)
+        assert stopper.wanted and signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        for name, handler in kept.items():
+            signal.signal(name, handler)
+
+
+def test_seed_everything_fixes_the_first_weights():
+    training.seed_everything(7)
+    first = nn.Linear(5, 5).weight
+    training.seed_everything(7)
+    assert torch.equal(nn.Linear(5, 5).weight, first)
+    training.seed_everything(8)
+    assert not torch.equal(nn.Linear(5, 5).weight, first)
+
+
+# ---- optimisation ---------------------------------------------------------------------------------------------------
+
+def test_every_parameter_has_one_optimiser():
+    model = nn.ModuleDict(networks(frames=4))
+    adam, muon = training.optimisers(model, lr=1e-3, muon_lr=0.02)
+    assert isinstance(adam, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
+    held = [id(p) for o in (adam, muon) for group in o.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())         # all, each once
+    name = {id(p): n for n, p in model.named_parameters()}
+    of_muon = {name[id(p)] for group in muon.param_groups for p in group["params"]}
+    layers = {f"{part}.weight" for part in ("attention.qkv", "attention.out", "mlp.0", "mlp.2")}
+    listen = {f"{part}.weight" for at in ("hear", "recall") for part in (f"{at}.q", f"{at}.kv", f"{at}.out")}
+    want = {f"{kind}.blocks.0.{layer}" for kind in model for layer in layers | (listen if kind == "generator" else set())}
+    assert of_muon == want                                                   # no embedding, norm, bias, adaLN or head
+    assert (adam.param_groups[0]["peak"], muon.param_groups[0]["peak"]) == (1e-3, 0.02)
+
+
+def test_a_model_without_blocks_needs_no_muon():
+    assert [type(o) for o in training.optimisers(nn.Linear(3, 3), 1e-3, 0.02)] == [torch.optim.AdamW]
+
+
+def test_rate_warms_up_holds_and_decays():
+    found = training.optimisers(networks()["encoder"], lr=1e-3, muon_lr=0.02)
+    for step, factor in ((0, 0.02), (24, 0.5), (49, 1), (500, 1), (700, 1), (850, 0.5), (970, 0.1), (999, 1 / 300), (1000, 0)):
+        training.set_rate(found, step, 1000, warmup=50)
+        assert [o.param_groups[0]["lr"] for o in found] == pytest.approx([1e-3 * factor, 0.02 * factor])
+    training.set_rate(found, 0, 1, warmup=50)                                # a run of one step still moves
+    assert found[0].param_groups[0]["lr"] == pytest.approx(1e-3 / 50)
+
+
+@pytest.mark.parametrize("step, decay", [(0, 0.1), (8, 0.5), (100_000, 0.999)])
+def test_ema_equals_the_formula(step, decay):
+    old, new = networks(0)["encoder"], networks(1)["encoder"]
+    new.standardise.mean.fill_(3.0)
+    new.standardise.count.fill_(7.0)
+    want = {k: decay * v + (1 - decay) * new.state_dict()[k] for k, v in copy.deepcopy(old.state_dict()).items()}
+    training.update_ema(old, new, step)
+    for name, value in old.state_dict().items():
+        torch.testing.assert_close(value, want[name], msg=name)
+    assert old.standardise.mean[0] == pytest.approx(3 * (1 - decay), rel=1e-4)       # statistics too
+    assert torch.equal(old.position, new.position)
+
+
+# ---- state ----------------------------------------------------------------------------------------------------------
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "new folder" / "x.txt"
+    training.replace(path, lambda name: open(name, "w").write("old") and None)
+
+    def write(name):
+        with open(name, "w") as f:
+            f.write("half")
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        training.replace(path, write)
+    assert path.read_text() == "old" and os.listdir(path.parent) == ["x.txt"]
+    training.replace(path, lambda name: open(name, "w").write("new") and None)
+    assert path.read_text() == "new" and os.listdir(path.parent) == ["x.txt"]
+
+
+def run_of(seed=0, frames=1, steps=2):
+    """A model, its EMA and its optimisers after two steps on a made-up loss."""
+    models = networks(seed, frames=frames)
+    model, configs = nn.ModuleDict(models), {kind: m.config for kind, m in models.items()}
+    ema, found = copy.deepcopy(model), training.optimisers(model, 1e-3, 0.02)
+    for step in range(steps):
+        sum(p.square().sum() for p in model.parameters()).backward()
+        for optimiser in found:
+            optimiser.step()
+            optimiser.zero_grad()
+        training.update_ema(ema, model, step)
+    return configs, model, ema, found
+
+
+def save(path, configs, model, ema, found):
+    training.save_state(path, step=2, configs={k: training.asdict(c) for k, c in configs.items()}, model=model.state_dict(),
+                        ema=ema.state_dict(), optimisers=[o.state_dict() for o in found])
+
+
+def test_resume_restores_everything(tmp_path):
+    configs, *old = run_of()
+    _, *new = run_of(seed=1, steps=0)
+    assert training.resume(tmp_path / "state.pt", configs, *new) == 0        # nothing there yet: a new run
+    save(tmp_path / "state.pt", configs, *old)
+    torch.load(tmp_path / "state.pt", weights_only=True)                     # plain data, no pickled code
+    assert training.resume(tmp_path / "state.pt", configs, *new) == 2
+    for a, b in zip(old[:2], new[:2], strict=True):
+        assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    for a, b in zip(old[2], new[2], strict=True):
+        a, b = a.state_dict(), b.state_dict()
+        assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys() != set()
+        assert all(torch.equal(v, b["state"][i][k]) for i, held in a["state"].items() for k, v in held.items())
+
+
+def test_resume_refuses_other_networks(tmp_path):
+    save(tmp_path / "state.pt", *run_of())
+    other = run_of(frames=4, steps=0)
+    before = copy.deepcopy(other[1].state_dict())
+    with pytest.raises(SystemExit, match="state.pt.*--out"):
+        training.resume(tmp_path / "state.pt", *other)
+    assert all(torch.equal(v, before[k]) for k, v in other[1].state_dict().items())
+
+
+# ---- releases -------------------------------------------------------------------------------------------------------
+
+def test_release_round_trip(release):
+    want, (got, meta) = networks(), training.load_release(str(release))
+    assert meta == {"format": "semo-1", **META} and list(got) == ["encoder", "decoder", "generator"]
+    for kind, model in want.items():
+        assert got[kind].config == model.config and not got[kind].training
+        for name, value in model.state_dict().items():
+            exact = value.ndim < 2                                           # vectors and statistics stay fp32
+            torch.testing.assert_close(got[kind].state_dict()[name], value, rtol=0 if exact else 2**-11, atol=0 if exact else 1e-7)
+    assert {v.dtype for v in load_file(release).values() if v.ndim > 1} == {torch.float16}
+
+
+def test_release_of_two_networks(tmp_path):
+    models = {kind: model for kind, model in networks(frames=4).items() if kind != "generator"}
+    training.save_release(tmp_path / "w.safetensors", models, META)
+    found, _ = training.load_release(tmp_path / "w.safetensors")
+    assert list(found) == ["encoder", "decoder"] and found["decoder"].config.frames == 4
+
+
+def refused(path, *words):
+    with pytest.raises(ValueError) as error:
+        training.load_release(path)
+    said = str(error.value)
+    assert str(path) in said and "\n" not in said and all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 100, b"\xff" * 100, None])
+def test_what_is_no_safetensors_is_refused(tmp_path, content):
+    path = tmp_path / "w.safetensors"
+    if content is not None:                                                  # None: there is no such file
+        path.write_bytes(content)
+    refused(path, "not a readable safetensors file")
+
+
+def test_a_folder_and_half_a_file_are_refused(release):
+    refused(release.parent, "not a readable safetensors file")
+    release.write_bytes(release.read_bytes()[: release.stat().st_size // 2])
+    refused(release, "not a readable safetensors file")
+
+
+@pytest.mark.parametrize("metadata", [None, {"a": "b"}, {"semo": "[1]"}, {"semo": '{"format": "semo-2"}'}])
+def test_foreign_safetensors_are_refused(tmp_path, metadata):
+    save_file({"a": torch.ones(2)}, tmp_path / "w.safetensors", metadata)
+    refused(tmp_path / "w.safetensors", "not a SeMo release")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_weights_are_refused(release, value):
+    rewrite(release, **{"decoder.role": torch.full((2, 32), value)})
+    refused(release, "1 weights hold NaN", "decoder.role")
+
+
+@pytest.mark.parametrize("kind, change", [("encoder", {"colour": 3}), ("generator", {"heads": "two"}),
+                                          ("poser", {}), ("encoder", {"patch_size": 7})])
+def test_a_config_of_another_version_is_refused(release, kind, change):
+    configs = {name: training.asdict(model.config) for name, model in networks().items()}
+    configs[kind] = {**configs.get(kind, {}), **change}
+    rewrite(release, {"configs": configs})
+    refused(release, kind, "another version")
+
+
+def test_missing_surplus_and_misfit_weights_are_refused(release):
+    whole = release.read_bytes()
+    for change in ({"encoder.tokens": None}, {"encoder.other": torch.ones(2)}, {"encoder.tokens": torch.ones(2, 32)}):
+        release.write_bytes(whole)
+        rewrite(release, **change)
+        refused(release, "encoder", "do not fit")
+
+
+# ---- starting from a release ----------------------------------------------------------------------------------------
+
+def test_a_video_model_starts_as_the_image_model(release):
+    image, video = networks()["decoder"], Decoder(DecoderConfig(**SHAPE, expand=2, frames=4))
+    training.init_from(release, decoder=video)
+    for block in video.temporal:
+        assert not block.attention.out.weight.any() and not block.attention.out.bias.any()
+    image = training.load_release(release)[0]["decoder"]
+    z, m = torch.randn(5, 3, 32, 32), torch.randn(5, 1, 8)
+    one, many = (model(z[1:], torch.full((4,), 0.7), m[1:], model.reference(z[:1], m[:1])) for model in (image, video))
+    torch.testing.assert_close(many, one)
+    assert one.abs().mean() > 0.1
+
+
+def test_init_from_says_what_is_wrong(tmp_path, release):
+    with pytest.raises(ValueError, match="w.safetensors holds no poser, only encoder, decoder, generator"):
+        training.init_from(release, poser=nn.Linear(2, 2))
+    training.save_release(tmp_path / "video.safetensors", {"decoder": networks(frames=4)["decoder"]}, META)
+    with pytest.raises(ValueError, match="video.safetensors: its decoder has another shape"):
+        training.init_from(tmp_path / "video.safetensors", decoder=networks()["decoder"])
+    with pytest.raises(ValueError, match="w.safetensors: its encoder has another shape"):
+        training.init_from(release, encoder=MotionEncoder(EncoderConfig(**{**SHAPE, "depth": 2})))
+
+
+def test_init_from_names_the_file_when_sizes_differ(release):
+    with pytest.raises(ValueError, match="w.safetensors: its encoder has another shape"):
+        training.init_from(release, encoder=MotionEncoder(EncoderConfig(**{**SHAPE, "width": 64})))
+
+
+# ---- log and pictures -----------------------------------------------------------------------------------------------
+
+def test_log_lines_are_json(tmp_path):
+    rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1e-9, "name": "a\nb"}]
+    for row in rows:
+        training.log(tmp_path / "log.jsonl", **row)
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == rows
+
+
+def test_grid_has_the_right_pixels(tmp_path):
+    level = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0, 2.0])                   # 2.0: clipped
+    cells = level.view(2, 3, 1, 1, 1).expand(2, 3, 3, 4, 4).clone()          # two rows of three pictures
+    cells[0, 1, 0] = 1.0                                                     # red
+    cells[1, 0, :, 0, 3] = -1.0                                              # one corner
+    training.save_grid(tmp_path / "g.png", list(cells))
+    got = np.asarray(Image.open(tmp_path / "g.png"))
+    assert got.shape == (8, 12, 3) and os.listdir(tmp_path) == ["g.png"]
+    want = np.array([[0, 64, 128], [191, 255, 255]])
+    for i in range(2):
+        for j in range(3):
+            cell = got[4 * i:4 * i + 4, 4 * j:4 * j + 4].copy()
+            if (i, j) == (1, 0):
+                assert (cell[0, 3] == 0).all()
+                cell[0, 3] = want[i, j]
+            if (i, j) == (0, 1):
+                assert (cell[..., 0] == 255).all()
+                cell[..., 0] = want[i, j]
+            assert (cell == want[i, j]).all(), (i, j)
