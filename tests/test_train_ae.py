@@ -253,7 +253,7 @@ def test_a_run_writes_its_files(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "semo.safetensors", "state.pt", "step000002.png", "step000004.png"]
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert [row["step"] for row in rows] == [2, 4]
-    assert all(math.isfinite(row[name]) for row in rows for name in ("loss", "psnr", "psnr_copy", "samples_per_second"))
+    assert all(math.isfinite(row[name]) for row in rows for name in ("loss", "psnr", "psnr_copy", "pictures_per_second"))
     models, meta = training.load_release(tmp_path / "semo.safetensors")
     assert list(models) == ["encoder", "decoder"] and (meta["trained_steps"], meta["size"]) == (4, 32)
     ema = state(tmp_path)["ema"]
