@@ -177,13 +177,7 @@ def main(argv=None):
     while step < args.steps:
         training.set_rate(optimisers, step, args.steps, warmup=50)
         loss = train_step(args, preset, loss_of, draw, step, rank, world, device, bf16)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if training.anyone(not (math.isfinite(loss) and norm.isfinite()), device):
-            raise SystemExit(f"train_ae.py: loss {loss}, gradient {norm:.3g} at step {step}: not finite. The last good "
-                             f"state is in {files['state.pt']}; try a lower learning rate.")
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        training.descend(model, optimisers, loss, step, files["state.pt"], device)
         training.update_ema(ema, model, step)
         step += 1
         bar.update()

@@ -15,7 +15,6 @@ import time
 from dataclasses import asdict, replace
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import audio
@@ -174,13 +173,7 @@ def main(argv=None):
         with bf16:
             loss = flow.flow_loss(loss_of, new, noise, t, past=past, reference=reference, audio=heard, drop=drop)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if training.anyone(not (loss.isfinite() and norm.isfinite()), device):
-            raise SystemExit(f"train_gen.py: loss {loss.item()}, gradient {norm:.3g} at step {step}: not finite. The last "
-                             f"good state is in {files['state.pt']}; try a lower learning rate.")
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        training.descend(model, optimisers, loss.item(), step, files["state.pt"], device)
         training.update_ema(ema, model, step)
         step += 1
         bar.update()

@@ -7,6 +7,7 @@ metadata the config of every model. Both are written to a temporary name and mov
 moment leaves a good file.
 """
 import json
+import math
 import os
 import random
 import signal
@@ -114,6 +115,18 @@ def set_rate(optimisers, step, steps, warmup, decay=0.3):
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * factor
+
+
+def descend(model, optimisers, loss, step, state, device):
+    """Change the weights by the gradients at hand, their norm clipped to 1. Where the loss or a gradient of any process is
+    not finite, all end with a sentence that names the last good state, and nothing is changed."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if anyone(not (math.isfinite(loss) and norm.isfinite()), device):
+        raise SystemExit(f"loss {loss:.4g}, length of the gradient {norm:.4g} at step {step}: not finite, so training ends. "
+                         f"The last good state is in {state}; try a lower learning rate.")
+    for optimiser in optimisers:
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
