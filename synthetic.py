@@ -247,7 +247,8 @@ def pairs(seeds, targets, near, size=128, draw=render):
     or the same compiled.
     """
     people = identity(seeds)
-    draws = seeds[:, None] * (targets + 1) + torch.arange(targets + 1, device=seeds.device)            # (R, 1+T)
+    draws = (seeds % HELD_OUT)[:, None] * (targets + 1) + torch.arange(targets + 1, device=seeds.device)
+    draws = draws % HELD_OUT + HELD_OUT * (seeds >= HELD_OUT)[:, None]                    # (R, 1+T) motions, too, are split
     motion = random_motion(draws.flatten()).unflatten(0, (-1, targets + 1))               # (R, 1+T, M)
     still = torch.tensor([name in (*POSE, "light_x", "light") for name in MOTION], device=seeds.device)
     keep = (torch.arange(len(people), device=seeds.device) < round(near * len(people)))[:, None, None] & still

@@ -276,7 +276,7 @@ def test_nan_stops_the_run_and_spares_the_state(ae, tmp_path, monkeypatch, no_pr
     monkeypatch.setattr(train_gen, "windows", spoilt)
     with pytest.raises(SystemExit) as end:
         train(ae, tmp_path, "--save-every", "2")
-    assert str(end.value).startswith("train_gen.py: loss nan") and "step 3" in str(end.value) and "state.pt" in str(end.value)
+    assert str(end.value).startswith("loss nan") and "step 3" in str(end.value) and "state.pt" in str(end.value)
     held = state(tmp_path)
     assert held["step"] == 2 and all(v.isfinite().all() for kind in ("model", "ema") for v in held[kind].values())
 
