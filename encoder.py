@@ -171,13 +171,13 @@ class MotionEncoder(nn.Module):
     def forward(self, x, keep=None):
         """x (B, C, H, W), keep (B, n) sorted patch numbers -> motion (B, L, D), fp32."""
         z = self.embed(patchify(x, self.config.patch_size)) + self.position            # (B, N, E)
-        thumbs = z.new_zeros(*z.shape[:2], self.config.thumb)                          # (B, N, thumb)
         if keep is None:
-            thumbs = self.thumb(z)
+            thumbs = self.thumb(z)                                                     # (B, N, thumb)
         else:
-            z = z.gather(1, keep[..., None].expand(-1, -1, z.shape[-1]))               # (B, n, E)
-            seen = self.thumb(z) * (thumbs.shape[1] / z.shape[1])
-            thumbs = thumbs.to(seen).scatter(1, keep[..., None].expand_as(seen), seen)
+            patches, where = z.shape[1], keep[..., None]
+            z = z.gather(1, where.expand(-1, -1, z.shape[-1]))                         # (B, n, E)     Z^m
+            seen = self.thumb(z) * (patches / z.shape[1])                              # (B, n, thumb)
+            thumbs = seen.new_zeros(len(z), patches, seen.shape[-1]).scatter(1, where.expand_as(seen), seen)
         sketch = rearrange(self.sketch(thumbs.flatten(1)), "b (l e) -> b l e", l=self.config.num_tokens)
         tokens = self.tokens + sketch                                                  # (B, L, E)     T
         z = torch.cat([z, tokens], dim=1)                                              # (B, n+L, E)   Z^m + T

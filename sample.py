@@ -70,8 +70,9 @@ def begin(models, meta, image, seed):
     the frames' noise (1, C, H, W). Noise is drawn on the CPU, so that every device gets the same."""
     device = next(models["decoder"].parameters()).device
     space, source = load_latents(meta["latents"], device=device), torch.Generator().manual_seed(seed)
-    z_r = next(within(device, (space.encode(picture.to(device)) for picture in [image[None]])))
-    still = next(within(device, (models["encoder"](z) for z in [z_r]))).flatten(1)
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
+        z_r = space.encode(image[None].to(device))
+        still = models["encoder"](z_r).flatten(1)
     return space, z_r, still, source, torch.randn(z_r.shape, generator=source).to(device)
 
 

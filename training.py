@@ -181,7 +181,7 @@ def init_from(path, **models):
         try:
             missing, unexpected = model.load_state_dict(found[kind].state_dict(), strict=False)
         except RuntimeError as error:
-            missing, unexpected = str(error), ()
+            missing, unexpected = [], [str(error)]
         if unexpected or any("temporal." not in name for name in missing):
             raise ValueError(f"{path}: its {kind} has another shape; it needs the preset it was trained with")
 

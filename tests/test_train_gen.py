@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import av
 import pytest
 import torch
+from test_train_ae import same, state
 
 import audio
 import data
@@ -45,21 +46,6 @@ def command(ae, out, *more, steps=4):
 
 def train(ae, out, *more, steps=4):
     return train_gen.main(command(ae, out, *more, steps=steps))
-
-
-def state(out):
-    return torch.load(out / "state.pt", weights_only=True)
-
-
-def same(a, b):
-    """Equal to the last bit: nested dicts and lists of tensors and numbers."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.fixture
