@@ -6,12 +6,14 @@
                                     (and, in a video model, the same patch of the other frames: temporal align block)
 
 One set of weights serves both rows. The paper lets all tokens see all (full_attention=True); ours is faster, as one
-reference serves every frame and every step. In pixel space the output is the *difference* from the reference patch,
-so that copying is free, and the velocity follows from it (x-prediction, JiT, arXiv 2511.13720).
+reference serves every frame and every step. In pixel space the output is what to do with the reference: move it, fade
+it, paint over it. Copying is then free and turning a head cheap, and the velocity follows from the picture
+(x-prediction, JiT, arXiv 2511.13720).
 """
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
@@ -111,6 +113,7 @@ class Decoder(nn.Module):
         self.config = c = config
         side = c.image_size // c.patch_size
         patch = c.patch_size**2 * c.channels
+        self.cells = max(1, c.patch_size // 4)                               # a patch has so many displacements a side
         self.embed = nn.Linear(patch, c.width)
         self.under = nn.Linear(patch, c.width, bias=False)
         self.motion = nn.Linear(c.token_dim, c.expand * c.width)
@@ -125,7 +128,7 @@ class Decoder(nn.Module):
         self.temporal = nn.ModuleList(TemporalBlock(c.width, c.heads) for _ in range(c.depth if c.frames > 1 else 0))
         self.norm = nn.LayerNorm(c.width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 2 * c.width))
-        self.head = nn.Linear(c.width, patch)
+        self.head = nn.Linear(c.width, patch if c.predict == "v" else patch + c.patch_size**2 + 2 * self.cells**2)
         self.register_buffer("position", sincos_2d(side, c.width), persistent=False)   # (N, E)
         self.init_weights()
 
@@ -193,10 +196,24 @@ class Decoder(nn.Module):
                 x = self.temporal[k](x, frames)
         x = x[:, -n:][:, : len(self.position)]                                         # (B*F, N, E)   target patches
         shift, scale = self.modulation(condition).chunk(2, dim=1)
-        out = unpatchify(self.head(modulate(self.norm(x), shift, scale)), self.config.patch_size).float()
+        out = self.head(modulate(self.norm(x), shift, scale)).float()                  # (B*F, N, ...)
         if self.config.predict == "v":
-            return out                                                                 # eq. (3)
-        return velocity_from_data(z_r + out, z_t, t)                                   # eq. (3), from x = Z_r + out
+            return unpatchify(out, self.config.patch_size)                             # eq. (3)
+        return velocity_from_data(self.compose(z_r, out), z_t, t)                      # eq. (3), from x
+
+    def compose(self, z_r, out):
+        """The picture x: z_r (B, C, H, W) moved, faded and painted over as the head's out (B, N, p*p*C + p*p + 2*q*q) says.
+
+        Ours. A moving face takes its looks along, which E numbers a patch could not repaint in detail. Displacements are in
+        halves of the picture, one for each of q x q cells a patch, interpolated between them, so that patches do not show.
+        """
+        p, q = self.config.patch_size, self.cells
+        paint, fade, move = out.split([self.config.channels * p * p, p * p, 2 * q * q], dim=2)
+        move = F.interpolate(unpatchify(move, q), size=z_r.shape[-2:], mode="bilinear", align_corners=False)
+        move = rearrange(move.nan_to_num().clamp(-1, 1), "b c h w -> b h w c")         # grid_sample crashes a CPU with NaN
+        same = F.affine_grid(torch.eye(2, 3, device=z_r.device).expand(len(z_r), 2, 3), z_r.shape, align_corners=False)
+        moved = F.grid_sample(z_r, same + move, padding_mode="border", align_corners=False)
+        return moved * (1 - unpatchify(fade, p)) + unpatchify(paint, p)                # (B, C, H, W)
 
 
 @torch.no_grad()

@@ -30,9 +30,24 @@ PRESETS = {
     "nano": dict(encoder=EncoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8),
                  decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8, expand=2),
                  steps=20, refs=2, targets=2, near=0.5, lr=3e-3, muon_lr=0.02),
-    "tiny": dict(encoder=EncoderConfig(width=128, depth=3, heads=2), decoder=DecoderConfig(width=192, depth=4, heads=3),
-                 steps=20000, refs=16, targets=4, near=0.5, lr=1e-3, muon_lr=0.02),
+    "tiny": dict(encoder=EncoderConfig(width=128, depth=4, heads=2), decoder=DecoderConfig(width=192, depth=4, heads=3),
+                 steps=9000, refs=16, targets=4, near=0.5, lr=1e-3, muon_lr=0.02),
 }
+
+
+def seen(reference, target, view):
+    """What the encoder gets: all pictures of a person through one crop, turned, zoomed and shifted at random (ours).
+
+    The decoder paints the untouched target from the untouched reference, so only what does not depend on the crop
+    helps it: how far the mouth is open, not which pixels are dark. view (R, 2, 3), the crops as affine_grid takes them.
+    """
+    pictures = torch.cat([reference, target])
+    crops = torch.cat([view, view.repeat_interleave(len(target) // len(reference), 0)])
+    grid = nn.functional.affine_grid(crops, pictures.shape, align_corners=False)
+    return nn.functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+
+
+VIEW = (0.2, 0.12, 0.15, 0.15)     # largest turn (radians), zoom (log) and shifts (of half a picture) of the encoder's crops
 
 
 class AutoEncoder(nn.Module):
@@ -42,13 +57,13 @@ class AutoEncoder(nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
 
-    def forward(self, reference, target, noise, t, keep):
+    def forward(self, reference, target, noise, t, keep, view):
         """reference (R, C, H, W); target, noise (R*T, C, H, W); t (R*T,); keep (R + R*T, n) patches not masked -> loss.
 
         Each sample's error is divided by that of copying the reference (ours): a moving mouth then counts as much as a
         turning head, which changes ten times the pixels.
         """
-        motion = self.encoder(torch.cat([reference, target]), keep)                    # (R + R*T, L, D)   eq. (1)
+        motion = self.encoder(seen(reference, target, view), keep)                     # (R + R*T, L, D)   eq. (1)
         m_r, m_t = motion[: len(reference)], motion[len(reference):]
         cache = self.decoder.reference(reference, m_r)
         copied = reference.repeat_interleave(len(target) // len(reference), 0)
@@ -112,7 +127,11 @@ def randomness(args, encoder, shape, number, rank, progress):
     t = t.repeat_interleave(args.frames)                                               # one time a clip
     patches = (encoder.image_size // encoder.patch_size) ** 2
     ratio = ramp * args.mask_max * torch.rand((), generator=draw).item()               # one for all: a rectangle
-    return noise, t, random_keep(args.refs + shape[0], patches, ratio, draw)
+    keep = random_keep(args.refs + shape[0], patches, ratio, draw)
+    turn, zoom, x, y = (torch.rand(4, args.refs, generator=draw) * 2 - 1).mul(min(1.0, progress / 0.2) * torch.tensor(VIEW)[:, None])
+    cos, sin = torch.exp(zoom) * torch.cos(turn), torch.exp(zoom) * torch.sin(turn)
+    view = torch.stack([torch.stack([cos, -sin, x], 1), torch.stack([sin, cos, y], 1)], 1)     # (R, 2, 3)
+    return noise, t, keep, view
 
 
 @torch.no_grad()
@@ -137,11 +156,11 @@ def train_step(args, preset, loss_of, draw, step, rank, world, device, bf16):
     for part in range(args.accumulate):
         number = (step * args.accumulate + part) * world + rank
         reference, target = (x.to(device) for x in batch(args, preset, number, draw))
-        noise, t, keep = (x.to(device) for x in randomness(args, preset["encoder"], target.shape, number, rank, step / args.steps))
+        noise, t, keep, view = (x.to(device) for x in randomness(args, preset["encoder"], target.shape, number, rank, step / args.steps))
         if world > 1:
             loss_of.require_backward_grad_sync = part == args.accumulate - 1
         with bf16:
-            loss = loss_of(reference, target, noise, t, keep)
+            loss = loss_of(reference, target, noise, t, keep, view)
         (loss / args.accumulate).backward()
         total += loss.item() / args.accumulate
     return total

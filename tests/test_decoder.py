@@ -21,6 +21,8 @@ def decoder(lively=True, **change):
         for weight in model.parameters():
             if not weight.any():
                 torch.nn.init.normal_(weight, std=0.3)
+        if model.config.predict == "x":
+            model.head.weight.data[-2 * model.cells**2:] *= 0.03             # displacements within the picture
     return model
 
 
@@ -135,7 +137,7 @@ def test_two_references_of_three_targets_each(change):
     for k in range(6):
         r = slice(k // 3, k // 3 + 1)
         alone = velocity(model, z_r[r], m_r[r], z_t[k:k + 1], t[k:k + 1], m_t[k:k + 1])
-        torch.testing.assert_close(together[k:k + 1], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[k:k + 1], alone, atol=1e-4, rtol=1e-4)
 
 
 # ---- frames ---------------------------------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def test_frames_of_a_video_model_see_each_other(full):
     for clip in range(2):
         k = slice(4 * clip, 4 * clip + 4)
         alone = velocity(model, z_r[clip:clip + 1], m_r[clip:clip + 1], z_t[k], t[k], m_t[k])
-        torch.testing.assert_close(plain[k], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(plain[k], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_temporal_block_keeps_to_a_position():
@@ -242,14 +244,38 @@ def test_every_parameter_learns_from_the_first_step(change):
 
 # ---- what comes out -------------------------------------------------------------------------------------------------
 
+def answer(paint=0.0, fade=0.0, right=0.0, down=0.0):
+    """The same head's answer everywhere on an 8 x 8 picture of 2 x 2 patches -> (1, 4, 4*4*3 + 4*4 + 2)."""
+    parts = [torch.full((48,), paint), torch.full((16,), fade), torch.tensor([right, down])]
+    return torch.cat(parts).expand(1, 4, -1)
+
+
 def test_velocity_follows_from_the_predicted_picture():
-    """Same weights: "v" hands out the head's output, "x" takes it as the difference from the reference."""
     z_r, m_r, z_t, t, m_t = inputs(1, 4)
-    t = torch.tensor([1, 0.5, 0.05, 0.01])
-    out = velocity(decoder(lively=True, predict="v"), z_r, m_r, z_t, t, m_t)
-    v = velocity(decoder(lively=True), z_r, m_r, z_t, t, m_t)
+    t, model = torch.tensor([1, 0.5, 0.05, 0.01]), decoder(lively=False)
+    model.head.bias.data = answer(paint=0.3, fade=0.5)[0, 0].clone()
+    v = velocity(model, z_r, m_r, z_t, t, m_t)
     left = torch.tensor([1, 0.5, 0.05, 0.05]).view(4, 1, 1, 1)               # not below 0.05
-    torch.testing.assert_close(v, (z_r + out - z_t) / left, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(v, (0.5 * z_r + 0.3 - z_t) / left, atol=1e-4, rtol=1e-4)
+
+
+def test_the_reference_is_moved_faded_and_painted_over():
+    z_r, model = torch.randn(1, 3, 8, 8), decoder()
+    torch.testing.assert_close(model.compose(z_r, answer(0.3, 0.75)), 0.25 * z_r + 0.3)
+    pixel = 2 / 8                                                            # in halves of the picture
+    left = model.compose(z_r, answer(right=pixel))                           # each pixel looks one to its right
+    torch.testing.assert_close(left[..., :-1], z_r[..., 1:])
+    torch.testing.assert_close(left[..., -1], z_r[..., -1])                  # beyond the edge: the edge
+    up = model.compose(z_r, answer(down=2 * pixel))
+    torch.testing.assert_close(up[:, :, :-2], z_r[:, :, 2:])
+
+
+def test_displacements_run_smoothly_across_patches():
+    """A horizontal ramp through a field that grows from patch to patch: no step at the border between pixels 3 and 4."""
+    ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
+    out = torch.cat([answer(right=0.0), answer(right=0.5)], 0)[[0, 1, 0, 1], 0][None]
+    row = decoder().compose(ramp, out)[0, 0, 4]
+    assert (row.diff()[1:5] > 0).all() and row.diff()[:6].max() < 2.5 * ramp[0, 0, 0].diff().max()
 
 
 def test_a_new_decoder_copies_the_reference():
@@ -290,7 +316,7 @@ def test_paint_gives_a_frame_for_every_motion(count, frames):
     cache, size = model.reference(z_r, m_r), frames if frames > 1 else 4
     for part, now in zip(parts, motion.split(size), strict=True):
         want = sample(model, z_t.expand(len(now), -1, -1, -1), 2, m_t=now[:, None], cache=cache)
-        torch.testing.assert_close(part, want.detach())
+        torch.testing.assert_close(part, want.detach(), atol=1e-4, rtol=1e-4)
     assert sum(map(len, parts)) == count and not parts[0].requires_grad
 
 
