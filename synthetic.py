@@ -242,17 +242,18 @@ def pairs(seeds, targets, near, size=128, draw=render):
     """Stage 1's food: one picture of each of R people and `targets` others of the same person -> (R, 3, size, size) and
     (R*targets, 3, size, size), in [-1, 1].
 
-    The share `near` of the people hold still between their pictures (pose and light are kept; mouth, eyes and brows
-    differ), as neighbouring frames of a speaker do; the others change in everything, as distant frames. draw: `render`,
-    or the same compiled.
+    The share `near` of the people hold still between their pictures, as neighbouring frames of a speaker do: pose and light
+    are kept, and a random half of mouth, eyes and brows, so that a gaze is at times all there is to explain. The others
+    change in everything, as distant frames. draw: `render`, or the same compiled.
     """
     people = identity(seeds)
     draws = (seeds % HELD_OUT)[:, None] * (targets + 1) + torch.arange(targets + 1, device=seeds.device)
     draws = draws % HELD_OUT + HELD_OUT * (seeds >= HELD_OUT)[:, None]                    # (R, 1+T) motions, too, are split
     motion = random_motion(draws.flatten()).unflatten(0, (-1, targets + 1))               # (R, 1+T, M)
     still = torch.tensor([name in (*POSE, "light_x", "light") for name in MOTION], device=seeds.device)
-    keep = (torch.arange(len(people), device=seeds.device) < round(near * len(people)))[:, None, None] & still
-    motion = torch.where(keep, motion[:, :1], motion)
+    keep = still | (uniform(seeds, len(MOTION), stream=12) < 0.5)                         # (R, M)
+    keep = keep & (torch.arange(len(people), device=seeds.device) < round(near * len(people)))[:, None]
+    motion = torch.where(keep[:, None], motion[:, :1], motion)
     images = draw(people.repeat_interleave(targets + 1, 0), motion.flatten(0, 1), size)
     images = images.unflatten(0, (-1, targets + 1))
     return images[:, 0], images[:, 1:].flatten(0, 1)

@@ -185,7 +185,8 @@ def test_the_near_share_keeps_pose_and_light(near, count):
     assert kept.tolist() == [True] * count + [False] * (8 - count)
     moved = (motion[:, 1:] != motion[:, :1]).any(1)                          # (R, M)
     assert count == 8 or moved[count:].float().mean() > 0.9
-    assert count == 0 or moved[:count, ~still].float().mean() > 0.8
+    assert count == 0 or 0.3 < moved[:count, ~still].float().mean() < 0.6    # a random half of the face, another for each
+    assert count == 0 or len(set(map(tuple, moved[:count].tolist()))) == count
     assert not torch.equal(motion[:, 1], motion[:, 2])
 
 
