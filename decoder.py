@@ -113,7 +113,7 @@ class Decoder(nn.Module):
         self.config = c = config
         side = c.image_size // c.patch_size
         patch = c.patch_size**2 * c.channels
-        self.cells = max(1, c.patch_size // 4)                               # a patch has so many displacements a side
+        self.cells = max(1, c.patch_size // 8)                               # a patch has so many displacements a side
         self.embed = nn.Linear(patch, c.width)
         self.under = nn.Linear(patch, c.width, bias=False)
         self.motion = nn.Linear(c.token_dim, c.expand * c.width)
@@ -129,6 +129,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(c.width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 2 * c.width))
         self.head = nn.Linear(c.width, patch if c.predict == "v" else patch + c.patch_size**2 + 2 * self.cells**2)
+        self.pose = nn.Linear(c.width, 6) if c.predict == "x" else None
         self.register_buffer("position", sincos_2d(side, c.width), persistent=False)   # (N, E)
         self.init_weights()
 
@@ -140,8 +141,9 @@ class Decoder(nn.Module):
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.attention.out.bias)
         nn.init.normal_(self.change.weight, std=self.change.in_features**-0.5)
-        nn.init.zeros_(self.head.weight)                                     # output 0: at first the reference is copied
-        nn.init.zeros_(self.head.bias)
+        for layer in [self.head, *([self.pose] if self.pose else [])]:       # output 0: at first the reference is copied
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def row(self, z, motion, role):
         """Picture z (B, C, H, W) and motion (B, L, D) as one sequence of N patches and L*K tokens -> (B, n, E)."""
@@ -199,20 +201,22 @@ class Decoder(nn.Module):
         out = self.head(modulate(self.norm(x), shift, scale)).float()                  # (B*F, N, ...)
         if self.config.predict == "v":
             return unpatchify(out, self.config.patch_size)                             # eq. (3)
-        return velocity_from_data(self.compose(z_r, out), z_t, t)                      # eq. (3), from x
+        whole = 0.1 * self.pose(condition).float().unflatten(1, (2, 3))                # (B*F, 2, 3)
+        return velocity_from_data(self.compose(z_r, whole, out), z_t, t)               # eq. (3), from x
 
-    def compose(self, z_r, out):
+    def compose(self, z_r, whole, out):
         """The picture x: z_r (B, C, H, W) moved, faded and painted over as the head's out (B, N, p*p*C + p*p + 2*q*q) says.
 
         Ours. A moving face takes its looks along, which E numbers a patch could not repaint in detail. Displacements are in
-        halves of the picture, one for each of q x q cells a patch, interpolated between them, so that patches do not show.
+        halves of the picture: an affine map of the whole (B, 2, 3), and one for each of q x q cells a patch, interpolated
+        between them, so that patches do not show.
         """
         p, q = self.config.patch_size, self.cells
         paint, fade, move = out.split([self.config.channels * p * p, p * p, 2 * q * q], dim=2)
         move = F.interpolate(unpatchify(move, q), size=z_r.shape[-2:], mode="bilinear", align_corners=False)
         move = rearrange(move.nan_to_num().clamp(-1, 1), "b c h w -> b h w c")         # grid_sample crashes a CPU with NaN
-        same = F.affine_grid(torch.eye(2, 3, device=z_r.device).expand(len(z_r), 2, 3), z_r.shape, align_corners=False)
-        moved = F.grid_sample(z_r, same + move, padding_mode="border", align_corners=False)
+        grid = F.affine_grid(torch.eye(2, 3, device=z_r.device) + whole.nan_to_num(), z_r.shape, align_corners=False)
+        moved = F.grid_sample(z_r, grid + move, padding_mode="border", align_corners=False)
         return moved * (1 - unpatchify(fade, p)) + unpatchify(paint, p)                # (B, C, H, W)
 
 

@@ -29,8 +29,8 @@ HELD_OUT = 10**9  # identity ids and clip seeds below are for training, at or ab
 
 # Motion: what changes from frame to frame. Name -> range.
 MOTION = {
-    "yaw": (-0.40, 0.40), "pitch": (-0.28, 0.28), "roll": (-0.25, 0.25),            # radians
-    "shift_x": (-1, 1), "shift_y": (-1, 1), "scale": (-1, 1),                        # of 0.08, 0.06 and 8%
+    "yaw": (-0.26, 0.26), "pitch": (-0.18, 0.18), "roll": (-0.16, 0.16),            # radians: as far as speakers turn
+    "shift_x": (-1, 1), "shift_y": (-1, 1), "scale": (-1, 1),                        # of 0.05, 0.04 and 5%
     "jaw": (0, 1), "lip_width": (-1, 1), "lip_corner": (-1, 1),                      # closed-open, round-spread, sad-smile
     "blink_l": (0, 1), "blink_r": (0, 1), "gaze_x": (-1, 1), "gaze_y": (-1, 1),      # open-closed, right and down positive
     "brow_raise": (-1, 1), "brow_furrow": (0, 1),
@@ -107,8 +107,8 @@ def render(identity, motion, size=128):
 
     # -- pose: undo shift, roll (about the neck) and scale, then turn the ellipsoid back ------------------------------
     cos, sin = torch.cos(m["roll"]), torch.sin(m["roll"])
-    zoom = 1.12 * (1 + 0.08 * m["scale"])
-    xs, ys = (x - 0.08 * m["shift_x"]) / zoom, (y - 0.06 * m["shift_y"] - 0.45) / zoom
+    zoom = 1.12 * (1 + 0.05 * m["scale"])
+    xs, ys = (x - 0.05 * m["shift_x"]) / zoom, (y - 0.04 * m["shift_y"] - 0.45) / zoom
     u, v = cos * xs + sin * ys, cos * ys - sin * xs + 0.45 + 0.02                                       # (B, H, W)
     u = u - 0.10 * torch.sin(m["yaw"])
     v = v + 0.02 - 0.05 * torch.sin(m["pitch"])
@@ -136,7 +136,7 @@ def render(identity, motion, size=128):
     long = 1.1 * (p["hair_length"] - 0.35).clamp(min=0)
     behind = ellipse(u, v - 0.45 * long + 0.03, fw + volume + 0.06, fh + volume + 0.60 * long)
     image = over(image, hair * (0.72 * strands)[:, None], cover(behind))
-    bx, by = x - 0.03 * m["shift_x"], y - 0.02 * m["shift_y"]
+    bx, by = x - 0.02 * m["shift_x"], y - 0.015 * m["shift_y"]
     shoulder = 0.92 - 0.22 * torch.exp(-(bx / 0.55) ** 4) + 0.10 * bx**2
     stripe = 1 - 0.25 * (p["clothes_stripe"] - 0.4).clamp(min=0) * (1 + torch.sin(46 * by))
     image = over(image, cloth * (stripe * (1.05 - 0.25 * bx.abs()))[:, None], cover(by - shoulder))
@@ -154,7 +154,7 @@ def render(identity, motion, size=128):
     head = ellipse(u / taper, v, fw, torch.where(v > 0, fh + 0.075 * m["jaw"], fh + 0 * v))             # (B, H, W)
     nx, ny = u / rx, v / ry
     nz = torch.sqrt((1 - nx**2 - ny**2).clamp(min=0.02))
-    shade = 0.80 + 0.16 * nz - 0.05 * ny + (0.12 + 0.30 * m["light"]) * (nx * m["light_x"] + 0.35 * (nz - 0.7))
+    shade = 0.80 + 0.16 * nz - 0.05 * ny + (0.06 + 0.42 * m["light"]) * (nx * m["light_x"] + 0.35 * (nz - 0.7))
     image = over(image, skin * shade[:, None], cover(head))
 
     # -- beard, cheeks, nose ------------------------------------------------------------------------------------------

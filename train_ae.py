@@ -31,7 +31,7 @@ PRESETS = {
                  decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8, expand=2),
                  steps=20, refs=2, targets=2, near=0.5, lr=3e-3, muon_lr=0.02),
     "tiny": dict(encoder=EncoderConfig(width=128, depth=4, heads=2), decoder=DecoderConfig(width=192, depth=4, heads=3),
-                 steps=9000, refs=16, targets=4, near=0.5, lr=1e-3, muon_lr=0.02),
+                 steps=6000, refs=16, targets=4, near=0.5, lr=1e-3, muon_lr=0.02),
 }
 
 
@@ -47,7 +47,7 @@ def seen(reference, target, view):
     return nn.functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
 
 
-VIEW = (0.2, 0.12, 0.15, 0.15)     # largest turn (radians), zoom (log) and shifts (of half a picture) of the encoder's crops
+VIEW = (0.15, 0.1, 0.12, 0.12)     # largest turn (radians), zoom (log) and shifts (of half a picture) of the encoder's crops
 
 
 class AutoEncoder(nn.Module):
@@ -118,10 +118,10 @@ def randomness(args, encoder, shape, number, rank, progress):
     """Noise and times of the R*T targets of one pass and masks for all, drawn on the CPU from (seed, rank, number).
 
     A curriculum (ours): a run starts at pure noise and without masks, where the token is all there is to learn from;
-    between 30% and 70% of its steps, clearer targets and the paper's masks come in.
+    between 40% and 80% of its steps, clearer targets and the paper's masks come in.
     """
     draw = training.draws(args.seed, rank, number)
-    ramp = min(1.0, max(0.0, (progress - 0.3) / 0.4))
+    ramp = min(1.0, max(0.0, (progress - 0.4) / 0.4))
     noise = torch.randn(shape, generator=draw)
     t = flow.random_times(shape[0] // args.frames, draw, noise_share=1 - 0.5 * ramp)
     t = t.repeat_interleave(args.frames)                                               # one time a clip

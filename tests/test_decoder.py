@@ -260,21 +260,23 @@ def test_velocity_follows_from_the_predicted_picture():
 
 
 def test_the_reference_is_moved_faded_and_painted_over():
-    z_r, model = torch.randn(1, 3, 8, 8), decoder()
-    torch.testing.assert_close(model.compose(z_r, answer(0.3, 0.75)), 0.25 * z_r + 0.3)
+    z_r, model, still = torch.randn(1, 3, 8, 8), decoder(), torch.zeros(1, 2, 3)
+    torch.testing.assert_close(model.compose(z_r, still, answer(0.3, 0.75)), 0.25 * z_r + 0.3)
     pixel = 2 / 8                                                            # in halves of the picture
-    left = model.compose(z_r, answer(right=pixel))                           # each pixel looks one to its right
+    left = model.compose(z_r, still, answer(right=pixel))                    # each pixel looks one to its right
     torch.testing.assert_close(left[..., :-1], z_r[..., 1:])
     torch.testing.assert_close(left[..., -1], z_r[..., -1])                  # beyond the edge: the edge
-    up = model.compose(z_r, answer(down=2 * pixel))
+    up = model.compose(z_r, still, answer(down=2 * pixel))
     torch.testing.assert_close(up[:, :, :-2], z_r[:, :, 2:])
+    turned = torch.tensor([[[-1.0, -1, 0], [1, -1, 0]]])                     # plus the identity: a quarter turn
+    torch.testing.assert_close(model.compose(z_r, turned, answer()), z_r.rot90(1, (2, 3)))
 
 
 def test_displacements_run_smoothly_across_patches():
     """A horizontal ramp through a field that grows from patch to patch: no step at the border between pixels 3 and 4."""
     ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
     out = torch.cat([answer(right=0.0), answer(right=0.5)], 0)[[0, 1, 0, 1], 0][None]
-    row = decoder().compose(ramp, out)[0, 0, 4]
+    row = decoder().compose(ramp, torch.zeros(1, 2, 3), out)[0, 0, 4]
     assert (row.diff()[1:5] > 0).all() and row.diff()[:6].max() < 2.5 * ramp[0, 0, 0].diff().max()
 
 

@@ -108,11 +108,11 @@ def test_every_identity_factor_shows(name):
 
 
 def test_a_shift_moves_the_face():
-    """At 100 pixels, shift_x = 1 is 4 pixels to the right and shift_y = 1 is 3 down: the same face, elsewhere."""
-    face = (slice(None), slice(None), slice(30, 70), slice(30, 70))
-    plain, right, down = (render(PEOPLE, rest(**m), 100) for m in ({}, {"shift_x": 1}, {"shift_y": 1}))
-    torch.testing.assert_close(right.roll(-4, 3)[face], plain[face], atol=2e-3, rtol=0)
-    torch.testing.assert_close(down.roll(-3, 2)[face], plain[face], atol=2e-3, rtol=0)
+    """At 200 pixels, shift_x = 1 is 5 pixels to the right and shift_y = 1 is 4 down: the same face, elsewhere."""
+    face = (slice(None), slice(None), slice(60, 140), slice(60, 140))
+    plain, right, down = (render(PEOPLE, rest(**m), 200) for m in ({}, {"shift_x": 1}, {"shift_y": 1}))
+    torch.testing.assert_close(right.roll(-5, 3)[face], plain[face], atol=2e-3, rtol=0)
+    torch.testing.assert_close(down.roll(-4, 2)[face], plain[face], atol=2e-3, rtol=0)
 
 
 def test_the_jaw_opens_in_the_lower_half_alone():
