@@ -240,7 +240,7 @@ def render(identity, motion, size=128):
 
 def pairs(seeds, targets, near, size=128, draw=render):
     """Stage 1's food: one picture of each of R people and `targets` others of the same person -> (R, 3, size, size) and
-    (R*targets, 3, size, size), in [-1, 1].
+    (R*targets, 3, size, size), in [-1, 1], and the motion of them all, (R + R*targets, M).
 
     The share `near` of the people hold still between their pictures, as neighbouring frames of a speaker do: pose and light
     are kept, and a random half of mouth, eyes and brows, so that a gaze is at times all there is to explain. The others
@@ -256,7 +256,7 @@ def pairs(seeds, targets, near, size=128, draw=render):
     motion = torch.where(keep[:, None], motion[:, :1], motion)
     images = draw(people.repeat_interleave(targets + 1, 0), motion.flatten(0, 1), size)
     images = images.unflatten(0, (-1, targets + 1))
-    return images[:, 0], images[:, 1:].flatten(0, 1)
+    return images[:, 0], images[:, 1:].flatten(0, 1), torch.cat([motion[:, 0], motion[:, 1:].flatten(0, 1)])
 
 
 # ---- time: a person who speaks -----------------------------------------------------------------------------------------

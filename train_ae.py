@@ -25,14 +25,25 @@ import training
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder, random_keep
 
-# refs: people a step and process; targets: pictures of each; near: share of people who hold still (synthetic.pairs)
+# refs: people a step and process; targets: pictures of each; near: share of people who hold still (synthetic.pairs);
+# truth: weight of the known motion in the loss, at the start of a run (AutoEncoder.forward)
 PRESETS = {
     "nano": dict(encoder=EncoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8),
                  decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8, expand=2),
-                 steps=20, refs=2, targets=2, near=0.5, lr=3e-3, muon_lr=0.02),
+                 steps=20, refs=2, targets=2, near=0.5, truth=0.3, lr=3e-3, muon_lr=0.02),
     "tiny": dict(encoder=EncoderConfig(width=128, depth=4, heads=2), decoder=DecoderConfig(width=192, depth=4, heads=3),
-                 steps=6000, refs=16, targets=4, near=0.5, lr=1e-3, muon_lr=0.02),
+                 steps=5000, refs=16, targets=4, near=0.5, truth=0.3, lr=1e-3, muon_lr=0.02),
 }
+
+
+# Factors that a crop leaves as they are.
+UNTURNED = [k for k, name in enumerate(synthetic.MOTION) if name not in ("roll", "shift_x", "shift_y", "scale")]
+
+
+def unit(truth):
+    """Motion (n, M) -> its UNTURNED factors at about unit variance, (n, M')."""
+    low, high = torch.tensor(list(synthetic.MOTION.values()), device=truth.device)[UNTURNED].unbind(1)
+    return (2 * (truth[:, UNTURNED] - low) / (high - low) - 1) * 3**0.5
 
 
 def seen(reference, target, view):
@@ -56,19 +67,24 @@ class AutoEncoder(nn.Module):
     def __init__(self, encoder, decoder):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
+        self.factors = nn.Linear(encoder.config.num_tokens * encoder.config.token_dim, len(UNTURNED))
 
-    def forward(self, reference, target, noise, t, keep, view):
+    def forward(self, reference, target, noise, t, keep, view, truth, hint):
         """reference (R, C, H, W); target, noise (R*T, C, H, W); t (R*T,); keep (R + R*T, n) patches not masked -> loss.
 
         Each sample's error is divided by that of copying the reference (ours): a moving mouth then counts as much as a
-        turning head, which changes ten times the pixels.
+        turning head, which changes ten times the pixels. Where the true motion is known, truth (R + R*T, M), its error as
+        a linear reading of the token enters with weight `hint` (ours; the paper has no labels): a start for small models
+        that are trained for minutes. It leaves out what the crops change. truth (0, M): unknown.
         """
         motion = self.encoder(seen(reference, target, view), keep)                     # (R + R*T, L, D)   eq. (1)
         m_r, m_t = motion[: len(reference)], motion[len(reference):]
         cache = self.decoder.reference(reference, m_r)
         copied = reference.repeat_interleave(len(target) // len(reference), 0)
         weight = 0.1 / ((target - copied).square().mean((1, 2, 3)) + 0.002)            # (R*T,)
-        return flow.flow_loss(self.decoder, target, noise, t, weight=weight, m_t=m_t, cache=cache)     # eqs. (3), (8)
+        loss = flow.flow_loss(self.decoder, target, noise, t, weight=weight, m_t=m_t, cache=cache)     # eqs. (3), (8)
+        told = self.factors(motion.flatten(1))                                         # (R + R*T, M')
+        return loss + hint * (told[: len(truth)] - unit(truth)).square().sum() / max(1, told.numel())
 
 
 def parse(argv):
@@ -79,6 +95,8 @@ def parse(argv):
     p.add_argument("--frames", type=int, default=1, help="above 1: the image-to-video stage, clips of so many frames")
     p.add_argument("--steps", type=int, help="length of the run (default: the preset's)")
     p.add_argument("--refs", type=int, help="people a step and process (default: the preset's)")
+    p.add_argument("--truth", type=float, help="weight of the true motion in the loss, fading out over the first 30%% of the run; "
+                   "0: no label ever (default: the preset's; 0 with --init)")
     p.add_argument("--mask-max", type=float, default=0.9, help="masks drop a share of the patches, U(0, this) (paper: 0.9)")
     p.add_argument("--accumulate", type=int, default=1, help="batches a step, for large batches in little memory")
     p.add_argument("--seed", type=int, default=0)
@@ -88,20 +106,23 @@ def parse(argv):
     p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints and pictures")
     args = p.parse_args(argv)
     preset = PRESETS[args.preset]
-    for name in ("steps", "refs"):
+    preset = {**preset, "truth": 0.0} if args.init else preset
+    for name in ("steps", "refs", "truth"):
         setattr(args, name, preset[name] if getattr(args, name) is None else getattr(args, name))
-    if min(args.steps, args.refs, args.accumulate, args.save_every, args.frames, args.seed + 1) < 1 or not 0 <= args.mask_max < 1:
-        p.error("--steps, --refs, --frames, --accumulate and --save-every must be positive, --seed not negative, --mask-max in [0, 1)")
+    if min(args.steps, args.refs, args.accumulate, args.save_every, args.frames, args.seed + 1) < 1 or args.truth < 0 or not 0 <= args.mask_max < 1:
+        p.error("--steps, --refs, --frames, --accumulate and --save-every must be positive, --seed and --truth not negative, "
+                "--mask-max in [0, 1)")
     return args
 
 
 def clips(seeds, frames, size, draw):
-    """The video stage's food: a frame of each of R clips and `frames` later ones in a row -> (R, 3, H, W), (R*F, 3, H, W)."""
+    """The video stage's food: a frame of each of R clips and `frames` later ones in a row -> (R, 3, H, W), (R*F, 3, H, W),
+    and as pairs() their motion."""
     made = synthetic.clip(seeds, 2 * frames)
     picked = torch.cat([made["motion"][:, :1], made["motion"][:, frames:]], dim=1)     # (R, 1+F, M)
     people = made["identity"].repeat_interleave(frames + 1, 0)
     images = draw(people, picked.flatten(0, 1), size).unflatten(0, (-1, frames + 1))
-    return images[:, 0], images[:, 1:].flatten(0, 1)
+    return images[:, 0], images[:, 1:].flatten(0, 1), torch.cat([picked[:, 0], picked[:, 1:].flatten(0, 1)])
 
 
 def batch(args, preset, number, draw, held_out=False):
@@ -138,7 +159,7 @@ def randomness(args, encoder, shape, number, rank, progress):
 def picture(path, model, args, preset, device):
     """Held-out people: reference | target | output after 1 and 4 steps -> PSNR in dB of 1 step and of copying."""
     model.eval()
-    reference, target = (x.to(device) for x in batch(args, preset, 0, synthetic.render, held_out=True))
+    reference, target, _ = (x.to(device) for x in batch(args, preset, 0, synthetic.render, held_out=True))
     m_r, m_t = model.encoder(reference), model.encoder(target)
     cache = model.decoder.reference(reference, m_r)
     noise = torch.randn(target.shape, generator=training.draws(args.seed, 0, 0)).to(device)
@@ -155,12 +176,12 @@ def train_step(args, preset, loss_of, draw, step, rank, world, device, bf16):
     total = 0.0
     for part in range(args.accumulate):
         number = (step * args.accumulate + part) * world + rank
-        reference, target = (x.to(device) for x in batch(args, preset, number, draw))
+        reference, target, truth = (x.to(device) for x in batch(args, preset, number, draw))
         noise, t, keep, view = (x.to(device) for x in randomness(args, preset["encoder"], target.shape, number, rank, step / args.steps))
         if world > 1:
             loss_of.require_backward_grad_sync = part == args.accumulate - 1
         with bf16:
-            loss = loss_of(reference, target, noise, t, keep, view)
+            loss = loss_of(reference, target, noise, t, keep, view, truth, args.truth * max(0.0, 1 - step / args.steps / 0.3))
         (loss / args.accumulate).backward()
         total += loss.item() / args.accumulate
     return total

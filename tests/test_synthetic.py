@@ -157,15 +157,16 @@ def drawn(seeds, targets, near):
         asked.extend((people, motion, size))
         return torch.arange(float(len(people))).view(-1, 1, 1, 1).expand(-1, 3, size, size)
 
-    first, others = pairs(torch.tensor(seeds), targets, near, 8, draw)
+    first, others, _ = pairs(torch.tensor(seeds), targets, near, 8, draw)
     people, motion = (part.unflatten(0, (-1, 1 + targets)) for part in asked[:2])
     return people, motion, first[:, 0, 0, 0], others[:, 0, 0, 0]
 
 
 def test_pairs_are_pictures_of_the_same_people():
-    first, others = pairs(torch.tensor([5, 6]), 3, 0.5, 32)
+    first, others, truth = pairs(torch.tensor([5, 6]), 3, 0.5, 32)
     assert first.shape == (2, 3, 32, 32) and others.shape == (6, 3, 32, 32)
     people, motion, *_ = drawn([5, 6], 3, 0.5)
+    assert torch.equal(truth, torch.cat([motion[:, 0], motion[:, 1:].flatten(0, 1)]))
     whole = render(people.flatten(0, 1), motion.flatten(0, 1), 32).unflatten(0, (2, 4))
     torch.testing.assert_close(first, whole[:, 0], atol=1e-5, rtol=0)
     torch.testing.assert_close(others, whole[:, 1:].flatten(0, 1), atol=1e-5, rtol=0)
