@@ -80,10 +80,13 @@ def mirror(images, motion):
 
 
 def degrade(images, draw):
-    """Softness (the first quarter), a colour cast, noise: generated frames have some, and must still be read fairly."""
+    """Softness (the first quarter), half the pixels (the second), a colour cast, noise: generated frames have some, and must
+    still be read fairly."""
     soft, noisy, gain, lift = torch.rand(len(images), 8, 1, 1, generator=draw).split([1, 1, 3, 3], dim=1)
     x, n = images.clone(), math.ceil(len(images) / 4)
     x[:n] = x[:n].lerp(metrics.blur(x[:n], 1.2, 7), soft[:n])
+    half = F.interpolate(x[n:2 * n], scale_factor=0.5, mode="bilinear", antialias=True)
+    x[n:2 * n] = F.interpolate(half, size=x.shape[-2:], mode="bilinear", antialias=True)
     return x * (0.9 + 0.2 * gain) + 0.2 * lift - 0.1 + 0.08 * noisy * torch.randn(images.shape, generator=draw)
 
 

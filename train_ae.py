@@ -31,34 +31,16 @@ PRESETS = {
     "nano": dict(encoder=EncoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8),
                  decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8, expand=2),
                  steps=20, refs=2, targets=2, near=0.5, truth=0.3, lr=3e-3, muon_lr=0.02),
-    "tiny": dict(encoder=EncoderConfig(width=128, depth=4, heads=2), decoder=DecoderConfig(width=192, depth=4, heads=3),
-                 steps=5000, refs=16, targets=4, near=0.5, truth=0.3, lr=1e-3, muon_lr=0.02),
+    "tiny": dict(encoder=EncoderConfig(64, patch_size=8, width=128, depth=4, heads=2),
+                 decoder=DecoderConfig(64, patch_size=8, width=192, depth=4, heads=3),
+                 steps=4600, refs=16, targets=4, near=0.4, truth=0.3, lr=1e-3, muon_lr=0.02),
 }
 
 
-# Factors that a crop leaves as they are.
-UNTURNED = [k for k, name in enumerate(synthetic.MOTION) if name not in ("roll", "shift_x", "shift_y", "scale")]
-
-
 def unit(truth):
-    """Motion (n, M) -> its UNTURNED factors at about unit variance, (n, M')."""
-    low, high = torch.tensor(list(synthetic.MOTION.values()), device=truth.device)[UNTURNED].unbind(1)
-    return (2 * (truth[:, UNTURNED] - low) / (high - low) - 1) * 3**0.5
-
-
-def seen(reference, target, view):
-    """What the encoder gets: all pictures of a person through one crop, turned, zoomed and shifted at random (ours).
-
-    The decoder paints the untouched target from the untouched reference, so only what does not depend on the crop
-    helps it: how far the mouth is open, not which pixels are dark. view (R, 2, 3), the crops as affine_grid takes them.
-    """
-    pictures = torch.cat([reference, target])
-    crops = torch.cat([view, view.repeat_interleave(len(target) // len(reference), 0)])
-    grid = nn.functional.affine_grid(crops, pictures.shape, align_corners=False)
-    return nn.functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
-
-
-VIEW = (0.15, 0.1, 0.12, 0.12)     # largest turn (radians), zoom (log) and shifts (of half a picture) of the encoder's crops
+    """Motion factors (n, M), each at about unit variance."""
+    low, high = torch.tensor(list(synthetic.MOTION.values()), device=truth.device).unbind(1)
+    return (2 * (truth - low) / (high - low) - 1) * 3**0.5
 
 
 class AutoEncoder(nn.Module):
@@ -67,23 +49,23 @@ class AutoEncoder(nn.Module):
     def __init__(self, encoder, decoder):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.factors = nn.Linear(encoder.config.num_tokens * encoder.config.token_dim, len(UNTURNED))
+        self.factors = nn.Linear(encoder.config.num_tokens * encoder.config.token_dim, len(synthetic.MOTION))
 
-    def forward(self, reference, target, noise, t, keep, view, truth, hint):
+    def forward(self, reference, target, noise, t, keep, truth, hint):
         """reference (R, C, H, W); target, noise (R*T, C, H, W); t (R*T,); keep (R + R*T, n) patches not masked -> loss.
 
         Each sample's error is divided by that of copying the reference (ours): a moving mouth then counts as much as a
         turning head, which changes ten times the pixels. Where the true motion is known, truth (R + R*T, M), its error as
         a linear reading of the token enters with weight `hint` (ours; the paper has no labels): a start for small models
-        that are trained for minutes. It leaves out what the crops change. truth (0, M): unknown.
+        that are trained for minutes. truth (0, M): unknown.
         """
-        motion = self.encoder(seen(reference, target, view), keep)                     # (R + R*T, L, D)   eq. (1)
+        motion = self.encoder(torch.cat([reference, target]), keep)                    # (R + R*T, L, D)   eq. (1)
         m_r, m_t = motion[: len(reference)], motion[len(reference):]
         cache = self.decoder.reference(reference, m_r)
         copied = reference.repeat_interleave(len(target) // len(reference), 0)
         weight = 0.1 / ((target - copied).square().mean((1, 2, 3)) + 0.002)            # (R*T,)
         loss = flow.flow_loss(self.decoder, target, noise, t, weight=weight, m_t=m_t, cache=cache)     # eqs. (3), (8)
-        told = self.factors(motion.flatten(1))                                         # (R + R*T, M')
+        told = self.factors(motion.flatten(1))                                         # (R + R*T, M)
         return loss + hint * (told[: len(truth)] - unit(truth)).square().sum() / max(1, told.numel())
 
 
@@ -148,11 +130,7 @@ def randomness(args, encoder, shape, number, rank, progress):
     t = t.repeat_interleave(args.frames)                                               # one time a clip
     patches = (encoder.image_size // encoder.patch_size) ** 2
     ratio = ramp * args.mask_max * torch.rand((), generator=draw).item()               # one for all: a rectangle
-    keep = random_keep(args.refs + shape[0], patches, ratio, draw)
-    turn, zoom, x, y = (torch.rand(4, args.refs, generator=draw) * 2 - 1).mul(min(1.0, progress / 0.2) * torch.tensor(VIEW)[:, None])
-    cos, sin = torch.exp(zoom) * torch.cos(turn), torch.exp(zoom) * torch.sin(turn)
-    view = torch.stack([torch.stack([cos, -sin, x], 1), torch.stack([sin, cos, y], 1)], 1)     # (R, 2, 3)
-    return noise, t, keep, view
+    return noise, t, random_keep(args.refs + shape[0], patches, ratio, draw)
 
 
 @torch.no_grad()
@@ -177,11 +155,11 @@ def train_step(args, preset, loss_of, draw, step, rank, world, device, bf16):
     for part in range(args.accumulate):
         number = (step * args.accumulate + part) * world + rank
         reference, target, truth = (x.to(device) for x in batch(args, preset, number, draw))
-        noise, t, keep, view = (x.to(device) for x in randomness(args, preset["encoder"], target.shape, number, rank, step / args.steps))
+        noise, t, keep = (x.to(device) for x in randomness(args, preset["encoder"], target.shape, number, rank, step / args.steps))
         if world > 1:
             loss_of.require_backward_grad_sync = part == args.accumulate - 1
         with bf16:
-            loss = loss_of(reference, target, noise, t, keep, view, truth, args.truth * max(0.0, 1 - step / args.steps / 0.3))
+            loss = loss_of(reference, target, noise, t, keep, truth, args.truth * max(0.0, 1 - step / args.steps / 0.3))
         (loss / args.accumulate).backward()
         total += loss.item() / args.accumulate
     return total
