@@ -26,14 +26,15 @@ from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder, random_keep
 
 # refs: people a step and process; targets: pictures of each; near: share of people who hold still (synthetic.pairs);
-# truth: weight of the known motion in the loss, at the start of a run (AutoEncoder.forward)
+# mask_max: masks drop a share of U(0, this) (paper: 0.9, too much for minutes of training); truth: weight of the known
+# motion in the loss, at the start of a run (AutoEncoder.forward)
 PRESETS = {
     "nano": dict(encoder=EncoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8),
                  decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8, expand=2),
-                 steps=20, refs=2, targets=2, near=0.5, truth=0.3, lr=3e-3, muon_lr=0.02),
+                 steps=20, refs=2, targets=2, near=0.5, mask_max=0.9, truth=0.3, lr=3e-3, muon_lr=0.02),
     "tiny": dict(encoder=EncoderConfig(64, patch_size=8, width=128, depth=4, heads=2),
                  decoder=DecoderConfig(64, patch_size=8, width=192, depth=4, heads=3),
-                 steps=4600, refs=16, targets=4, near=0.4, truth=0.3, lr=1e-3, muon_lr=0.02),
+                 steps=4700, refs=16, targets=4, near=0.4, mask_max=0.2, truth=0.3, lr=1e-3, muon_lr=0.02),
 }
 
 
@@ -79,7 +80,7 @@ def parse(argv):
     p.add_argument("--refs", type=int, help="people a step and process (default: the preset's)")
     p.add_argument("--truth", type=float, help="weight of the true motion in the loss, fading out over the first 30%% of the run; "
                    "0: no label ever (default: the preset's; 0 with --init)")
-    p.add_argument("--mask-max", type=float, default=0.9, help="masks drop a share of the patches, U(0, this) (paper: 0.9)")
+    p.add_argument("--mask-max", type=float, help="masks drop a share of the patches, U(0, this) (paper: 0.9; default: the preset's)")
     p.add_argument("--accumulate", type=int, default=1, help="batches a step, for large batches in little memory")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
@@ -89,9 +90,10 @@ def parse(argv):
     args = p.parse_args(argv)
     preset = PRESETS[args.preset]
     preset = {**preset, "truth": 0.0} if args.init else preset
-    for name in ("steps", "refs", "truth"):
+    for name in ("steps", "refs", "mask_max", "truth"):
         setattr(args, name, preset[name] if getattr(args, name) is None else getattr(args, name))
-    if min(args.steps, args.refs, args.accumulate, args.save_every, args.frames, args.seed + 1) < 1 or args.truth < 0 or not 0 <= args.mask_max < 1:
+    counts = (args.steps, args.refs, args.accumulate, args.save_every, args.frames, args.seed + 1)
+    if min(counts) < 1 or args.truth < 0 or not 0 <= args.mask_max < 1:
         p.error("--steps, --refs, --frames, --accumulate and --save-every must be positive, --seed and --truth not negative, "
                 "--mask-max in [0, 1)")
     return args
@@ -126,7 +128,7 @@ def randomness(args, encoder, shape, number, rank, progress):
     draw = training.draws(args.seed, rank, number)
     ramp = min(1.0, max(0.0, (progress - 0.4) / 0.4))
     noise = torch.randn(shape, generator=draw)
-    t = flow.random_times(shape[0] // args.frames, draw, noise_share=1 - 0.5 * ramp)
+    t = flow.random_times(shape[0] // args.frames, draw, noise_share=1 - 0.1 * ramp)
     t = t.repeat_interleave(args.frames)                                               # one time a clip
     patches = (encoder.image_size // encoder.patch_size) ** 2
     ratio = ramp * args.mask_max * torch.rand((), generator=draw).item()               # one for all: a rectangle
@@ -196,7 +198,7 @@ def main(argv=None):
         training.set_rate(optimisers, step, args.steps, warmup=50)
         loss = train_step(args, preset, loss_of, draw, step, rank, world, device, bf16)
         training.descend(model, optimisers, loss, step, files["state.pt"], device)
-        training.update_ema(ema, model, step)
+        training.update_ema(ema, model, step, decay=1 - 1 / (1 + args.steps / 200))
         step += 1
         bar.update()
         recent.append(loss)

@@ -30,7 +30,7 @@ from generator import Generator, GeneratorConfig, dream
 PRESETS = {
     "nano": dict(generator=GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, ahead=1),
                  steps=20, windows=4, clips=2, seconds=1, lr=1e-3, muon_lr=0.02),
-    "tiny": dict(generator=GeneratorConfig(), steps=6000, windows=64, clips=1024, seconds=4, lr=1e-3, muon_lr=0.02),
+    "tiny": dict(generator=GeneratorConfig(), steps=3000, windows=64, clips=768, seconds=4, lr=1e-3, muon_lr=0.02),
 }
 
 
@@ -174,7 +174,7 @@ def main(argv=None):
             loss = flow.flow_loss(loss_of, new, noise, t, past=past, reference=reference, audio=heard, drop=drop)
         loss.backward()
         training.descend(model, optimisers, loss.item(), step, files["state.pt"], device)
-        training.update_ema(ema, model, step)
+        training.update_ema(ema, model, step, decay=1 - 1 / (1 + args.steps / 200))
         step += 1
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.4f}")
