@@ -198,7 +198,7 @@ def main(argv=None):
         training.set_rate(optimisers, step, args.steps, warmup=50)
         loss = train_step(args, preset, loss_of, draw, step, rank, world, device, bf16)
         training.descend(model, optimisers, loss, step, files["state.pt"], device)
-        training.update_ema(ema, model, step, decay=1 - 1 / (1 + args.steps / 200))
+        training.update_ema(ema, model, step, training.ema_decay(args.steps))
         step += 1
         bar.update()
         recent.append(loss)

@@ -174,7 +174,7 @@ def main(argv=None):
             loss = flow.flow_loss(loss_of, new, noise, t, past=past, reference=reference, audio=heard, drop=drop)
         loss.backward()
         training.descend(model, optimisers, loss.item(), step, files["state.pt"], device)
-        training.update_ema(ema, model, step, decay=1 - 1 / (1 + args.steps / 200))
+        training.update_ema(ema, model, step, training.ema_decay(args.steps))
         step += 1
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.4f}")

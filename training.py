@@ -129,6 +129,11 @@ def descend(model, optimisers, loss, step, state, device):
         optimiser.zero_grad(set_to_none=True)
 
 
+def ema_decay(steps):
+    """The average remembers a two-hundredth of a run. At Muon's full rate a twentieth was 2 dB behind the weights."""
+    return 1 - 1 / (1 + steps / 200)
+
+
 @torch.no_grad()
 def update_ema(ema, model, step, decay=0.999):
     """ema <- decay ema + (1 - decay) model, weights and statistics alike; a shorter memory in the first steps."""
