@@ -103,9 +103,9 @@ def load_whisper(name=WHISPER):
     try:
         return WhisperModel.from_pretrained(name).encoder.eval().requires_grad_(False)
     except OSError as error:
-        raise OSError(f"cannot load the Whisper model {name!r}: it is neither a folder with config.json and "
-                      f"model.safetensors nor reachable on the hub; to work offline, download it elsewhere and pass "
-                      f"the folder's path instead of the id") from error
+        raise ValueError(f"cannot load the Whisper model {name!r}: it is neither a folder with config.json and model.safetensors "
+                         "nor reachable on the hub; to work offline, download it elsewhere and pass the folder's path instead of "
+                         "the id") from error
 
 
 @torch.no_grad()

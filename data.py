@@ -1,414 +1,448 @@
-"""Files in and out: photos, sound and video as people have them, and the mp4 that comes back.
+"""Real video: from folders of files as they come to clips that both stages train on.
 
-    photo --load_image--> (3, size, size) in [-1, 1]
-    sound --pcm--> blocks at the file's own rate --resample--> 16 kHz mono: audio_chunks (streamed), load_audio (whole)
-    video --read_video--> (3, size, size) in [-1, 1] at 25 fps, by timestamp
-    frames + sound --VideoWriter--> H.264 + AAC mp4, complete or absent
+    python data.py prepare --videos DIR [DIR ...] --out OUT
 
-Frames and sound of one file share time zero: its first picture. Whatever is wrong with a user's file ends in
-InputError: one sentence that names the file, what is wrong and what would be right.
+    videos --prepare--> OUT/clips/*.mp4 (a square round the face, 25 fps, 16 kHz mono), OUT/manifest.jsonl, OUT/dropped.jsonl
+    OUT    --Clips----> pairs of pictures, frames in a row, whole clips with sound; several folders drawn equally
+
+Every person of a manifest belongs to its train or its test split for ever: by the set's own list (--people), else by a
+hash of the name, so that preparing more videos moves nobody.
 """
-import io
+import argparse
+import hashlib
+import json
 import os
+import re
+import signal
 import sys
-import warnings
-from contextlib import ExitStack, contextmanager
-from fractions import Fraction
-from itertools import chain
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-FPS = 25
-SAMPLE_RATE = 16000
-MIN_SIDE = 16              # pixels; below this a picture holds no face
-MAX_PIXELS = 128_000_000   # a 108-megapixel phone passes; a header that claims more is refused before decoding
-MAX_GAP = 60.0             # seconds without a frame; a longer jump of timestamps is damage, not a pause
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
-# Containers that libav may open. Playlists (which name other files), pictures and text are not among them.
-MEDIA_FORMATS = ("wav,w64,aiff,caf,au,flac,ogg,mp3,aac,ac3,eac3,amr,wv,ape,tta,mov,mp4,m4a,3gp,matroska,webm,avi,asf,"
-                 "flv,mpeg,mpegts,mxf,gif")
-SOUND_WANTED = "a wav, flac, ogg, mp3 or m4a file, or a video with sound"
-VIDEO_WANTED = "a video file such as mp4, mov, webm or mkv"
-IMAGE_WANTED = "a jpg, png or webp picture"
-LAYOUTS = {1: "mono", 2: "stereo"}
-BACKDROP = (128, 128, 128)  # what shows through a transparent picture
-PROVENANCE = "AI-generated video: made by SeMo from one photo; not a recording of a real event."
+from media import FPS, SAMPLE_RATE, InputError, VideoWriter, has_audio, load_audio, picture_stream, read_frames, square_box, whole_file
 
-
-class InputError(Exception):
-    """Something is wrong with what the user gave; the message is the one sentence to print."""
+VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".ts", ".wmv", ".flv", ".3gp")
+SHORTEST, LONGEST = 1.0, 10.0    # seconds of a clip
+CUT = 20                         # of 255: mean change from frame to frame of 16 x 16 averages that begins a new scene
+LOOK = 5                         # the detector looks at one frame in so many
+SEEN = 0.9                       # a face must be found in this share of those
+FACE = 0.6                       # height of the face by the side of the crop
+ENLARGE = 2.0                    # crops that would be enlarged more than this are dropped
+SILENT, CLIPPED, NOISY = -50.0, 0.005, 6.0    # dB of full scale; share of samples at the limit; dB from quiet to loud frames
+TEST_SHARE = 0.05                # of the people, where a set has no list of its own
+KEYFRAMES = 5                    # of the clips: any frame is at most four away from one that is coded by itself
+YUNET = "face_detection_yunet_2023mar.onnx"
+EMOTIONS = ("neutral", "angry", "contempt", "disgusted", "fear", "happy", "sad", "surprised")
 
 
-def check_file(path, wanted):
-    """Refuse what is not a readable, non-empty regular file; `wanted` ends the sentence."""
-    if os.path.isdir(path):
-        raise InputError(f"{path} is a folder; give {wanted}")
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist; give {wanted}")
+# ------------------------------------------------------------------------------------------------------------- people
+def who(path):
+    """What the names of known sets tell of a video, path relative to its folder -> dict with identity (and more for MEAD)."""
+    path = path.replace(os.sep, "/")
+    stem = os.path.splitext(path)[0]
+    mead = re.search(r"(?:^|[/_])([MW]\d{3})[/_](?:video[/_])?(front|down|top|left_30|left_60|right_30|right_60)"
+                     rf"[/_]({'|'.join(EMOTIONS)})[/_]level_(\d)", stem)
+    if mead:
+        actor, camera, emotion, level = mead.groups()
+        return {"identity": f"MEAD/{actor}", "camera": camera, "emotion": emotion, "level": int(level)}
+    vox = re.search(r"(?:^|/)(id\d{5})[/#]", stem)
+    if vox:
+        return {"identity": f"VoxCeleb/{vox[1]}"}
+    hdtf = re.search(r"(?:^|/)(?:(RD_Radio\d+)|((?:RD|WDA|WRA)_[A-Za-z]+))\d*(?:_\d+)*$", stem)
+    if hdtf:                                             # WDA_EricSwalwell1 and 0 are one person; RD_Radio1 and 2 are two
+        return {"identity": f"HDTF/{hdtf[1] or hdtf[2]}"}
+    celebv = re.search(r"(?:^|/)([\w-]{11})(?:_\d+){1,2}$", stem)
+    if celebv:                                           # one YouTube video may show several people; they stay together
+        return {"identity": f"CelebV-HQ/{celebv[1]}"}
+    return {"identity": os.path.dirname(path) or "."}
+
+
+def split_of(identity):
+    """'test' for TEST_SHARE of all names, decided by the name alone."""
+    return "test" if int(hashlib.sha256(identity.encode()).hexdigest()[:8], 16) < TEST_SHARE * 2**32 else "train"
+
+
+def read_lines(path):
+    """A .jsonl file -> list of dicts. Raises InputError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as lines of JSON: {error}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path} holds lines that are not JSON objects")
+    return rows
+
+
+def write_lines(path, rows):
+    """dicts -> a .jsonl file, complete or absent."""
+    with whole_file(path, ".jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ prepare
+def squares(path):
+    """Pictures of a video at 25 fps with square pixels, PIL."""
+    last, made = None, None
+    for image, aspect in read_frames(path):
+        if image is not last:
+            last = image
+            made = image if aspect == 1 else image.resize((max(1, round(image.width * aspect)), image.height))
+        yield made
+
+
+def load_detector(path):
+    """OpenCV's face detector YuNet. Raises InputError."""
+    try:
+        import cv2
+    except ImportError:
+        raise InputError("finding faces needs OpenCV: pip install opencv-python-headless, or give --crop centre") from None
     if not os.path.isfile(path):
-        raise InputError(f"{path} is not a regular file; give {wanted}")
-    if not os.access(path, os.R_OK):
-        raise InputError(f"{path} may not be read; change its permissions or give {wanted}")
-    if os.path.getsize(path) == 0:
-        raise InputError(f"{path} is empty (0 bytes); give {wanted}")
-
-
-# ----------------------------------------------------------------------------------------------------------- pictures
-def square_box(width, height, aspect=1.0):
-    """The square to keep, (left, top, right, bottom) in pixels: the middle of a wide picture, the upper part of a tall
-    one (a tenth of what is cut lies above, the rest below: heads sit there). aspect: a pixel's width by its height."""
-    side = min(width * aspect, height)
-    left, top = (width - side / aspect) / 2, (height - side) / 10
-    return left, top, left + side / aspect, top + side
-
-
-def to_tensor(image, size, aspect=1.0):
-    """RGB picture -> (3, size, size) float in [-1, 1]: cropped to a square, scaled by Lanczos with anti-aliasing."""
-    image = image.resize((size, size), Image.Resampling.LANCZOS, box=square_box(*image.size, aspect))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1      # (3, H, W)
-
-
-def to_rgb(image):
-    """Any PIL mode -> RGB: wide numbers scaled to 8 bits, colour profiles applied, transparency over BACKDROP."""
-    if image.mode in ("F", "I") or image.mode.startswith("I;"):
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        if image.mode.startswith("I;") or grey.max() > 255:       # "I" holds 16-bit grey, or 8 bits in wide cells
-            grey = grey / 257
-        elif image.mode == "F" and grey.max() <= 1:
-            grey = grey * 255
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, BACKDROP + (255,)), image).convert("RGB")
-    if image.info.get("icc_profile") and image.mode in ("RGB", "CMYK"):
-        try:
-            profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-            return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError):
-            pass                                                  # a broken profile: the plain conversion will do
-    return image.convert("RGB")
-
-
-def load_image(path, size):
-    """A picture file -> (3, size, size) float in [-1, 1]: upright, opaque, square (square_box). Raises InputError."""
-    check_file(path, IMAGE_WANTED)
+        raise InputError(f"{path} does not exist; give --detector the file {YUNET} of opencv/opencv_zoo "
+                         "(models/face_detection_yunet), or --crop centre")
+    cv2.setNumThreads(1)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)      # version 5 warns of a setting of its own
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                       # Pillow warns of what MAX_PIXELS decides here
-            Image.init()
-            image = Image.open(path, formats=[kind for kind in IMAGE_FORMATS if kind in Image.OPEN])
-    except Image.DecompressionBombError:
-        raise InputError(f"{path} claims more than {MAX_PIXELS // 10**6} megapixels; give a smaller picture") from None
-    except Exception:                                             # each of Pillow's readers fails in its own way
-        raise InputError(f"{path} is not a picture that can be read; give {IMAGE_WANTED}") from None
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{path} is {width}x{height}, above {MAX_PIXELS // 10**6} megapixels; give a smaller picture")
-    if min(width, height) < MIN_SIDE:
-        raise InputError(f"{path} is {width}x{height} pixels; give a picture of at least {MIN_SIDE}x{MIN_SIDE}")
-    with image:
-        try:
-            image.draft("RGB", (2 * size, 2 * size))              # large jpegs decode at a half, a quarter, an eighth
-            image.load()
-            try:
-                image = ImageOps.exif_transpose(image)
-            except Exception:                                     # damaged EXIF says nothing about which way is up
-                pass
-            return to_tensor(to_rgb(image), size)
-        except Exception:
-            raise InputError(f"{path} is a damaged or cut-off picture; copy it again or give another") from None
+        return cv2.FaceDetectorYN.create(path, "", (320, 320), score_threshold=0.7)
+    except cv2.error:
+        raise InputError(f"{path} is not a YuNet model that OpenCV can read; give {YUNET}") from None
 
 
-# -------------------------------------------------------------------------------------------------------------- sound
-@contextmanager
-def open_media(path, wanted):
-    """libav on a local file; nothing but MEDIA_FORMATS in files may be opened by it. Raises InputError."""
-    check_file(path, wanted)
+def find_face(detector, image):
+    """The largest face of a PIL picture as (left, top, right, bottom) in its pixels, or None."""
+    scale = min(1.0, 640 / max(image.size))
+    small = np.array(image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale)))))[:, :, ::-1]
+    detector.setInputSize((small.shape[1], small.shape[0]))
+    _, faces = detector.detect(np.ascontiguousarray(small))
+    if faces is None:
+        return None
+    x, y, w, h = max(faces, key=lambda face: face[2] * face[3])[:4] / scale
+    return [float(x), float(y), float(x + w), float(y + h)]
+
+
+def look(path, detector):
+    """First pass -> frames, frame numbers where a new scene begins, face boxes {frame number: box or None}, frame size."""
+    before, cuts, boxes, size, n = None, [], {}, None, 0
+    for n, image in enumerate(squares(path), 1):
+        size, now = size or image.size, np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32)
+        if before is not None and np.abs(now - before).mean() > CUT:
+            cuts.append(n - 1)
+        if detector is not None and (n - 1) % LOOK == 0:
+            boxes[n - 1] = find_face(detector, image)
+        before = now
+    return n, cuts, boxes, size
+
+
+def pieces(frames, cuts):
+    """Scenes cut into equal parts of at most LONGEST seconds -> [(first frame, number of frames)]."""
+    made = []
+    for start, end in zip([0, *cuts], [*cuts, frames], strict=True):
+        parts = -(-(end - start) // round(LONGEST * FPS))
+        marks = [start + (end - start) * k // parts for k in range(parts + 1)]
+        made += [(a, b - a) for a, b in zip(marks, marks[1:], strict=False)]
+    return made
+
+
+def median_face(found):
+    """The usual one of a clip's face boxes (None where none was found): left, top, right, bottom."""
+    return np.median([box for box in found if box is not None], axis=0)
+
+
+def face_square(found, width, height, size):
+    """Boxes of a clip's faces (None where none was found) -> the square to cut (left, top, right, bottom), or the reason not to."""
+    boxes = [box for box in found if box is not None]
+    if len(boxes) < max(1, SEEN * len(found)):
+        return f"face found in {len(boxes)} of {len(found)} frames looked at"
+    left, top, right, bottom = median_face(found)
+    side = min((bottom - top) / FACE, width, height)
+    if side * ENLARGE < size:
+        return f"face too small: {bottom - top:.0f} pixels high"
+    centre = [(left + right) / 2, (top + bottom) / 2]
+    strayed = [box for box in boxes if max(abs((box[k] + box[k + 2]) / 2 - centre[k]) for k in (0, 1)) > 0.35 * side]
+    if len(strayed) > (1 - SEEN) * len(found):
+        return "face leaves the square"
+    x, y = (min(max(c - side / 2, 0), most - side) for c, most in zip(centre, (width, height), strict=True))
+    return [round(float(v), 1) for v in (x, y, x + side, y + side)]
+
+
+def sound_fault(wave):
+    """(S,) at 16 kHz -> why a talking clip cannot have this sound, or None."""
+    level = 10 * np.log10(np.square(wave).mean() + 1e-12)
+    if level < SILENT:
+        return f"silent: {level:.0f} dB"
+    clipped = (np.abs(wave) > 0.999).mean()
+    if clipped > CLIPPED:
+        return f"clipped: {clipped:.1%} of the samples"
+    rows = np.square(wave[: len(wave) // 320 * 320].reshape(-1, 320)).mean(1)            # 20 ms
+    quiet, loud = 10 * np.log10(np.percentile(rows, [10, 95]) + 1e-12)
+    return f"noisy: pauses only {loud - quiet:.0f} dB below speech" if loud - quiet < NOISY else None
+
+
+def prepare_one(path, source, about, out, size, detector):
+    """One video: its clips are written to out/clips -> {"kept": [manifest rows], "dropped": [rows with a reason]}."""
     try:
-        options = {"format_whitelist": MEDIA_FORMATS, "protocol_whitelist": "file"}
-        container = av.open("file:" + os.fspath(path), container_options=options, metadata_errors="replace")
-    except (av.FFmpegError, ValueError):
-        raise InputError(f"{path} is not a sound or video that can be read; give {wanted}") from None
-    with container:
-        yield container
-
-
-def picture_stream(container):
-    """The first real video stream, or None; the cover picture of a song is no video."""
-    covers = av.stream.Disposition.attached_pic
-    return next((stream for stream in container.streams.video if not stream.disposition & covers), None)
-
-
-def decode(container, stream):
-    """Frames of a stream in order. What is damaged is skipped; check_whole tells how much was lost."""
-    try:
-        for packet in container.demux(stream):
-            try:
-                yield from packet.decode()
-            except av.error.InvalidDataError:
+        face = None if detector is None else load_detector(detector)
+        frames, cuts, boxes, (width, height) = look(path, face)
+        wave = load_audio(path).numpy() if has_audio(path) else None
+        stem = re.sub(r"[^A-Za-z0-9-]+", "_", os.path.splitext(os.path.basename(path))[0])[:60]
+        name = f"{stem}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+        kept, dropped, plan = [], [], {}
+        for number, (start, count) in enumerate(pieces(frames, cuts)):
+            heard = None
+            if wave is not None:
+                heard = wave[start * SAMPLE_RATE // FPS:(start + count) * SAMPLE_RATE // FPS]
+                heard = np.pad(heard, (0, count * SAMPLE_RATE // FPS - len(heard)))
+            found = [box for k, box in boxes.items() if start <= k < start + count]
+            box = square_box(width, height) if face is None else face_square(found, width, height, size)
+            if count < SHORTEST * FPS:
+                reason = f"shorter than {SHORTEST} s"
+            elif isinstance(box, str):
+                reason = box
+            elif face is None and min(width, height) * ENLARGE < size:
+                reason = f"picture too small: {width}x{height}"
+            else:
+                reason = None if heard is None else sound_fault(heard)
+            if reason:
+                dropped.append({"source": source, "start": start / FPS, "frames": count, "reason": reason})
                 continue
-    except (av.FFmpegError, OSError):                             # the file breaks off here
-        return
+            row = {"file": f"clips/{name}-{number:03d}.mp4", "source": source, **about, "start": start / FPS, "fps": FPS,
+                   "frames": count, "size": size, "crop": list(box), "sound": heard is not None}
+            if face is not None:                                 # where in the square the face is, as shares of its side
+                row["face"] = ((median_face(found) - (box[:2] * 2)) / (box[2] - box[0])).round(3).tolist()
+            kept.append(row)
+            plan[start] = row, heard
+        write_clips(path, plan, out, size)
+        return {"kept": kept, "dropped": dropped}
+    except InputError as error:
+        return {"kept": [], "dropped": [{"source": source, "reason": str(error).replace(os.fspath(path), source)}]}
+    except Exception as error:                                   # whatever libav makes of damage: a line in the report
+        return {"kept": [], "dropped": [{"source": source, "reason": f"{type(error).__name__}: {error}"}]}
 
 
-def check_whole(path, container, stream, seconds):
-    """Refuse a file of which clearly less than its header promises could be read."""
-    name, promised = container.format.name, float((stream.duration or 0) * stream.time_base)
-    if name == "wav":                                             # libav looks at the file's size, not at its header
-        with open(path, "rb") as file:
-            head = file.read(8)
-        size = int.from_bytes(head[4:], "little") if head[:4] == b"RIFF" else 0
-        promised *= size / os.path.getsize(path) if size < 0x7FFF0000 else 0    # endless streams write such numbers
-    if name.startswith(("wav", "flac", "mov")) and seconds < 0.9 * promised - 0.1:
-        raise InputError(f"{path} is cut off: only {seconds:.1f} s of {promised:.1f} s can be read; copy it again")
+def write_clips(path, plan, out, size):
+    """Second pass: plan {first frame: (manifest row, its sound (S,) or None)}, one clip after the other."""
+    images, n = iter(squares(path) if plan else ()), 0
+    for start in sorted(plan):
+        row, heard = plan[start]
+        while n < start:
+            next(images)
+            n += 1
+        sound = None if heard is None else torch.from_numpy(heard)
+        comment = f"A part of {row['source']}, prepared for training."
+        with VideoWriter(os.path.join(out, row["file"]), size, sound, comment, KEYFRAMES) as video:
+            for _ in range(row["frames"]):
+                video.write(np.asarray(next(images).resize((size, size), Image.Resampling.LANCZOS, box=row["crop"])))
+        n += row["frames"]
 
 
-def has_audio(path):
-    """Whether a sound or video file holds any sound."""
-    with open_media(path, VIDEO_WANTED) as container:
-        return len(container.streams.audio) > 0
+def sources(folders):
+    """All videos below the folders -> sorted [(path, name): folder's own name and the path in it]."""
+    found = []
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise InputError(f"{folder} is not a folder; give --videos folders that hold video files")
+        base = os.path.basename(os.path.abspath(folder))
+        for here, _, files in os.walk(folder, followlinks=True):
+            paths = [os.path.join(here, name) for name in files if name.lower().endswith(VIDEO_ENDINGS)]
+            found += [(path, f"{base}/{os.path.relpath(path, folder).replace(os.sep, '/')}") for path in paths]
+    if not found:
+        raise InputError(f"{', '.join(folders)}: no video file below; give folders that hold mp4, mov, mkv, webm or avi files")
+    names = Counter(name for _, name in found)
+    if max(names.values()) > 1:
+        raise InputError(f"--videos names two folders with the same last part and the same file in both: {names.most_common(1)[0][0]}")
+    return sorted(found, key=lambda pair: pair[1])
 
 
-def to_float(frame):
-    """A decoded frame in any sample format -> (channels, n) float32; full scale is 1."""
-    x = frame.to_ndarray()
-    if not frame.format.is_planar:
-        x = x.reshape(-1, frame.layout.nb_channels).T                                       # (C, n)
-    if x.dtype.kind in "iu":
-        x = (x - 128.0 * (x.dtype.kind == "u")) / 2.0 ** (8 * x.itemsize - 1)               # 8-bit sound is unsigned
-    with np.errstate(over="ignore"):
-        return x.astype(np.float32)
+def prepare(args):
+    """The command. Each video's outcome is kept in OUT/parts: started again, it goes on with those that lack one."""
+    todo, known = sources(args.videos), {}
+    if args.people:
+        base = os.path.dirname(os.path.abspath(args.people))
+        for row in read_lines(args.people):
+            name = row.get("identity", row.get("ident"))
+            if not isinstance(name, str) or not isinstance(row.get("file"), str) or row.get("split", "train") not in ("train", "test"):
+                raise InputError(f"{args.people}: each line needs file and identity, and may have split: train or test")
+            known[os.path.realpath(os.path.join(base, row["file"]))] = {"identity": name, "split": row.get("split") or split_of(name)}
+    detector = None
+    if args.crop == "face":
+        detector = args.detector
+        load_detector(detector)                                  # refuse now rather than once a video
+    for folder in ("clips", "parts"):
+        try:
+            os.makedirs(os.path.join(args.out, folder), exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {args.out} cannot be made: {error.strerror}") from None
+        for name in os.listdir(os.path.join(args.out, folder)):
+            if name.endswith(".part"):                           # left by a run that was killed
+                os.remove(os.path.join(args.out, folder, name))
+    settings = [{"size": args.size, "crop": args.crop}]
+    if os.path.exists(os.path.join(args.out, "settings.jsonl")):
+        if read_lines(os.path.join(args.out, "settings.jsonl")) != settings:
+            raise InputError(f"{args.out} was prepared with another --size or --crop; give another --out")
+    write_lines(os.path.join(args.out, "settings.jsonl"), settings)
+    parts, jobs = {}, {}
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool, tqdm(total=len(todo), unit="video", disable=None) as bar:
+        for path, source in todo:
+            parts[source] = os.path.join(args.out, "parts", hashlib.sha256(source.encode()).hexdigest()[:24] + ".jsonl")
+            if os.path.exists(parts[source]):
+                bar.update()
+                continue
+            about = who(source.split("/", 1)[1])
+            about["identity"] = about["identity"] if "/" in about["identity"] else f"{source.split('/')[0]}/{about['identity']}"
+            about = {**about, "split": split_of(about["identity"]), **known.get(os.path.realpath(path), {})}
+            jobs[pool.submit(prepare_one, path, source, about, args.out, args.size, detector)] = source
+        for job in as_completed(jobs):
+            write_lines(parts[jobs[job]], [job.result()])
+            bar.update()
+    done = [read_lines(parts[source])[0] for _, source in todo]
+    kept, dropped = ([row for part in done for row in part[kind]] for kind in ("kept", "dropped"))
+    write_lines(os.path.join(args.out, "dropped.jsonl"), dropped)
+    write_lines(os.path.join(args.out, "manifest.jsonl"), kept)
+    minutes, people = sum(row["frames"] for row in kept) / FPS / 60, len({row["identity"] for row in kept})
+    print(f"{len(kept)} clips, {minutes:.1f} minutes, {people} people in {args.out}/manifest.jsonl; "
+          f"{len(dropped)} dropped, each with its reason in {args.out}/dropped.jsonl")
+    if not kept:
+        raise InputError(f"no clip could be made; see the reasons in {args.out}/dropped.jsonl")
 
 
-def pcm(path):
-    """Sound of a file, in blocks: yields ((channels, n) float32, rate). Raises InputError, at the end at the latest.
-
-    In a video, silence fills what its timestamps leave open, so that sample 0 belongs to the first picture.
-    """
-    with open_media(path, SOUND_WANTED) as container:
-        if not container.streams.audio:
-            raise InputError(f"{path} has no sound; give {SOUND_WANTED}")
-        stream, picture = container.streams.audio[0], picture_stream(container)
-        zero = picture.start_time * picture.time_base if picture and picture.start_time is not None else None
-        given, drop, seconds = 0, None, 0.0                       # samples yielded; those before time zero, to drop
-        for frame in decode(container, stream):
-            x, rate = to_float(frame), frame.sample_rate
-            if not np.isfinite(x).all():
-                raise InputError(f"{path} holds NaN or infinite samples; export it again as 16-bit wav")
-            late = 0 if zero is None or frame.time is None else round((frame.time - float(zero)) * rate) - given
-            drop = max(0, -late) if drop is None else drop
-            if 0 < late < MAX_GAP * rate and (given == 0 or late > 0.1 * rate):   # less is jitter of the timestamps
-                yield np.zeros((len(x), late), np.float32), rate
-                given += late
-            cut = min(drop, x.shape[1])
-            drop, given, seconds = drop - cut, given + x.shape[1] - cut, seconds + x.shape[1] / rate
-            if cut < x.shape[1]:
-                yield x[:, cut:], rate
-        check_whole(path, container, stream, seconds)
-        if given == 0:
-            raise InputError(f"{path} holds no sound that can be decoded; give {SOUND_WANTED}")
-
-
-def resample(blocks, rate, channels):
-    """Blocks of ((C, n), their rate) -> tensors (m, channels) at `rate`; other channel counts become their mean."""
-    source, resampler = None, None
-    for x, new in chain(blocks, [(None, None)]):
-        frames = []
-        if resampler and new != source:                           # at the end, or where a chained file changes its rate
-            frames += resampler.resample(None)
-        if new != source:
-            source, resampler = new, av.AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
-        if x is not None:
-            x = x if len(x) == channels else np.repeat(x.mean(0, keepdims=True), channels, 0)           # (channels, n)
-            frames += resampler.resample(sound_frame(x, new))
-        yield from (torch.from_numpy(frame.to_ndarray().T.copy()) for frame in frames)                  # (m, channels)
-
-
-def sound_frame(x, rate, pts=None):
-    """(1 or 2, n) float32 -> libav's frame."""
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(x), format="fltp", layout=LAYOUTS[len(x)])
-    frame.sample_rate, frame.pts, frame.time_base = rate, pts, Fraction(1, rate)
-    return frame
-
-
-def rechunk(blocks, n):
-    """Iterable of tensors (any, ...) -> iterator of (n, ...), cut and joined in order; the last is shorter."""
-    held = None
-    for block in blocks:
-        held = block if held is None else torch.cat([held, block])
-        while len(held) >= n:
-            yield held[:n]
-            held = held[n:]
-    if held is not None and len(held):
-        yield held
-
-
-def audio_chunks(path, seconds=1.0):
-    """Sound of a file as (S,) float32 pieces of `seconds` (the last is shorter), 16 kHz mono; memory does not grow."""
-    for chunk in rechunk(resample(pcm(path), SAMPLE_RATE, 1), round(seconds * SAMPLE_RATE)):
-        yield chunk[:, 0].clone()                                                                       # (S,)
-
-
-def load_audio(path):
-    """A whole sound file -> (S,) float32, 16 kHz mono (the mean of the channels, not levelled). Raises InputError."""
-    return torch.cat(list(audio_chunks(path)))
-
-
-def measure(path):
-    """One pass over a sound file, nothing kept -> rate, channels, gain. Raises InputError for what is unusable.
-
-    gain: what the written sound is multiplied by. Peaks above full scale are brought down to it; the mean of more than
-    two channels is brought up to the peak of the loudest of them.
-    """
-    rate, channels, peak, mixed = 0, 0, 1e-9, 1e-9
-    for x, here in pcm(path):
-        rate, channels = rate or here, channels or len(x)
-        peak, mixed = max(peak, float(np.abs(x).max())), max(mixed, float(np.abs(x.mean(0)).max()))
-    return rate, channels, min(1.0, peak) / (mixed if channels > 2 else peak)
-
-
-# -------------------------------------------------------------------------------------------------------------- video
-def upright(frame, aspect, size):
-    """A decoded frame -> (3, size, size): colours to RGB, pixels made square, turned as its metadata says."""
-    guess = "ITU709" if frame.colorspace in (0, 2) and frame.height >= 720 else None   # untagged HD is BT.709
-    image = Image.fromarray(frame.to_ndarray(format="rgb24", src_colorspace=guess))
-    turns = round(frame.rotation / 90) % 4
-    if turns:
-        image = image.transpose(getattr(Image.Transpose, f"ROTATE_{90 * turns}"))
-    return to_tensor(image, size, 1 / aspect if turns % 2 else aspect)
-
-
-def read_video(path, size):
-    """Frames of a video as (3, size, size) float in [-1, 1], 25 a second, upright and square. Raises InputError.
-
-    At each 1/25 s the frame nearest in time, so that 30 fps and variable rates keep their speed.
-    """
-    with open_media(path, VIDEO_WANTED) as container:
+# ----------------------------------------------------------------------------------------------------------- datasets
+def read_at(path, numbers, size):
+    """Frames of a prepared clip by number -> (n, size, size, 3) uint8, in the order asked."""
+    got = {}
+    with av.open("file:" + path) as container:
         stream = picture_stream(container)
-        if stream is None:
-            raise InputError(f"{path} has no picture; give {VIDEO_WANTED}")
-        if not MIN_SIDE <= min(stream.width, stream.height) <= max(stream.width, stream.height) <= 8192:
-            raise InputError(f"{path} is {stream.width}x{stream.height}; give a video of {MIN_SIDE} to 8192 pixels")
-        stream.thread_type, aspect = "AUTO", float(stream.sample_aspect_ratio or 1)
-        step, zero, last, shown, made = 1 / float(stream.average_rate or FPS), 0.0, 0.0, None, 0
-        for frame in decode(container, stream):
-            now = frame.time if frame.time is not None else last + step * (shown is not None)
-            if shown is None:
-                zero = now
-            elif now <= last:
-                continue                                          # a timestamp that stands still or runs backwards
-            elif now - last > MAX_GAP:
-                raise InputError(f"{path} jumps {now - last:.0f} s between two frames; convert it to mp4 again")
-            while shown is not None and zero + made / FPS < (last + now) / 2:
-                yield shown
-                made += 1
-            step = float(frame.duration * frame.time_base) if frame.duration else step
-            step = step if step > 0.01 else 1 / FPS               # one tick: the writer did not know
-            shown, last = upright(frame, aspect, size), now
-        if shown is None:
-            raise InputError(f"{path} holds no frame that can be decoded; give {VIDEO_WANTED}")
-        end = last + min(step, 1.0) - zero
-        check_whole(path, container, stream, end)
-        yield from [shown] * max(made == 0, round(end * FPS) - made)
+        tick, here, decoded = 1 / (FPS * stream.time_base), None, iter(())
+        for number in sorted(set(numbers)):
+            if here is None or number > here + KEYFRAMES:
+                container.seek(round(number * tick) + (stream.start_time or 0), stream=stream)
+                decoded = container.decode(stream)
+            for frame in decoded:
+                here = round((frame.pts - (stream.start_time or 0)) / tick)
+                if here >= number:
+                    got[number] = frame.reformat(size, size, "rgb24", src_colorspace="ITU709", interpolation="AREA").to_ndarray()
+                    break
+            else:
+                raise InputError(f"{path} ends before its frame {number}; prepare the set again")
+    return np.stack([got[number] for number in numbers])
 
 
-@contextmanager
-def whole_file(path, suffix):
-    """A temporary file beside `path`, moved to it at the end of `with`. After an exception it is removed and
-    `path` keeps what it held. An output that cannot be written is refused before any work: InputError."""
-    path = os.fspath(path)
-    folder, name = os.path.split(os.path.abspath(path))
-    if not name.lower().endswith(suffix):
-        raise InputError(f"{path} cannot be written: give a name that ends in {suffix}")
-    if not os.path.isdir(folder):
-        raise InputError(f"{path} cannot be written: there is no folder {folder}; make it first or choose another")
-    if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
-        raise InputError(f"{path} cannot be written: it is a folder or protected; choose another name")
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.part")
-    try:
-        open(temporary, "xb").close()
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+def read_clip(path, size):
+    """A whole prepared clip -> frames (F, 3, size, size) float in [-1, 1], sound (S,) at 16 kHz or None."""
+    with av.open("file:" + path) as container:
+        frames = [frame.reformat(size, size, "rgb24", src_colorspace="ITU709", interpolation="AREA").to_ndarray()
+                  for frame in container.decode(picture_stream(container))]
+    wave = load_audio(path)[: len(frames) * SAMPLE_RATE // FPS] if has_audio(path) else None
+    return to_float(np.stack(frames)), wave
 
 
-class VideoWriter:
-    """An mp4 (H.264 yuv420p + AAC, 25 fps), written frame by frame, complete or absent (see whole_file).
+def to_float(frames):
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) float in [-1, 1]."""
+    return torch.from_numpy(frames).movedim(-1, -3) / 127.5 - 1
 
-        with VideoWriter("out.mp4", size=128, sound="speech.wav") as video:
-            video.write(frame)        # (size, size, 3) uint8
 
-    sound: None, a file (streamed while frames come, at its own rate up to 48 kHz, in mono or stereo) or a (S,) tensor
-    at 16 kHz. It lasts exactly as long as the frames: cut, or followed by silence.
+def load_sets(folders, split, sound=False):
+    """Manifests of prepared folders -> one {identity: [rows with an absolute path]} for each. Raises InputError."""
+    sets = []
+    for folder in folders:
+        path = os.path.join(folder, "manifest.jsonl")
+        if not os.path.isfile(path):
+            raise InputError(f"{folder} holds no manifest.jsonl; make it with: python data.py prepare --videos {folder} --out DIR, "
+                             "and give DIR")
+        people, rows = {}, read_lines(path)
+        trained, tested = ({row["identity"] for row in rows if row["split"] == name} for name in ("train", "test"))
+        if both := trained & tested:
+            raise InputError(f"{path} has clips of {min(both)} both in its train and in its test split; a person belongs to one")
+        for row in rows:
+            if row["split"] == split and (row["sound"] or not sound):
+                people.setdefault(row["identity"], []).append({**row, "path": os.path.join(folder, row["file"])})
+        if not people:
+            raise InputError(f"{path} holds no clip{' with sound' if sound else ''} of the {split} split")
+        sets.append(people)
+    return sets
+
+
+class Clips(Dataset):
+    """Batches of stage 1 from prepared folders: item `number` is a function of (seed, number) alone, so that no process,
+    worker or step sees another's and a resumed run goes on with what comes next.
+
+    An item: one picture of each of R people and `targets` others of the same clip -> (R, 3, size, size), (R*targets, 3, size, size)
+    in [-1, 1]. A share `near` of the people is shown within a fifth of a second, the others at any distance. rows: the
+    targets follow each other instead (the video stage). Flip and colour jitter, ours, are one for all pictures of a person.
     """
 
-    def __init__(self, path, size, sound=None):
-        if size % 2:
-            raise ValueError(f"size {size}: yuv420p needs an even number")
-        self.path, self.size, self.sound, self.frames = path, size, sound, 0
+    def __init__(self, folders, refs, targets, near, size, seed=0, split="train", rows=False, jitter=0.1):
+        self.sets = [list(people.items()) for people in load_sets(folders, split)]
+        self.refs, self.targets, self.near, self.size = refs, targets, near, size
+        self.seed, self.rows, self.jitter = seed, rows, jitter
 
-    def __enter__(self):
-        with ExitStack() as stack:
-            temporary = stack.enter_context(whole_file(self.path, ".mp4"))
-            self.open_sound()
-            options = {"movflags": "+faststart"}                  # the index in front: plays while it loads
-            self.container = stack.enter_context(av.open("file:" + temporary, "w", format="mp4", options=options))
-            self.container.metadata["comment"] = PROVENANCE
-            self.video = self.container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "fast"})
-            context = self.video.codec_context
-            context.width = context.height = self.size
-            context.pix_fmt, context.thread_count = "yuv420p", 1  # a second thread gains nothing here
-            context.color_range = context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
-            if self.blocks:
-                self.audio = self.container.add_stream("aac", rate=self.rate, layout=LAYOUTS[self.channels])
-                self.audio.codec_context.bit_rate = 96_000 * self.channels
-            self.stack = stack.pop_all()
-        return self
+    def __getitem__(self, number):
+        draw = np.random.default_rng([self.seed, number])
+        pictures = torch.stack([self.person(draw, k < round(self.near * self.refs)) for k in range(self.refs)])   # (R, 1+T, 3, H, W)
+        return pictures[:, 0], pictures[:, 1:].flatten(0, 1)
 
-    def open_sound(self):
-        """The sound as blocks of one frame's length, the last shorter: self.blocks, None where there is none."""
-        self.blocks, wave = None, self.sound
-        if isinstance(wave, torch.Tensor):
-            wave = wave.detach().cpu().float().numpy()[None]                                            # (1, S)
-            source, channels, self.gain = SAMPLE_RATE, 1, 1 / max(1.0, np.abs(wave).max(initial=0))
-            blocks = [(wave, SAMPLE_RATE)]
-        elif wave is not None:
-            source, channels, self.gain = measure(wave)
-            blocks = pcm(wave)
-        if wave is not None:
-            self.rate = max(16000, source) if source in (22050, 24000, 32000, 44100) or source <= 16000 else 48000
-            self.channels = channels if channels <= 2 else 1
-            self.blocks = rechunk(resample(blocks, self.rate, self.channels), self.rate // FPS)
+    def person(self, draw, near):
+        """Set, then person, then clip, each drawn equally -> (1+T, 3, H, W)."""
+        people = self.sets[draw.integers(len(self.sets))]
+        clips = people[draw.integers(len(people))][1]
+        clip = clips[draw.integers(len(clips))]
+        frames, first = clip["frames"], int(draw.integers(clip["frames"]))
+        if self.rows:
+            start = int(draw.integers(max(1, frames - self.targets + 1)))
+            others = [min(start + k, frames - 1) for k in range(self.targets)]
+        else:
+            low, high = (max(0, first - FPS // 5), min(frames, first + FPS // 5 + 1)) if near else (0, frames)
+            others = draw.integers(low, high, self.targets).tolist()
+        x = to_float(read_at(clip["path"], [first, *others], self.size))                 # (1+T, 3, H, W)
+        x = x.flip(-1) if draw.random() < 0.5 else x
+        gain, shift = (torch.from_numpy(draw.uniform(-self.jitter, self.jitter, 3).astype(np.float32)) for _ in range(2))
+        return (x * (1 + gain[:, None, None]) + 0.5 * shift[:, None, None]).clamp(-1, 1)
 
-    def write(self, frame):
-        """Append one (size, size, 3) uint8 frame, array or tensor, and the sound that belongs to it."""
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG",
-                                   interpolation="AREA", threads=1)
-        picture.pts, picture.time_base = self.frames, Fraction(1, FPS)
-        self.container.mux(self.video.encode(picture))
-        if self.blocks:
-            n = self.rate // FPS
-            x = next(self.blocks, torch.zeros(0, self.channels)) * self.gain
-            x = np.pad(x.clamp(-1, 1).numpy().T, ((0, 0), (0, n - len(x))))                             # (C, n)
-            self.container.mux(self.audio.encode(sound_frame(x, self.rate, self.frames * n)))
-        self.frames += 1
 
-    def __exit__(self, kind, error, trace):
-        if kind is None:
-            try:
-                for stream in self.container.streams:
-                    self.container.mux(stream.encode(None))
-            except BaseException:
-                self.stack.__exit__(*sys.exc_info())
-                raise
-        return self.stack.__exit__(kind, error, trace)
+def plain_signals(_):
+    """In a reading process: Ctrl-C is the parent's business, and the parent may end it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def loader(clips, numbers, workers):
+    """Items of `clips` in the order of `numbers`, read ahead by `workers` processes (0: none)."""
+    ahead = {"prefetch_factor": 4, "worker_init_fn": plain_signals, "multiprocessing_context": "spawn"} if workers else {}
+    return DataLoader(clips, batch_size=None, sampler=numbers, num_workers=workers, **ahead)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description="Real video, made ready to train on.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("prepare", help="video files -> square 25 fps clips and a manifest", allow_abbrev=False)
+    p.add_argument("--videos", nargs="+", required=True, metavar="DIR", help="folders, searched to any depth")
+    p.add_argument("--out", required=True, help="folder for clips/, manifest.jsonl, dropped.jsonl; run again to resume")
+    p.add_argument("--size", type=int, default=256, help="pixels a side")
+    p.add_argument("--crop", choices=("face", "centre"), default="face", help="a fixed square round the face, or the middle")
+    p.add_argument("--detector", default=YUNET, help=f"OpenCV's face detector (default: {YUNET} in this folder)")
+    p.add_argument("--people", metavar="FILE", help="lines of JSON: file (relative to FILE), identity, maybe split (train or test)")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    args = parser.parse_args(argv)
+    if args.size < 32 or args.size % 2 or args.jobs < 1:
+        parser.error("--size must be an even number from 32 on, --jobs positive")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        prepare(args)
+    except InputError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

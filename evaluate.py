@@ -1,6 +1,7 @@
-"""What the method can do, in numbers, on people and speech of the synthetic world that were never trained on.
+"""What the method can do, in numbers, on people and speech that were never trained on: of the synthetic world, or real.
 
     python evaluate.py reconstruct [--ckpt F]     pictures: self-reconstruction, and person B doing what A does
+    python evaluate.py reconstruct --data DIR     the same of real people, of the test split of a folder of data.py prepare
     python evaluate.py probe       [--ckpt F]     the token: how much motion, and how much identity, is linear in it
     python evaluate.py talk        [--ckpt F]     the whole job: does the painted mouth say what the sound says?
     python evaluate.py reader                     train the motion reader (once; its weights are embedded)
@@ -27,11 +28,13 @@ from torch import nn
 from tqdm import tqdm
 
 import audio
+import data
 import metrics
 from decoder import paint
 from encoder import random_keep
 from generator import dream
-from latents import load_latents
+from latents import SD, load_latents
+from media import InputError
 from synthetic import FPS, HELD_OUT, MOTION, clip, identity, random_motion, render
 from training import draws, fast_bf16, load_release, replace, update_ema
 
@@ -168,7 +171,7 @@ def open_release(args, *kinds):
     for kind in kinds:
         if kind not in models:
             raise ValueError(f"{args.ckpt} holds no {kind}, only {', '.join(models)}; `evaluate.py {args.command}` needs one")
-    return SimpleNamespace(**models, space=load_latents(meta["latents"], device=device), meta=meta, device=device)
+    return SimpleNamespace(**models, space=load_latents(meta["latents"], meta.get("vae", SD), device), meta=meta, device=device)
 
 
 def computing(release):
@@ -229,12 +232,38 @@ def reconstruct(args):
     rows = {name: summary(found) for name, found in clips.items()}
     follow = {name: dict(zip(NAMES, metrics.followed(x, truth), strict=True)) for name, x in read.items()}
     print(f"{args.clips} unseen clips of {FRAMES['reconstruct']} frames, {size} px; face: the box round the head; mean [95%]")
-    table(["", "PSNR", "", "SSIM", "L1", "face PSNR", "", "face SSIM", "face L1", "sharpness", "seams"],
-          [[name, *(text for k in row for text in cell(row[k], 4 if "l1" in k or "ssim" in k else 2, "psnr" in k))]
-           for name, row in rows.items()])
+    pictures_table(rows)
     print("\nmotion read off the frames, correlation with the commanded within clips (true frames: the reader's ceiling)")
     table(["", *follow], [[factor, *(f"{follow[row][factor]:.3f}" for row in follow)] for factor in NAMES])
     return {"rows": rows, "motion_correlation": follow}
+
+
+def real_people(args):
+    """Self-reconstruction of real clips, their first frame as the photo: means of each person, then over people."""
+    release, (people,) = open_release(args, "encoder", "decoder"), data.load_sets([args.data], "test")
+    size, shipped = release.meta["size"], args.steps or release.meta["steps"]
+    patch, found = release.decoder.config.patch_size * release.space.factor, {}
+    listed = [row for identity in sorted(people) for row in people[identity]]
+    for row in tqdm(listed[:args.clips], unit="clip", disable=None):
+        images = data.read_clip(row["path"], size)[0][:FRAMES["reconstruct"]]
+        left, top, right, bottom = (round(size * share) for share in row.get("face", (0.2, 0.2, 0.8, 0.8)))
+        box = torch.zeros(len(images) - 1, size, size)
+        box[:, max(0, top):bottom, max(0, left):right] = 1
+        true, tokens = images[1:], encode(release, images[1:])
+        made = {f"ours, {n} step{'s' * (n > 1)}": depict(release, images[0], tokens, n, 0) for n in dict.fromkeys((shipped, 4))}
+        for name, x in {**made, "copy the photo": images[:1].expand_as(true)}.items():
+            found.setdefault(name, {}).setdefault(row["identity"], []).append(metrics.compare(x, true, box, patch))
+    rows = {name: summary([{k: sum(c[k] for c in clips) / len(clips) for k in clips[0]} for clips in by_person.values()])
+            for name, by_person in found.items()}
+    print(f"{len(found['copy the photo'])} unseen people of {args.data}, {size} px; face: the detector's box; mean over people [95%]")
+    pictures_table(rows)
+    return {"rows": rows, "people": sorted(found["copy the photo"])}
+
+
+def pictures_table(rows):
+    table(["", "PSNR", "", "SSIM", "L1", "face PSNR", "", "face SSIM", "face L1", "sharpness", "seams"],
+          [[name, *(text for k in row for text in cell(row[k], 4 if "l1" in k or "ssim" in k else 2, "psnr" in k))]
+           for name, row in rows.items()])
 
 
 def probe(args):
@@ -261,7 +290,8 @@ def probe(args):
 def spoken(release, photo, wave, args, seed):
     """The whole job on photo (3, H, W) and sound (1, S) -> frames (n, 3, H, W), before any video coding."""
     meta = release.meta
-    rows, silence = (audio.features(x, meta["audio"])[0] for x in (audio.level(wave), torch.zeros(1, audio.FRAME)))   # (F, A)
+    sounds = audio.level(wave), torch.zeros(1, audio.FRAME)
+    rows, silence = (audio.features(x, meta["audio"], meta.get("whisper"))[0] for x in sounds)           # (F, A)
     with computing(release):
         motions = list(dream(release.generator, encode(release, photo[None]), iter([rows]), draws(3, 0, seed), silence[0],
                              args.steps or meta["gen_steps"], meta["guidance"]))
@@ -326,12 +356,16 @@ def parse(argv):
     p.add_argument("--ckpt", default=str(WEIGHTS / "semo-tiny.safetensors"), help="release (default: the embedded)")
     p.add_argument("--steps", type=int, help="sampling steps (default: as released)")
     p.add_argument("--clips", type=int, help=f"unseen clips, or for probe people (default: {CLIPS})")
+    p.add_argument("--data", help="reconstruct: a folder made by data.py prepare, its test split (default: the synthetic world)")
     p.add_argument("--json", help="also write the numbers to this file")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     p.add_argument("--reader", default=str(WEIGHTS / "motion-reader.safetensors"), help="weights of the motion reader")
     p.add_argument("--minutes", type=float, default=15, help="reader: processor time to train for (default: %(default)s)")
     args = p.parse_args(argv)
-    args.clips = CLIPS.get(args.command) if args.clips is None else args.clips
+    if args.data and args.command != "reconstruct":
+        p.error("--data is for reconstruct: of real clips the true motion is not known")
+    if args.clips is None and not args.data:
+        args.clips = CLIPS.get(args.command)
     least = 10 if args.command == "probe" else 1
     if any(given is not None and given < low for given, low in ((args.clips, least), (args.steps, 1), (args.minutes, 0.01))):
         p.error(f"--clips must be at least {least}, --steps at least 1, --minutes at least 0.01")
@@ -343,11 +377,12 @@ def main(argv=None):
     args, began = parse(argv), time.time()
     try:
         with torch.inference_mode(args.command != "reader"):
-            found = {"reconstruct": reconstruct, "probe": probe, "talk": talk, "reader": train}[args.command](args)
+            commands = {"reconstruct": real_people if args.data else reconstruct, "probe": probe, "talk": talk, "reader": train}
+            found = commands[args.command](args)
         if args.json:
             about = {"command": args.command, "ckpt": args.ckpt, "clips": args.clips, "steps": args.steps, **found}
             replace(args.json, lambda name: Path(name).write_text(json.dumps(about, indent=1) + "\n"))
-    except (ValueError, OSError) as error:
+    except (InputError, ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     print(f"\n{time.time() - began:.0f} s")

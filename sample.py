@@ -20,10 +20,10 @@ import torch
 from tqdm import tqdm
 
 import audio
-import data
+import media
 from decoder import paint
 from generator import dream
-from latents import load_latents
+from latents import SD, load_latents
 from training import fast_bf16, load_release
 
 BATCH = 16  # frames painted, or watched, at once
@@ -37,7 +37,7 @@ def pick_device(name="auto"):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise data.InputError(f"--device {name} cannot be used here; give auto, cpu, cuda or mps") from error
+        raise media.InputError(f"--device {name} cannot be used here; give auto, cpu, cuda or mps") from error
 
 
 def within(device, items, models=True):
@@ -54,7 +54,7 @@ def within(device, items, models=True):
 
 def watch(encoder, space, video, device):
     """Motion of a video: iterator of (3, H, W) frames -> iterator of (n, L*D). As it is, not relative to the first."""
-    for frames in data.rechunk((frame[None] for frame in video), BATCH):
+    for frames in media.rechunk((frame[None] for frame in video), BATCH):
         yield encoder(space.encode(frames.to(device))).flatten(1)
 
 
@@ -69,7 +69,7 @@ def begin(models, meta, image, seed):
     """What both jobs start with -> space of the latents, photo (1, C, H, W) in it, its motion (1, L*D), source of noise,
     the frames' noise (1, C, H, W). Noise is drawn on the CPU, so that every device gets the same."""
     device = next(models["decoder"].parameters()).device
-    space, source = load_latents(meta["latents"], device=device), torch.Generator().manual_seed(seed)
+    space, source = load_latents(meta["latents"], meta.get("vae", SD), device), torch.Generator().manual_seed(seed)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
         z_r = space.encode(image[None].to(device))
         still = models["encoder"](z_r).flatten(1)
@@ -80,7 +80,7 @@ def talk(models, meta, image, rows, seed=0, steps=None, guidance=None):
     """A photo speaks. image (3, H, W) in [-1, 1]; rows: iterator of (n, A) sound features -> (H, W, 3) uint8 frames,
     as many as rows, yielded as they are made. steps and guidance are the release's own (meta) where None."""
     space, z_r, still, source, noise = begin(models, meta, image, seed)
-    silence = audio.features(torch.zeros(1, audio.FRAME), meta["audio"])[0, 0]              # (A,)
+    silence = audio.features(torch.zeros(1, audio.FRAME), meta["audio"], meta.get("whisper"))[0, 0]              # (A,)
     guidance = meta["guidance"] if guidance is None else guidance
     rows = within(z_r.device, rows, models=False)                                           # sound stays in fp32
     motions = dream(models["generator"], still, rows, source, silence, steps or meta["gen_steps"], guidance)
@@ -101,7 +101,7 @@ def loudness(path):
     sizes = []
 
     def counted():
-        for chunk in data.audio_chunks(path):
+        for chunk in media.audio_chunks(path):
             sizes.append(len(chunk))
             yield chunk
 
@@ -116,6 +116,8 @@ def parse(argv):
     drive.add_argument("--video", help="a driving video instead: its motion and its sound")
     parser.add_argument("--out", default="out.mp4", help="the video to write (default: %(default)s)")
     parser.add_argument("--ckpt", default=DEFAULT, help="released weights, .safetensors (default: the embedded ones)")
+    parser.add_argument("--vae", help="folder of the autoencoder of an sd release (default: where it was trained with it)")
+    parser.add_argument("--whisper", help="folder of the Whisper model of a whisper release (default: likewise)")
     parser.add_argument("--steps", type=int, help="sampling steps of both models (default: as released)")
     parser.add_argument("--guidance", type=float, help="how much the sound counts; 1: as it is (default: as released)")
     parser.add_argument("--seed", type=int, default=0, help="another number, another take (default: %(default)s)")
@@ -129,28 +131,29 @@ def parse(argv):
 def run(args):
     """The whole job, from names to a finished file. Raises InputError or ValueError for what cannot be used."""
     source = args.wav or args.video
-    data.check_file(args.ckpt, "a .safetensors release, such as the embedded weights/semo-tiny.safetensors")
+    media.check_file(args.ckpt, "a .safetensors release, such as the embedded weights/semo-tiny.safetensors")
     for path in (args.img, source, args.ckpt):
         if os.path.exists(path) and os.path.exists(args.out) and os.path.samefile(path, args.out):
-            raise data.InputError(f"--out {args.out} would overwrite an input; choose another name")
+            raise media.InputError(f"--out {args.out} would overwrite an input; choose another name")
     models, meta = load_release(args.ckpt, pick_device(args.device))
+    meta.update({name: given for name, given in (("vae", args.vae), ("whisper", args.whisper)) if given})
     if args.wav and "generator" not in models:
-        raise data.InputError(f"{args.ckpt} holds no motion generator; give another, or --video in place of --wav")
-    image = data.load_image(args.img, meta["size"])
+        raise media.InputError(f"{args.ckpt} holds no motion generator; give another, or --video in place of --wav")
+    image = media.load_image(args.img, meta["size"])
     if args.wav:
         gain, total = loudness(args.wav)
-        rows = audio.stream_features((chunk * gain for chunk in data.audio_chunks(args.wav)), meta["audio"])
+        rows = audio.stream_features((chunk * gain for chunk in media.audio_chunks(args.wav)), meta["audio"], meta.get("whisper"))
         frames, sound = talk(models, meta, image, rows, args.seed, args.steps, args.guidance), args.wav
     else:
-        frames = reenact(models, meta, image, data.read_video(args.video, meta["size"]), args.seed, args.steps)
-        total, sound = None, args.video if data.has_audio(args.video) else None
+        frames = reenact(models, meta, image, media.read_video(args.video, meta["size"]), args.seed, args.steps)
+        total, sound = None, args.video if media.has_audio(args.video) else None
     start = time.perf_counter()
-    with data.VideoWriter(args.out, meta["size"], sound) as video, tqdm(total=total, unit="frame", disable=None) as bar:
+    with media.VideoWriter(args.out, meta["size"], sound) as video, tqdm(total=total, unit="frame", disable=None) as bar:
         for frame in frames:
             video.write(frame)
             bar.update()
     spent = time.perf_counter() - start
-    print(f"{args.out}: {video.frames} frames, {video.frames / data.FPS:.2f} s, made at {video.frames / spent:.1f} fps")
+    print(f"{args.out}: {video.frames} frames, {video.frames / media.FPS:.2f} s, made at {video.frames / spent:.1f} fps")
 
 
 def main(argv=None):
@@ -161,7 +164,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("sample.py: interrupted, no file was written", file=sys.stderr)
         return 130
-    except (data.InputError, ValueError) as error:
+    except (media.InputError, ValueError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -22,7 +22,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from data import InputError, VideoWriter
+from media import InputError, VideoWriter
 from speech import EMOTIONS, FPS, SAMPLE_RATE, speak, uniform
 
 HELD_OUT = 10**9  # identity ids and clip seeds below are for training, at or above for testing, for ever

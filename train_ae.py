@@ -2,7 +2,8 @@
 
     python train_ae.py --preset tiny                                   synthetic world, a laptop, no data
     python train_ae.py --preset tiny --frames 8 --init runs/ae/semo.safetensors --out runs/video     image-to-video
-    torchrun --nproc_per_node=8 train_ae.py --preset tiny              the same on 8 GPUs
+    python train_ae.py --preset small --data DIR [DIR ...]             real clips, made by data.py prepare
+    torchrun --nproc_per_node=8 train_ae.py --preset paper --data DIR  the same on 8 GPUs
 
 Run the same command again to resume: --out holds state.pt (to go on), semo.safetensors (to use), log.jsonl and pictures
 of reference | target | output. Ctrl-C and SIGTERM save first.
@@ -19,15 +20,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import data
 import flow
+import latents
 import synthetic
 import training
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder, random_keep
+from media import InputError
 
-# refs: people a step and process; targets: pictures of each; near: share of people who hold still (synthetic.pairs);
-# mask_max: masks drop a share of U(0, this) (paper: 0.9, too much for minutes of training); truth: weight of the known
-# motion in the loss, at the start of a run (AutoEncoder.forward)
+# refs: people a step and process; targets: pictures of each; near: share of people who hold still (synthetic.pairs,
+# data.Clips); mask_max: masks drop a share of U(0, this) (paper: 0.9, too much for minutes of training); truth: weight of
+# the known motion in the loss, at the start of a run (AutoEncoder.forward); latents: the space (latents.py)
 PRESETS = {
     "nano": dict(encoder=EncoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8),
                  decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8, expand=2),
@@ -35,6 +39,12 @@ PRESETS = {
     "tiny": dict(encoder=EncoderConfig(64, patch_size=8, width=128, depth=4, heads=2),
                  decoder=DecoderConfig(64, patch_size=8, width=192, depth=4, heads=3),
                  steps=4700, refs=16, targets=4, near=0.4, mask_max=0.2, truth=0.3, lr=1e-3, muon_lr=0.02),
+    "small": dict(encoder=EncoderConfig(256, width=384, depth=8, heads=6, token_dim=128),
+                  decoder=DecoderConfig(256, width=512, depth=12, heads=8, token_dim=128),
+                  steps=200000, refs=16, targets=4, near=0.5, mask_max=0.9, truth=0.0, lr=5e-4, muon_lr=0.01),
+    "paper": dict(encoder=EncoderConfig(32, 4, patch_size=2, width=512, depth=8, heads=8, token_dim=512),
+                  decoder=DecoderConfig(32, 4, patch_size=2, width=768, depth=12, heads=12, token_dim=512, predict="v"),
+                  latents="sd", steps=400000, refs=8, targets=4, near=0.5, mask_max=0.9, truth=0.0, lr=1e-4, muon_lr=0.005),
 }
 
 
@@ -76,9 +86,13 @@ def parse(argv):
     p.add_argument("--out", default="runs/ae", help="folder of this run; an unfinished one is resumed")
     p.add_argument("--init", help="start from the weights of this release, e.g. the image model for --frames 8")
     p.add_argument("--frames", type=int, default=1, help="above 1: the image-to-video stage, clips of so many frames")
+    p.add_argument("--data", nargs="+", metavar="DIR", default=["synthetic"], help="folders made by data.py prepare, drawn equally; "
+                   "the word synthetic stands for the synthetic world (default)")
+    p.add_argument("--workers", type=int, default=2, help="processes that read clips ahead (default: %(default)s)")
+    p.add_argument("--vae", default=latents.SD, help="preset paper: the autoencoder, hub id or folder (default: %(default)s)")
     p.add_argument("--steps", type=int, help="length of the run (default: the preset's)")
     p.add_argument("--refs", type=int, help="people a step and process (default: the preset's)")
-    p.add_argument("--truth", type=float, help="weight of the true motion in the loss, fading out over the first 30%% of the run; "
+    p.add_argument("--truth", type=float, help="weight of the true motion in the loss, fading out over the first 80%% of the run; "
                    "0: no label ever (default: the preset's; 0 with --init)")
     p.add_argument("--mask-max", type=float, help="masks drop a share of the patches, U(0, this) (paper: 0.9; default: the preset's)")
     p.add_argument("--accumulate", type=int, default=1, help="batches a step, for large batches in little memory")
@@ -92,10 +106,10 @@ def parse(argv):
     preset = {**preset, "truth": 0.0} if args.init else preset
     for name in ("steps", "refs", "mask_max", "truth"):
         setattr(args, name, preset[name] if getattr(args, name) is None else getattr(args, name))
-    counts = (args.steps, args.refs, args.accumulate, args.save_every, args.frames, args.seed + 1)
+    counts = (args.steps, args.refs, args.accumulate, args.save_every, args.frames, args.seed + 1, args.workers + 1)
     if min(counts) < 1 or args.truth < 0 or not 0 <= args.mask_max < 1:
-        p.error("--steps, --refs, --frames, --accumulate and --save-every must be positive, --seed and --truth not negative, "
-                "--mask-max in [0, 1)")
+        p.error("--steps, --refs, --frames, --accumulate and --save-every must be positive, --seed, --truth and --workers not "
+                "negative, --mask-max in [0, 1)")
     return args
 
 
@@ -109,14 +123,51 @@ def clips(seeds, frames, size, draw):
     return images[:, 0], images[:, 1:].flatten(0, 1), torch.cat([picked[:, 0], picked[:, 1:].flatten(0, 1)])
 
 
+def side(preset):
+    """Pixels of a picture's side: what the models see, times the factor of their latents."""
+    return preset["encoder"].image_size * latents.SPACES[preset.get("latents", "pixel")].factor
+
+
 def batch(args, preset, number, draw, held_out=False):
     """The people of one forward pass, a function of its number alone: no two processes or steps get the same."""
-    size = preset["encoder"].image_size
+    size = side(preset)
     seeds = (args.seed * 1_000_003 + number) * args.refs + torch.arange(args.refs)
     seeds = seeds + synthetic.HELD_OUT if held_out else seeds % synthetic.HELD_OUT
     if args.frames > 1:
         return clips(seeds, args.frames, size, draw)
     return synthetic.pairs(seeds, preset["targets"], preset["near"], size, draw)
+
+
+def real_clips(args, preset, split):
+    """The folders of --data, or None where there are none. Raises InputError."""
+    folders = [name for name in args.data if name != "synthetic"]
+    targets = args.frames if args.frames > 1 else preset["targets"]
+    if not folders:
+        return None
+    return data.Clips(folders, args.refs, targets, preset["near"], side(preset), args.seed, split, args.frames > 1)
+
+
+def feed(args, preset, real, numbers, draw):
+    """The batches of `numbers` in their order, each from the synthetic world or from the folders, by their share of --data:
+    pictures as pairs() and their motion, (0, M) where nobody knows it."""
+    share = 1 - ("synthetic" in args.data) / len(args.data)
+
+    def is_real(number):
+        return number * 0.6180339887 % 1 < share                                       # evenly spread
+
+    loaded = iter(data.loader(real, (number for number in numbers if is_real(number)), args.workers)) if real else None
+    for number in numbers:
+        yield (*next(loaded), torch.zeros(0, len(synthetic.MOTION))) if is_real(number) else batch(args, preset, number, draw)
+
+
+def held_out_batch(args, preset):
+    """What the pictures show: held-out people, of the folders' test split where there is one."""
+    if args.data == ["synthetic"]:
+        return batch(args, preset, 0, synthetic.render, held_out=True)
+    try:
+        return real_clips(args, preset, "test")[0]
+    except InputError:
+        return real_clips(args, preset, "train")[0]
 
 
 def randomness(args, encoder, shape, number, rank, progress):
@@ -136,32 +187,34 @@ def randomness(args, encoder, shape, number, rank, progress):
 
 
 @torch.no_grad()
-def picture(path, model, args, preset, device):
+def picture(path, model, space, args, preset, device):
     """Held-out people: reference | target | output after 1 and 4 steps -> PSNR in dB of 1 step and of copying."""
     model.eval()
-    reference, target, _ = (x.to(device) for x in batch(args, preset, 0, synthetic.render, held_out=True))
+    reference, target = (space.encode(x.to(device)) for x in held_out_batch(args, preset)[:2])
     m_r, m_t = model.encoder(reference), model.encoder(target)
     cache = model.decoder.reference(reference, m_r)
     noise = torch.randn(target.shape, generator=training.draws(args.seed, 0, 0)).to(device)
     one, four = (flow.sample(model.decoder, noise, n, m_t=m_t, cache=cache) for n in (1, 4))
     copied = reference.repeat_interleave(len(target) // len(reference), 0)
+    copied, target, one, four = (space.decode(x) for x in (copied, target, one, four))
     show = slice(None, None, max(1, len(target) // 12))
     training.save_grid(path, [x[show] for x in (copied, target, one, four)])
     model.train()
     return [-10 * math.log10(((x.clamp(-1, 1) - target) / 2).square().mean().item() + 1e-12) for x in (one, copied)]
 
 
-def train_step(args, preset, loss_of, draw, step, rank, world, device, bf16):
+def train_step(args, preset, loss_of, batches, step, rank, world, space, device, bf16):
     """Gradients of one step's batches -> their mean loss. Only the last backward pass waits for the other processes."""
     total = 0.0
     for part in range(args.accumulate):
         number = (step * args.accumulate + part) * world + rank
-        reference, target, truth = (x.to(device) for x in batch(args, preset, number, draw))
+        *pictures, truth = (x.to(device, non_blocking=True) for x in next(batches))
+        reference, target = map(space.encode, pictures)
         noise, t, keep = (x.to(device) for x in randomness(args, preset["encoder"], target.shape, number, rank, step / args.steps))
         if world > 1:
             loss_of.require_backward_grad_sync = part == args.accumulate - 1
         with bf16:
-            loss = loss_of(reference, target, noise, t, keep, truth, args.truth * max(0.0, 1 - step / args.steps / 0.3))
+            loss = loss_of(reference, target, noise, t, keep, truth, args.truth * max(0.0, 1 - step / args.steps / 0.8))
         (loss / args.accumulate).backward()
         total += loss.item() / args.accumulate
     return total
@@ -174,29 +227,34 @@ def main(argv=None):
     training.seed_everything(args.seed)
     configs = {"encoder": preset["encoder"], "decoder": replace(preset["decoder"], frames=args.frames)}
     model, ema = (AutoEncoder(MotionEncoder(configs["encoder"]), Decoder(configs["decoder"])).to(device) for _ in range(2))
-    if args.init:
-        try:
+    draw = torch.compile(synthetic.render, dynamic=False) if args.compile else synthetic.render
+    kind = preset.get("latents", "pixel")
+    try:
+        space = latents.load_latents(kind, args.vae, device)
+        real = real_clips(args, preset, "train")
+        if args.init:
             training.init_from(args.init, encoder=model.encoder, decoder=model.decoder)
-        except ValueError as error:
-            raise SystemExit(f"train_ae.py: {error}") from error
+    except (InputError, ValueError) as error:
+        raise SystemExit(f"train_ae.py: {error}") from error
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
     optimisers = training.optimisers(model, preset["lr"], preset["muon_lr"])
     files = {name: os.path.join(args.out, name) for name in ("state.pt", "semo.safetensors", "log.jsonl")}
     step = training.resume(files["state.pt"], configs, model, ema, optimisers)
 
-    draw = torch.compile(synthetic.render, dynamic=False) if args.compile else synthetic.render
     if args.compile:
         model.decoder.compile(dynamic=False)                        # in place; the encoder's shapes change with the mask
     loss_of = training.wrap(model, world, device)
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=training.fast_bf16(device))
     stopper, began, first = training.Stopper(), time.time(), step
     recent = deque(maxlen=100)                                      # losses, to print their mean
+    numbers = [(later * args.accumulate + part) * world + rank for later in range(step, args.steps) for part in range(args.accumulate)]
+    batches = feed(args, preset, real, numbers, draw)
     model.train()
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
         training.set_rate(optimisers, step, args.steps, warmup=50)
-        loss = train_step(args, preset, loss_of, draw, step, rank, world, device, bf16)
+        loss = train_step(args, preset, loss_of, batches, step, rank, world, space, device, bf16)
         training.descend(model, optimisers, loss, step, files["state.pt"], device)
         training.update_ema(ema, model, step, training.ema_decay(args.steps))
         step += 1
@@ -205,9 +263,9 @@ def main(argv=None):
         bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
         stop = training.anyone(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
-            psnr, copy = picture(os.path.join(args.out, f"step{step:06d}.png"), ema, args, preset, device)
+            psnr, copy = picture(os.path.join(args.out, f"step{step:06d}.png"), ema, space, args, preset, device)
             training.save_release(files["semo.safetensors"], {"encoder": ema.encoder, "decoder": ema.decoder},
-                                  {"latents": "pixel", "size": configs["encoder"].image_size, "steps": 1, "trained_steps": step})
+                                  {"latents": kind, "vae": args.vae, "size": side(preset), "steps": 1, "trained_steps": step})
             pictures = args.accumulate * world * args.refs * (args.frames if args.frames > 1 else preset["targets"])
             training.log(files["log.jsonl"], step=step, loss=sum(recent) / len(recent), psnr=psnr, psnr_copy=copy,
                          pictures_per_second=pictures * (step - first) / (time.time() - began))

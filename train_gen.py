@@ -1,9 +1,10 @@
 """Stage 2: train the motion generator on speech, the motion encoder frozen (paper section 3.2, eqs. 4-7 and 9).
 
     python train_gen.py --preset tiny --ae runs/ae/semo.safetensors
-    torchrun --nproc_per_node=8 train_gen.py --preset tiny --ae runs/ae/semo.safetensors
+    python train_gen.py --preset small --ae runs/ae/semo.safetensors --data DIR [DIR ...]     clips of data.py prepare
+    torchrun --nproc_per_node=8 train_gen.py --preset paper --ae runs/ae/semo.safetensors --data DIR
 
-First every clip is drawn and encoded once, kept in --out; then the generator learns from random windows of them.
+First every clip is drawn or read and encoded once, kept in --out; then the generator learns from random windows of them.
 Run the same command again to resume. --out holds state.pt (to go on), semo.safetensors (all three networks: what
 sample.py reads), log.jsonl and short clips with sound. Ctrl-C and SIGTERM save first.
 """
@@ -18,19 +19,25 @@ import torch
 from tqdm import tqdm
 
 import audio
+import data
 import flow
 import synthetic
 import training
-from data import FPS, VideoWriter
 from decoder import paint
 from encoder import random_keep
 from generator import Generator, GeneratorConfig, dream
+from latents import SD, load_latents
+from media import FPS, InputError, VideoWriter
 
-# clips: of `seconds` each, encoded once a process; windows: drawn from them at each step
+# clips: of `seconds` each, encoded once a process; windows: drawn from them at each step; audio: kind of features (audio.py)
 PRESETS = {
     "nano": dict(generator=GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, ahead=1),
                  steps=20, windows=4, clips=2, seconds=1, lr=1e-3, muon_lr=0.02),
     "tiny": dict(generator=GeneratorConfig(), steps=3000, windows=64, clips=768, seconds=4, lr=1e-3, muon_lr=0.02),
+    "small": dict(generator=GeneratorConfig(width=256, depth=8, heads=8), steps=100000, windows=128, clips=4096, seconds=4,
+                  lr=5e-4, muon_lr=0.01),
+    "paper": dict(generator=GeneratorConfig(width=512, depth=8, heads=8), audio="whisper", steps=200000, windows=128, clips=4096,
+                  seconds=4, lr=1e-4, muon_lr=0.005),
 }
 
 
@@ -39,8 +46,11 @@ def parse(argv):
     p.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of the network and of the run")
     p.add_argument("--ae", default="runs/ae/semo.safetensors", help="release of stage 1: its encoder is used, frozen")
     p.add_argument("--out", default="runs/gen", help="folder of this run; an unfinished one is resumed")
+    p.add_argument("--data", nargs="+", metavar="DIR", default=["synthetic"], help="folders made by data.py prepare, drawn equally; "
+                   "the word synthetic stands for the synthetic world (default)")
+    p.add_argument("--whisper", default=audio.WHISPER, help="preset paper: the Whisper model, hub id or folder (default: %(default)s)")
     p.add_argument("--steps", type=int, help="length of the run (default: the preset's)")
-    p.add_argument("--clips", type=int, help="clips drawn and encoded by each process (default: the preset's)")
+    p.add_argument("--clips", type=int, help="most clips of each set that each process encodes (default: the preset's)")
     p.add_argument("--windows", type=int, help="windows a step and process (default: the preset's)")
     p.add_argument("--mask-max", type=float, default=0.2, help="masks of the past frames, U(0, this) (paper: 0.2)")
     p.add_argument("--seed", type=int, default=0)
@@ -57,86 +67,126 @@ def parse(argv):
 
 
 @torch.no_grad()
-def encode_clip(encoder, seed, frames, mask_max, draw, render, device, bf16):
-    """One speaker -> motion (F, L*D) eq. (5), the same seen through a mask eq. (4), speech features (F, A)."""
-    made = synthetic.clip(torch.tensor([seed]), frames)
-    rows = audio.features(audio.level(made["wave"]))[0]                                # (F, A)
+def encode_clip(encoder, space, parts, mask_max, draw, device, bf16):
+    """Pictures of a speaker, iterable of (n, 3, H, W) -> motion (F, L*D) eq. (5), the same seen through a mask eq. (4)."""
     clear, masked = [], []
     patches = (encoder.config.image_size // encoder.config.patch_size) ** 2
     ratio = mask_max * torch.rand((), generator=draw).item()
-    for part in made["motion"][0].split(25):
-        people = made["identity"].expand(len(part), -1)
-        images = render(people, part, encoder.config.image_size).to(device)
+    for images in parts:
+        images = space.encode(images.to(device))
         with bf16:
             clear.append(encoder(images).flatten(1).cpu())                             # (n, L*D)   eq. (5)
-            keep = random_keep(len(part), patches, ratio, draw).to(device)
+            keep = random_keep(len(images), patches, ratio, draw).to(device)
             masked.append(encoder(images, keep).flatten(1).cpu())                      # (n, L*D)   eq. (4)
-    return torch.cat(clear), torch.cat(masked), rows
+    return torch.cat(clear), torch.cat(masked)
 
 
-def clips(args, preset, encoder, rank, world, device, bf16):
-    """This process's clips, encoded: motion, masked (n, F, L*D), rows (n, F, A). Kept in --out, for the next start."""
-    with open(args.ae, "rb") as f:
-        key = [hashlib.file_digest(f, "sha256").hexdigest(), args.clips, args.seed, args.mask_max, preset["seconds"], world]
+def drawn_speakers(args, preset, size, rank, world):
+    """Clips of the synthetic world: (pictures in parts, sound (1, S))."""
+    render = torch.compile(synthetic.render, dynamic=False) if args.compile else synthetic.render
+    for number in range(args.clips):
+        made = synthetic.clip(torch.tensor([((args.seed * 100_000 + number) * world + rank) % synthetic.HELD_OUT]),
+                              round(preset["seconds"] * FPS))
+        yield (render(made["identity"].expand(len(part), -1), part, size) for part in made["motion"][0].split(25)), made["wave"]
+
+
+def real_speakers(args, folder, size, rank, world):
+    """Clips with sound of a prepared folder, its train split: (pictures in parts, sound (1, S))."""
+    people, = data.load_sets([folder], "train", sound=True)
+    rows = [row for identity in sorted(people) for row in people[identity]]
+    for row in rows[rank::world][:args.clips]:
+        frames, wave = data.read_clip(row["path"], size)
+        yield frames.split(25), wave[None]
+
+
+def fingerprint(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def clips(args, preset, encoder, space, size, rank, world, device, bf16):
+    """This process's clips, encoded, end to end: motion, masked (n, L*D), rows (n, A); for each clip its first frame, its
+    length and the number of its set, (clips, 3). Kept in --out, for the next start."""
+    seen = [args.ae, *(os.path.join(name, "manifest.jsonl") for name in args.data if name != "synthetic")]
+    key = [*map(fingerprint, seen), args.clips, args.seed, args.mask_max, preset["seconds"], world, args.whisper, *args.data]
     path = os.path.join(args.out, f"clips-{rank}.pt")
     if os.path.exists(path):
         kept = torch.load(path, map_location="cpu", weights_only=True)
         if kept["key"][0] != key[0] and os.path.exists(os.path.join(args.out, "state.pt")):
             raise SystemExit(f"train_gen.py: the run in {args.out} learned the tokens of another encoder; give another --out")
         if kept["key"] == key:
-            return [kept[name] for name in ("motion", "masked", "rows")]
-    made, frames = [], round(preset["seconds"] * FPS)
-    render = torch.compile(synthetic.render, dynamic=False) if args.compile else synthetic.render
-    for number in tqdm(range(args.clips), desc="encoding", unit="clip", disable=rank > 0):
-        seed = ((args.seed * 100_000 + number) * world + rank) % synthetic.HELD_OUT
-        draw = training.draws(args.seed, rank, seed)
-        made.append(encode_clip(encoder, seed, frames, args.mask_max, draw, render, device, bf16))
-    motion, masked, rows = (torch.stack(part) for part in zip(*made, strict=True))
-    training.save_state(path, key=key, motion=motion, masked=masked, rows=rows)
-    return motion, masked, rows
+            return [kept[name] for name in ("motion", "masked", "rows", "places")]
+    made, places, number, first = [], [], 0, 0
+    for k, name in enumerate(args.data):
+        if name == "synthetic":
+            speakers = drawn_speakers(args, preset, size, rank, world)
+        else:
+            speakers = real_speakers(args, name, size, rank, world)
+        for parts, wave in tqdm(speakers, desc=f"encoding {name}", unit="clip", disable=rank > 0):
+            draw = training.draws(args.seed, rank, number)
+            motion, masked = encode_clip(encoder, space, parts, args.mask_max, draw, device, bf16)
+            rows = audio.features(audio.level(wave), preset.get("audio", "mel"), args.whisper)[0]      # (F, A)
+            frames = min(len(motion), len(rows))
+            number += 1
+            if frames >= preset["generator"].window:
+                made.append((motion[:frames], masked[:frames], rows[:frames]))
+                places.append([first, frames, k])
+                first += frames
+    if not made:
+        window = preset["generator"].window
+        raise SystemExit(f"train_gen.py: no clip of {', '.join(args.data)} is as long as a window, {window} frames")
+    motion, masked, rows = (torch.cat(part) for part in zip(*made, strict=True))
+    training.save_state(path, key=key, motion=motion, masked=masked, rows=rows, places=torch.tensor(places))
+    return motion, masked, rows, torch.tensor(places)
 
 
-def windows(data, config, count, draw):
+def windows(encoded, config, count, draw, quiet):
     """Random windows -> new motion (B, K, L*D), past (B, P, L*D), reference (B, L*D), audio (B, P+K+ahead, A).
 
-    Two kinds: within a clip, and (a quarter) at its start, where the past is the reference motion, repeated, and what was
-    heard before is silence - as sample.py begins. The reference is a frame from anywhere in the clip.
+    Sets are drawn equally, then their clips. Two kinds: within a clip, and (a quarter, and all of clips too short for a
+    past) at its start, where the past is the reference motion, repeated, and what was heard before is silence (quiet, (A,)) -
+    as sample.py begins. The reference is a frame from anywhere in the clip.
     """
-    motion, masked, rows = data
-    n, frames, _ = motion.shape
+    motion, masked, rows, places = encoded
     P, K = config.past, config.window
-    clip = torch.randint(n, (count,), generator=draw)
-    begin = torch.rand(count, generator=draw) < 0.25
-    start = torch.where(begin, 0, torch.randint(P, frames - K + 1, (count,), generator=draw))         # first new frame
-    reference = masked[clip, torch.randint(frames, (count,), generator=draw)]                         # (B, L*D)
-    new = motion[clip[:, None], start[:, None] + torch.arange(K)]                                     # (B, K, L*D)
-    past = masked[clip[:, None], (start[:, None] + torch.arange(-P, 0)).clamp(min=0)]
+    sets = places[:, 2].bincount()                                                                    # clips of each
+    kinds = sets.nonzero()[:, 0]
+    kind = kinds[torch.randint(len(kinds), (count,), generator=draw)]
+    clip = (sets.cumsum(0) - sets)[kind] + (torch.rand(count, generator=draw) * sets[kind]).long()
+    first, frames = places[clip, 0], places[clip, 1]                                                  # (B,)
+    begin = (torch.rand(count, generator=draw) < 0.25) | (frames < P + K)
+    later = P + (torch.rand(count, generator=draw) * (frames - K + 1 - P).clamp(min=1)).long()
+    start = torch.where(begin, 0, later)                                                              # first new frame
+    reference = masked[first + (torch.rand(count, generator=draw) * frames).long()]                   # (B, L*D)
+    new = motion[(first + start)[:, None] + torch.arange(K)]                                          # (B, K, L*D)
+    past = masked[(first + start)[:, None] + torch.where(begin[:, None], 0, torch.arange(-P, 0))]
     past = torch.where(begin[:, None, None], reference[:, None], past)                                # (B, P, L*D)
     when = start[:, None] + torch.arange(-P, K + config.ahead)
-    heard = rows[clip[:, None], when.clamp(0, frames - 1)]
-    heard = torch.where(((when < 0) | (when >= frames))[..., None], silence().to(heard), heard)       # (B, P+K+ahead, A)
+    heard = rows[first[:, None] + torch.minimum(when.clamp(min=0), frames[:, None] - 1)]
+    heard = torch.where(((when < 0) | (when >= frames[:, None]))[..., None], quiet.to(heard), heard)  # (B, P+K+ahead, A)
     return new, past, reference, heard
 
 
-def silence():
+def silence(kind, whisper):
     """The speech features of no sound, (A,)."""
-    return audio.features(torch.zeros(1, audio.FRAME))[0, 0]
+    return audio.features(torch.zeros(1, audio.FRAME), kind, whisper)[0, 0]
 
 
-def preview(path, models, args, device, seconds=3):
-    """A held-out person says held-out words: a short mp4 with sound, photo = the clip's first frame."""
-    size = models["encoder"].config.image_size
+def preview(path, models, meta, space, quiet, args, device, seconds=3):
+    """A held-out person of the synthetic world says held-out words: a short mp4 with sound, photo = the clip's first frame."""
+    size = meta["size"]
     made = synthetic.clip(torch.tensor([synthetic.HELD_OUT + args.seed]), seconds * FPS)
-    photo = synthetic.render(made["identity"], made["motion"][:, 0], size).to(device)
+    photo = space.encode(synthetic.render(made["identity"], made["motion"][:, 0], size).to(device))
     wave = audio.level(made["wave"])
     with torch.inference_mode():
         still = models["encoder"](photo).flatten(1)
     draw = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(1, *photo.shape[1:], generator=draw).to(device)
-    motions = dream(models["generator"], still, iter([audio.features(wave)[0]]), draw, silence())
+    rows = audio.features(wave, meta["audio"], args.whisper)[0]
+    motions = dream(models["generator"], still, iter([rows]), draw, quiet)
     with VideoWriter(path, size, sound=wave[0]) as video:
         for frames in paint(models["decoder"], photo, still, motions, noise):
-            for frame in ((frames + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy():
+            for frame in ((space.decode(frames) + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy():
                 video.write(frame)
 
 
@@ -145,12 +195,19 @@ def main(argv=None):
     preset = PRESETS[args.preset]
     rank, world, device = training.start(args.device)
     training.seed_everything(args.seed)
+    kind = preset.get("audio", "mel")
     try:
         models, meta = training.load_release(args.ae, device)
-    except ValueError as error:
+        space = load_latents(meta["latents"], meta.get("vae", SD), device)
+        quiet = silence(kind, args.whisper)
+        for name in args.data:
+            if name != "synthetic":
+                data.load_sets([name], "train", sound=True)                            # refuse now what cannot be read later
+    except (InputError, ValueError, OSError) as error:
         raise SystemExit(f"train_gen.py: {error}") from error
     encoder = models["encoder"].requires_grad_(False)
-    config = replace(preset["generator"], num_tokens=encoder.config.num_tokens, token_dim=encoder.config.token_dim)
+    config = replace(preset["generator"], num_tokens=encoder.config.num_tokens, token_dim=encoder.config.token_dim,
+                     audio_dim=len(quiet))
     model, ema = (Generator(config).to(device) for _ in range(2))
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
@@ -159,14 +216,14 @@ def main(argv=None):
     os.makedirs(args.out, exist_ok=True)
     step = training.resume(files["state.pt"], {"generator": config}, model, ema, optimisers)
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=training.fast_bf16(device))
-    data = clips(args, preset, encoder, rank, world, device, bf16)
+    encoded = clips(args, preset, encoder, space, meta["size"], rank, world, device, bf16)
     loss_of = training.wrap(model, world, device)
     stopper, began, first = training.Stopper(), time.time(), step
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
         training.set_rate(optimisers, step, args.steps, warmup=50)
         draw = training.draws(args.seed, rank, step)
-        new, past, reference, heard = (x.to(device) for x in windows(data, config, args.windows, draw))
+        new, past, reference, heard = (x.to(device) for x in windows(encoded, config, args.windows, draw, quiet))
         noise = torch.randn(new.shape, generator=draw).to(device)
         t = flow.random_times(len(new), draw, noise_share=0, mean=0.0, spread=1.0).to(device)
         drop = (torch.rand(len(new), generator=draw) < 0.1).to(device)                 # for guidance
@@ -181,8 +238,9 @@ def main(argv=None):
         stop = training.anyone(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             done = {"encoder": encoder, "decoder": models["decoder"], "generator": ema}
-            training.save_release(files["semo.safetensors"], done, {**meta, "audio": "mel", "gen_steps": 4, "guidance": 1.5})
-            preview(os.path.join(args.out, f"step{step:06d}.mp4"), done, args, device)
+            about = {**meta, "audio": kind, "whisper": args.whisper, "gen_steps": 4, "guidance": 1.5}
+            training.save_release(files["semo.safetensors"], done, about)
+            preview(os.path.join(args.out, f"step{step:06d}.mp4"), done, about, space, quiet, args, device)
             training.log(files["log.jsonl"], step=step, loss=loss.item(),
                          windows_per_second=(step - first) * world * args.windows / (time.time() - began))
             training.save_state(files["state.pt"], step=step, configs={"generator": asdict(config)}, model=model.state_dict(),

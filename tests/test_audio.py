@@ -184,6 +184,6 @@ def test_whisper_chunks_equal_whole(whisper_folder, samples):
 
 def test_a_missing_whisper_is_explained(tmp_path):
     missing = str(tmp_path / "nowhere")
-    with pytest.raises(OSError, match="nowhere.*folder") as error:
+    with pytest.raises(ValueError, match="nowhere.*folder") as error:
         audio.features(SPEECHLIKE, kind="whisper", model=missing)
     assert "\n" not in str(error.value)

@@ -1,508 +1,355 @@
-"""data.py: files as people have them come out as known values; what cannot be used is refused in a sentence."""
-import io
-import math
+"""data.py: any tree of videos becomes the clips it should, with reasons for the rest; batches are functions of their number."""
+import json
 import os
-import struct
+import signal
+import subprocess
 import sys
-import zlib
+import time
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-import soundfile
 import torch
-from PIL import Image, ImageCms
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import data  # noqa: E402
-
-torch.set_num_threads(1)
-ORANGE, BLUE = (230, 120, 40), (30, 60, 200)
-
-
-def colour(x, y, row=0.5, column=0.5):
-    """How far the colour of the loaded picture x at a place is from y, in steps of 255."""
-    got = ((x[:, int(row * x.shape[1]), int(column * x.shape[2])] + 1) * 127.5).round().tolist()
-    return max(abs(a - b) for a, b in zip(got, y, strict=True))
-
-
-def refused(action, *words):
-    """The action ends in one sentence that holds the words."""
-    with pytest.raises(data.InputError) as caught:
-        action()
-    sentence = str(caught.value)
-    assert "\n" not in sentence and all(word in sentence for word in words), sentence
-
-
-# ----------------------------------------------------------------------------------------------------------- pictures
-@pytest.mark.parametrize("name, mode, tolerance", [
-    ("a.png", "RGB", 0), ("a.jpg", "RGB", 3), ("a.webp", "RGB", 4), ("a.bmp", "RGB", 0), ("a.tif", "RGB", 0),
-    ("a.gif", "P", 2), ("a.png", "P", 2), ("a.jpg", "CMYK", 3), ("a.tif", "CMYK", 0), ("a.png", "RGBA", 0),
-    ("a.tif", "YCbCr", 3)])
-def test_colour_survives_every_mode(tmp_path, name, mode, tolerance):
-    image = Image.new("RGB", (90, 70), ORANGE)
-    image = image.quantize(8) if mode == "P" else image.convert(mode)
-    image.save(tmp_path / name)
-    x = data.load_image(tmp_path / name, 64)
-    assert x.shape == (3, 64, 64) and x.dtype == torch.float32
-    assert colour(x, ORANGE) <= tolerance and colour(x, ORANGE, 0, 0) <= tolerance
-
-
-@pytest.mark.parametrize("mode, value, grey", [
-    ("L", 77, 77), ("1", 1, 255), ("LA", (77, 255), 77), ("I;16", 77 * 257, 77), ("I", 77 * 257, 77), ("F", 77.0, 77)])
-def test_grey_modes(tmp_path, mode, value, grey):
-    path = tmp_path / ("a.tif" if mode in ("F", "I") else "a.png")
-    Image.new(mode, (40, 40), value).save(path)
-    assert colour(data.load_image(path, 32), (grey,) * 3) <= 0.5
-
-
-def test_sixteen_bit_grey_keeps_its_gradient(tmp_path):
-    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
-    Image.fromarray(ramp).save(tmp_path / "a.png")
-    got = data.load_image(tmp_path / "a.png", 64)[0, 32]
-    assert (got - torch.linspace(-1, 1, 64)).abs().max() < 0.01
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_shows_the_backdrop(tmp_path, mode):
-    if mode == "P":
-        image = Image.new("P", (64, 64), 1)
-        image.putpalette([255, 0, 0, 0, 255, 0])
-        image.paste(0, (32, 0, 64, 64))
-        image.save(tmp_path / "a.png", transparency=1)
-        opaque = (255, 0, 0)
-    else:
-        image = Image.new(mode, (64, 64), (9,) * (len(mode) - 1) + (0,))
-        image.paste((200,) * (len(mode) - 1) + (255,), (32, 0, 64, 64))
-        image.save(tmp_path / "a.png")
-        opaque = (200, 200, 200)
-    x = data.load_image(tmp_path / "a.png", 64)
-    assert colour(x, data.BACKDROP, column=0.1) <= 0.5 and colour(x, opaque, column=0.9) <= 0.5
-
-
-def test_half_transparent_is_half_backdrop(tmp_path):
-    Image.new("RGBA", (32, 32), (255, 255, 255, 128)).save(tmp_path / "a.png")
-    assert colour(data.load_image(tmp_path / "a.png", 32), (192, 192, 192)) <= 1
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_undone(tmp_path, orientation):
-    upright = np.zeros((64, 64, 3), np.uint8)
-    upright[:32, :32], upright[:32, 32:], upright[32:, :32] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    undo = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,  # the inverse of a viewer's
-            4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
-            7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}[orientation]
-    image = Image.fromarray(upright)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    (image if undo is None else image.transpose(undo)).save(tmp_path / "a.png", exif=exif)
-    x = data.load_image(tmp_path / "a.png", 64)
-    assert colour(x, (255, 0, 0), 0.2, 0.2) == 0 and colour(x, (0, 255, 0), 0.2, 0.8) == 0
-    assert colour(x, (0, 0, 255), 0.8, 0.2) == 0 and colour(x, (0, 0, 0), 0.8, 0.8) == 0
-
-
-def test_wide_keeps_its_middle_and_tall_its_upper_part(tmp_path):
-    wide = Image.new("RGB", (300, 100), BLUE)
-    wide.paste(ORANGE, (100, 0, 200, 100))
-    wide.save(tmp_path / "wide.png")
-    x = data.load_image(tmp_path / "wide.png", 50)
-    assert all(colour(x, ORANGE, 0.5, column) <= 1 for column in (0.1, 0.5, 0.9))
-    assert data.square_box(300, 100) == (100, 0, 200, 100)
-    assert data.square_box(100, 300) == (0, 20, 100, 120)
-    assert data.square_box(200, 300, aspect=0.5) == (0, 20, 200, 120)    # pixels half as wide as high
-
-
-def test_shrinking_averages(tmp_path):
-    checks = np.indices((512, 512)).sum(0) % 2 * 255
-    Image.fromarray(checks.astype(np.uint8)).save(tmp_path / "a.png")
-    assert data.load_image(tmp_path / "a.png", 64).abs().max() < 0.05   # nearest would give -1 and 1, and moire between
-
-
-def test_colour_profile_is_applied(tmp_path):
-    """A profile whose red and blue primaries are exchanged must exchange red and blue; a broken one must do nothing."""
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    red, blue = profile.index(b"rXYZ"), profile.index(b"bXYZ")        # the first are entries of the tag table
-    profile[red:red + 4], profile[blue:blue + 4] = b"bXYZ", b"rXYZ"
-    Image.new("RGB", (32, 32), ORANGE).save(tmp_path / "a.png", icc_profile=bytes(profile))
-    assert colour(data.load_image(tmp_path / "a.png", 32), ORANGE[::-1]) <= 2
-    Image.new("RGB", (32, 32), ORANGE).save(tmp_path / "b.png", icc_profile=b"not a profile")
-    assert colour(data.load_image(tmp_path / "b.png", 32), ORANGE) == 0
-
-
-def picture_bytes(kind="PNG"):
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def bomb():
-    """A PNG of a few bytes whose header says 60000 x 60000."""
-    png = bytearray(picture_bytes())
-    png[16:24] = struct.pack(">II", 60000, 60000)
-    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
-    return bytes(png)
-
-
-@pytest.mark.parametrize("name, content, words", [
-    ("empty.png", b"", ("empty",)), ("text.jpg", b"hello, I am no picture", ("not a picture",)),
-    ("cut.png", picture_bytes()[:2000], ("cut-off",)), ("cut.jpg", picture_bytes("JPEG")[:2000], ("cut-off",)),
-    ("cut.webp", picture_bytes("WEBP")[:500], ("picture",)), ("bomb.png", bomb(), ("megapixels",)),
-    ("head.png", picture_bytes()[:20], ("picture",))])
-def test_bad_pictures_are_refused(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    refused(lambda: data.load_image(tmp_path / name, 32), name, *words)
-
-
-def test_missing_folder_and_tiny_pictures_are_refused(tmp_path):
-    refused(lambda: data.load_image(tmp_path / "no.png", 32), "no.png", "does not exist")
-    refused(lambda: data.load_image(tmp_path, 32), "is a folder")
-    Image.new("RGB", (300, 15)).save(tmp_path / "thin.png")
-    refused(lambda: data.load_image(tmp_path / "thin.png", 32), "300x15")
-
-
-# -------------------------------------------------------------------------------------------------------------- sound
-def sine(rate, seconds, channels, frequency=440.0):
-    wave = 0.5 * np.sin(2 * np.pi * frequency * np.arange(round(rate * seconds)) / rate)
-    return np.tile(wave[:, None], (1, channels)).astype(np.float32)
-
-
-def save_with_libav(path, samples, rate, codec, layout, start=0, options=None):
-    """samples (S, C) to any container that libav writes, beginning at `start` seconds."""
-    with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream(codec, rate=rate, layout=layout)
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.T), format="fltp", layout=layout)
-        frame.sample_rate, frame.pts, frame.time_base = rate, round(start * rate), Fraction(1, rate)
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def check_sine(wave, seconds, frequency=440.0, slack=1.5e-3):
-    assert wave.dtype == torch.float32 and wave.ndim == 1
-    assert abs(len(wave) / 16000 - seconds) <= slack, len(wave)
-    middle = wave[len(wave) // 4: 3 * len(wave) // 4]
-    spectrum = torch.fft.rfft(middle * torch.hann_window(len(middle))).abs()
-    assert abs(spectrum.argmax().item() * 16000 / len(middle) - frequency) <= 16000 / len(middle)
-    assert abs(middle.square().mean().sqrt().item() - 0.5 / math.sqrt(2)) < 0.01
-    assert spectrum.square().sort().values[:-8].sum() < 1e-3 * spectrum.square().sum()    # a pure tone and nothing else
-
-
-@pytest.mark.parametrize("name, rate, channels, subtype", [
-    ("a.wav", 8000, 1, "PCM_16"), ("b.wav", 44100, 2, "PCM_24"), ("c.wav", 192000, 1, "FLOAT"),
-    ("d.wav", 48000, 6, "PCM_16"), ("e.wav", 11025, 2, "PCM_U8"), ("f.wav", 96000, 2, "DOUBLE"),
-    ("g.wav", 16000, 1, "PCM_32"), ("h.wav", 8000, 1, "ULAW"), ("i.flac", 96000, 2, "PCM_24"),
-    ("j.flac", 48000, 6, "PCM_16"), ("k.ogg", 44100, 2, "VORBIS"), ("l.mp3", 44100, 1, None),
-    ("m.aiff", 22050, 1, "PCM_16"), ("n.wav", 44100, 3, "PCM_16")])
-def test_tone_from_every_format(tmp_path, name, rate, channels, subtype):
-    soundfile.write(tmp_path / name, sine(rate, 1.0, channels), rate, subtype=subtype)
-    check_sine(data.load_audio(tmp_path / name), 1.0, slack=0.06 if name.endswith(("mp3", "ogg")) else 1.5e-3)
-
-
-@pytest.mark.parametrize("name, rate, codec, layout", [
-    ("a.m4a", 44100, "aac", "stereo"), ("b.m4a", 48000, "aac", "5.1"), ("c.mp4", 16000, "aac", "mono"),
-    ("d.mka", 8000, "pcm_s16le", "mono"), ("e.mov", 48000, "pcm_s24le", "stereo")])
-def test_tone_from_every_container(tmp_path, name, rate, codec, layout):
-    channels = {"mono": 1, "stereo": 2, "5.1": 6}[layout]
-    save_with_libav(tmp_path / name, sine(rate, 1.0, channels), rate, codec, layout)
-    wave = data.load_audio(tmp_path / name)
-    check_sine(wave * 6 / 5 if layout == "5.1" else wave, 1.0, slack=0.07)      # AAC's bass channel carries no 440 Hz
-
-
-def test_channels_are_averaged(tmp_path):
-    left = sine(16000, 0.5, 1)
-    soundfile.write(tmp_path / "a.wav", np.hstack([left, np.zeros_like(left)]), 16000, subtype="FLOAT")
-    assert torch.allclose(data.load_audio(tmp_path / "a.wav"), torch.from_numpy(left[:, 0]) / 2, atol=1e-6)
-    soundfile.write(tmp_path / "b.wav", np.hstack([left, -left]), 16000, subtype="FLOAT")
-    assert data.load_audio(tmp_path / "b.wav").abs().max() < 1e-6
-
-
-def test_same_rate_is_untouched_and_integers_have_the_right_scale(tmp_path):
-    wave = np.array([0, 32767, -32768, 16384, -1], np.int16)
-    soundfile.write(tmp_path / "a.wav", np.tile(wave, 500), 16000)
-    assert torch.equal(data.load_audio(tmp_path / "a.wav")[:5], torch.from_numpy(wave / 32768).float())
-
-
-def test_a_tenth_of_a_second_and_less(tmp_path):
-    for samples in (1, 10, 1600):
-        soundfile.write(tmp_path / "a.wav", sine(16000, 1, 1)[:samples], 16000)
-        assert len(data.load_audio(tmp_path / "a.wav")) == samples
-    soundfile.write(tmp_path / "a.wav", sine(44100, 0.1, 2), 44100)
-    assert abs(len(data.load_audio(tmp_path / "a.wav")) - 1600) <= 1
-
-
-def test_chunks_are_the_whole(tmp_path):
-    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, (50000, 2)), 44100)
-    chunks = list(data.audio_chunks(tmp_path / "a.wav", 0.25))
-    assert all(len(chunk) == 4000 for chunk in chunks[:-1]) and 0 < len(chunks[-1]) <= 4000
-    assert torch.equal(torch.cat(chunks), data.load_audio(tmp_path / "a.wav"))
-
-
-def test_pure_sound_may_start_at_any_time(tmp_path):
-    save_with_libav(tmp_path / "a.mka", sine(16000, 1.0, 1), 16000, "pcm_s16le", "mono", start=5)
-    check_sine(data.load_audio(tmp_path / "a.mka"), 1.0)
-
-
-@pytest.mark.parametrize("lead", [0.4, -0.4])
-def test_sound_of_a_video_starts_with_its_first_picture(tmp_path, lead):
-    """Sound that begins `lead` after the picture is preceded by silence, or loses what comes before it."""
-    path = tmp_path / "a.mkv"
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=25, options={"bf": "0"})
-        video.width = video.height = 32
-        audio = container.add_stream("pcm_s16le", rate=16000, layout="mono")
-        base = 1.0
-        for k in range(25):
-            picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
-            picture.pts, picture.time_base = k + round(25 * base), Fraction(1, 25)
-            container.mux(video.encode(picture))
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sine(16000, 1.0, 1).T), format="fltp", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = 16000, round((base + lead) * 16000), Fraction(1, 16000)
-        container.mux(audio.encode(frame))
-        container.mux(video.encode(None))
-        container.mux(audio.encode(None))
-    wave = data.load_audio(path)
-    assert abs(len(wave) / 16000 - (1 + lead)) < 0.002
-    if lead > 0:
-        assert wave[:6300].abs().max() == 0 and wave[6500:7000].abs().max() > 0.4
-
-
-def test_bad_sounds_are_refused(tmp_path):
-    def saved(name, content):
-        (tmp_path / name).write_bytes(content)
-        return tmp_path / name
-
-    soundfile.write(tmp_path / "good.wav", sine(16000, 1, 1), 16000)
-    soundfile.write(tmp_path / "good.flac", np.random.default_rng(0).normal(0, 0.1, 160000), 16000)
-    save_with_libav(tmp_path / "good.m4a", sine(16000, 4, 1), 16000, "aac", "mono")
-    save_with_libav(tmp_path / "front.m4a", sine(16000, 4, 1), 16000, "aac", "mono", options={"movflags": "faststart"})
-    wav, flac, m4a, front = ((tmp_path / n).read_bytes() for n in ("good.wav", "good.flac", "good.m4a", "front.m4a"))
-    noise = np.random.default_rng(0).bytes(20000)
-    for name, content, words in [
-            ("empty.wav", b"", ("empty",)), ("text.wav", b"hello, I am no sound at all", ("not a sound",)),
-            ("picture.wav", picture_bytes(), ("not a sound",)), ("noise.mp3", noise, ("sound",)),
-            ("noise.wav", noise, ("sound",)), ("header.wav", wav[:44], ("sound",)),
-            ("cut.wav", wav[:20000], ("cut off",)),
-            ("cut.flac", flac[: len(flac) // 2], ("cut off",)), ("cut.m4a", m4a[: len(m4a) // 2], ("not a sound",)),
-            ("front.m4a", front[: len(front) // 2], ("cut off",)),
-            ("list.m3u8", b"#EXTM3U\n#EXTINF:1,\ngood.wav\n#EXT-X-ENDLIST\n", ("not a sound",)),
-            ("list.wav", b"ffconcat version 1.0\nfile good.wav\n", ("not a sound",))]:
-        path = saved(name, content)
-        refused(lambda path=path: data.load_audio(path), name, *words)
-    refused(lambda: data.load_audio(tmp_path), "is a folder")
-    refused(lambda: data.load_audio(tmp_path / "no.wav"), "does not exist")
-
-
-def test_silence_without_length_and_nan_are_refused(tmp_path):
-    soundfile.write(tmp_path / "none.wav", np.zeros((0, 1)), 16000)
-    refused(lambda: data.load_audio(tmp_path / "none.wav"), "none.wav", "no sound")
-    for bad in (np.nan, np.inf):
-        wave = sine(16000, 1, 1)
-        wave[777] = bad
-        soundfile.write(tmp_path / "bad.wav", wave, 16000, subtype="FLOAT")
-        refused(lambda: data.load_audio(tmp_path / "bad.wav"), "bad.wav", "NaN")
-
-
-def test_video_without_sound_is_refused_as_sound(tmp_path):
-    save_video(tmp_path / "mute.mp4", [0, 1, 2])
-    assert not data.has_audio(tmp_path / "mute.mp4")
-    refused(lambda: data.load_audio(tmp_path / "mute.mp4"), "mute.mp4", "no sound")
-
-
-# -------------------------------------------------------------------------------------------------------------- video
-def save_video(path, ticks, rate=1000, shape=(64, 64), paint=None, colorspace=1):
-    """An mp4 whose frame k is shown from ticks[k] / rate seconds on and is a grey of 3 k + 20."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25, options={"qp": "4", "bf": "0"})
-        stream.height, stream.width = shape
-        stream.time_base = stream.codec_context.time_base = Fraction(1, rate)
-        stream.codec_context.colorspace = colorspace
-        for k, tick in enumerate(ticks):
-            array = np.full((*shape, 3), 3 * k + 20, np.uint8) if paint is None else paint(k)
-            frame = av.VideoFrame.from_ndarray(array, format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace=colorspace)
-            frame.pts, frame.time_base = tick, Fraction(1, rate)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def shown(path, size=32):
-    """Which source frame (see save_video) each frame of read_video is."""
-    return [round((((frame.mean().item() + 1) * 127.5) - 20) / 3) for frame in data.read_video(path, size)]
-
-
-def test_twenty_five_stays_frame_by_frame(tmp_path):
-    save_video(tmp_path / "a.mp4", range(0, 50), rate=25)
-    assert shown(tmp_path / "a.mp4") == list(range(50))
-    save_video(tmp_path / "b.mp4", range(1000, 3000, 40))        # starts late, in milliseconds
-    assert shown(tmp_path / "b.mp4") == list(range(50))
-
-
-def test_thirty_and_variable_rates_keep_their_speed(tmp_path):
-    save_video(tmp_path / "a.mp4", range(0, 60), rate=30)        # 2 s
-    got = shown(tmp_path / "a.mp4")
-    assert len(got) == 50
-    assert all(abs(frame / 30 - k / 25) <= 1 / 60 + 1e-6 for k, frame in enumerate(got))
-    ticks = [0, 40, 80, 400, 440, 900, 940]                      # a pause after 80 ms and after 440 ms
-    save_video(tmp_path / "b.mp4", ticks)
-    got = shown(tmp_path / "b.mp4")
-    assert len(got) in (24, 25)                                  # 980 ms
-    for k, frame in enumerate(got):
-        assert abs(ticks[frame] - 40 * k) == min(abs(tick - 40 * k) for tick in ticks)
-
-
-@pytest.mark.parametrize("colorspace", [1, 5])
-def test_colours_of_either_matrix(tmp_path, colorspace):
-    orange = np.full((64, 64, 3), ORANGE, np.uint8)
-    save_video(tmp_path / "a.mp4", [0, 1], rate=25, paint=lambda k: orange, colorspace=colorspace)
-    assert colour(next(data.read_video(tmp_path / "a.mp4", 32)), ORANGE) <= 4
-
-
-@pytest.mark.parametrize("turns", [1, 2, 3])
-def test_phone_rotation_is_undone(tmp_path, turns):
-    """The matrix of the track header says how a player must turn; the picture must come out as it shows it."""
-    upright = np.zeros((64, 64, 3), np.uint8)
-    upright[:32, :32], upright[:32, 32:], upright[32:, :32] = (200, 40, 40), (40, 200, 40), (40, 40, 200)
-    stored = np.ascontiguousarray(np.rot90(upright, turns))      # a player turns it clockwise by `turns` quarters
-    save_video(tmp_path / "a.mp4", [0, 1], rate=25, paint=lambda k: stored)
-    file = bytearray((tmp_path / "a.mp4").read_bytes())
-    place = file.index(b"tkhd") + 4 + 40
-    a, b = {1: (0, 1), 2: (-1, 0), 3: (0, -1)}[turns]            # clockwise: cos, sin
-    file[place:place + 36] = struct.pack(">9i", a << 16, b << 16, 0, -b << 16, a << 16, 0, 0, 0, 1 << 30)
-    (tmp_path / "a.mp4").write_bytes(file)
-    x = next(data.read_video(tmp_path / "a.mp4", 64))
-    assert colour(x, (200, 40, 40), 0.2, 0.2) < 8 and colour(x, (40, 200, 40), 0.2, 0.8) < 8
-    assert colour(x, (40, 40, 200), 0.8, 0.2) < 8
-
-
-def test_bad_videos_are_refused(tmp_path):
-    save_video(tmp_path / "a.mp4", range(50), rate=25)
-    content = (tmp_path / "a.mp4").read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
-    (tmp_path / "text.mp4").write_bytes(b"no video")
-    (tmp_path / "empty.mp4").write_bytes(b"")
-    soundfile.write(tmp_path / "a.wav", sine(16000, 1, 1), 16000)
-    for name, word in [("cut.mp4", "not a sound or video"), ("text.mp4", "not a sound or video"),
-                       ("empty.mp4", "empty"), ("a.wav", "no picture"), ("no.mp4", "does not exist")]:
-        refused(lambda name=name: next(data.read_video(tmp_path / name, 32)), name, word)
-    refused(lambda: next(data.read_video(tmp_path, 32)), "folder")
-    save_video(tmp_path / "jump.mp4", [0, 40, 10**7])
-    refused(lambda: list(data.read_video(tmp_path / "jump.mp4", 32)), "jump.mp4", "jumps")
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
-def picture(k, size=64):
-    frame = np.full((size, size, 3), ORANGE, np.uint8)
-    frame[:, size // 2:] = BLUE
-    return frame
-
-
-def write(path, frames, sound=None, size=64, paint=picture):
-    with data.VideoWriter(path, size, sound=sound) as video:
+import data
+import media
+
+ROOT = Path(__file__).parent.parent
+NOISE = np.random.default_rng(0)
+
+
+def speech(seconds):
+    """Bursts of noise and pauses, (S,): passes for speech."""
+    wave = NOISE.normal(0, 0.1, round(seconds * 16000)).astype(np.float32)
+    return (wave * (np.arange(len(wave)) // 3200 % 2) + 1e-4).astype(np.float32)
+
+
+def video(path, frames, rate=25, size=(64, 96), paint=None, wave=None, lead=0.0, codec="libx264", aspect=1):
+    """A video of `frames` at `rate` (height, width); its sound starts `lead` seconds after the first picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        sound = out.add_stream("aac" if codec == "libx264" else "mp3", rate=16000, layout="mono") if wave is not None else None
+        if sound:
+            frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+            frame.sample_rate = 16000
+            fifo, given = av.AudioFifo(), round(lead * 16000)
+            fifo.write(frame)
+            while (part := fifo.read(sound.codec_context.frame_size or 1152, partial=True)) is not None:
+                part.pts, part.time_base = given, Fraction(1, 16000)
+                given += part.samples
+                out.mux(sound.encode(part))
+            out.mux(sound.encode(None))
         for k in range(frames):
-            video.write(paint(k))
+            picture = np.full((*size, 3), 60 + k % 100, np.uint8) if paint is None else paint(k)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
 
 
-@pytest.mark.parametrize("rate, channels", [(8000, 1), (44100, 2), (48000, 6), (96000, 2), (22050, 1)])
-def test_written_video_is_what_browsers_play(tmp_path, rate, channels):
-    soundfile.write(tmp_path / "a.wav", sine(rate, 2.0, channels), rate)
-    path = tmp_path / "out with space.mp4"
-    write(path, 50, tmp_path / "a.wav")
-    with av.open(str(path)) as container:
-        video, audio = container.streams.video[0], container.streams.audio[0]
-        assert (video.codec_context.name, video.codec_context.pix_fmt) == ("h264", "yuv420p")
-        assert audio.codec_context.name == "aac"
-        assert video.average_rate == 25 and video.frames == 50 and video.duration * video.time_base == 2
-        assert abs(audio.duration * audio.time_base - 2) <= 0.04
-        assert 16000 <= audio.rate <= 48000 and audio.codec_context.channels == (2 if channels == 2 else 1)
-        assert "AI-generated" in container.metadata["comment"] and "SeMo" in container.metadata["comment"]
-        frame = next(container.decode(video))
-        assert (frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc) == (1, 1, 1, 1)
-    content = path.read_bytes()
-    assert content.index(b"moov") < content.index(b"mdat")
-    frames = list(data.read_video(path, 64))
-    assert len(frames) == 50
-    assert colour(frames[30], ORANGE, column=0.25) <= 4 and colour(frames[30], BLUE, column=0.75) <= 4
-    check_sine(data.load_audio(path)[:31000], 31000 / 16000)
-    assert sorted(os.listdir(tmp_path)) == ["a.wav", path.name]
+def prepare(*words):
+    return data.main(["prepare", "--crop", "centre", "--size", "32", "--jobs", "1", *map(str, words)])
 
 
-def test_sound_is_cut_or_followed_by_silence(tmp_path):
-    for seconds in (0.1, 5.0):
-        write(tmp_path / "a.mp4", 50, torch.from_numpy(sine(16000, seconds, 1)[:, 0]))
-        with av.open(str(tmp_path / "a.mp4")) as container:
-            assert abs(container.streams.audio[0].duration * container.streams.audio[0].time_base - 2) <= 0.04
-        wave = data.load_audio(tmp_path / "a.mp4")
-        loud = wave.unfold(0, 1600, 1600).abs().amax(1) > 0.2
-        assert loud.sum() == (1 if seconds < 1 else 20)
+def rows(folder, name="manifest"):
+    return data.read_lines(folder / f"{name}.jsonl")
 
 
-def test_too_loud_float_sound_is_turned_down_not_clipped(tmp_path):
-    soundfile.write(tmp_path / "a.wav", 6 * sine(16000, 1, 1), 16000, subtype="FLOAT")     # peak 3
-    write(tmp_path / "a.mp4", 25, tmp_path / "a.wav")
-    wave = data.load_audio(tmp_path / "a.mp4")[2000:14000]
-    assert abs(wave.square().mean().sqrt() - 1 / math.sqrt(2)) < 0.04   # a sine of peak 1 (libav's AAC: 0.95)
+# ---- who is who -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("path, identity", [
+    ("M003/video/front/angry/level_2/001.mp4", "MEAD/M003"), ("W011_left_30_neutral_level_1_040.mp4", "MEAD/W011"),
+    ("id10283/0cM943TyKcM/00001.mp4", "VoxCeleb/id10283"), ("train/id00012#21Uxsk56VDQ#00001#00110.mp4", "VoxCeleb/id00012"),
+    ("WDA_KatieHill_000.mp4", "HDTF/WDA_KatieHill"), ("x/WRA_JebHensarling2_001.mp4", "HDTF/WRA_JebHensarling"),
+    ("RD_Radio34_001.mp4", "HDTF/RD_Radio34"), ("RD_Radio3.mp4", "HDTF/RD_Radio3"),
+    ("_Yu-EWF7Fxc_5.mp4", "CelebV-HQ/_Yu-EWF7Fxc"), ("35666/M2Ohb0FAaJU_11_0.mp4", "CelebV-HQ/M2Ohb0FAaJU"),
+    ("anna/holiday 1.mp4", "anna"), ("a/b/c.mp4", "a/b"), ("lonely.mp4", "."),
+])
+def test_identity_from_known_names_or_the_folder(path, identity):
+    assert data.who(path)["identity"] == identity
 
 
-def test_speech_in_one_of_six_channels_keeps_its_loudness(tmp_path):
-    samples = np.zeros((16000, 6), np.float32)
-    samples[:, 2] = sine(16000, 1, 1)[:, 0]
-    soundfile.write(tmp_path / "a.wav", samples, 16000)
-    write(tmp_path / "a.mp4", 25, tmp_path / "a.wav")
-    assert abs(data.load_audio(tmp_path / "a.mp4")[2000:14000].abs().max() - 0.5) < 0.03
+def test_mead_names_tell_emotion_level_and_camera():
+    told = data.who("M003/video/left_30/sad/level_3/012.mp4")
+    assert (told["emotion"], told["level"], told["camera"]) == ("sad", 3, "left_30")
+
+
+def test_the_split_depends_on_the_name_alone():
+    names = [f"person {k}" for k in range(4000)]
+    splits = [data.split_of(name) for name in names]
+    assert splits.count("test") / 4000 == pytest.approx(data.TEST_SHARE, abs=0.012) and set(splits) == {"train", "test"}
+    assert [data.split_of(name) for name in names[:5]] == splits[:5]
+
+
+# ---- prepare --------------------------------------------------------------------------------------------------------
+
+def test_pieces_are_equal_parts_of_scenes():
+    assert data.pieces(100, []) == [(0, 100)]
+    assert data.pieces(700, [100]) == [(0, 100), (100, 200), (300, 200), (500, 200)]
+    assert data.pieces(251, []) == [(0, 125), (125, 126)]
+
+
+def test_a_mixed_folder(tmp_path):
+    """Good, 30 fps, other containers, two scenes; too short, silent, clipped, noisy, broken, empty, and what is no video."""
+    tree = tmp_path / "in"
+    video(tree / "anna" / "good.mp4", 50, wave=speech(2))
+    video(tree / "anna" / "fast.mkv", 60, rate=30)
+    video(tree / "ben" / "old.avi", 30, codec="mpeg4")
+    video(tree / "ben" / "scenes.mp4", 70, paint=lambda k: np.full((64, 96, 3), 40 if k < 40 else 200, np.uint8))
+    video(tree / "ben" / "short.mp4", 20)
+    video(tree / "ben" / "silent.mp4", 30, wave=np.zeros(19200, np.float32))
+    video(tree / "ben" / "clipped.mp4", 30, wave=np.sign(speech(1.2)).astype(np.float32))
+    video(tree / "ben" / "noisy.mp4", 30, wave=NOISE.normal(0, 0.1, 19200).astype(np.float32))
+    (tree / "broken.mp4").write_bytes((tree / "anna" / "good.mp4").read_bytes()[:3000])
+    (tree / "empty.mov").write_bytes(b"")
+    (tree / "notes.txt").write_text("no video")
+    assert prepare("--videos", tree, "--out", tmp_path / "out") == 0
+    kept = {(row["source"], row["start"]): row for row in rows(tmp_path / "out")}
+    assert {key: row["frames"] for key, row in kept.items()} == {
+        ("in/anna/good.mp4", 0): 50, ("in/anna/fast.mkv", 0): 50, ("in/ben/old.avi", 0): 30,
+        ("in/ben/scenes.mp4", 0): 40, ("in/ben/scenes.mp4", 1.6): 30}
+    assert {row["identity"] for row in kept.values()} == {"in/anna", "in/ben"}
+    assert [row["sound"] for row in kept.values()].count(True) == 1 and kept["in/anna/good.mp4", 0]["sound"]
+    reasons = {row["source"]: row["reason"] for row in rows(tmp_path / "out", "dropped")}
+    for name, word in (("ben/short.mp4", "shorter"), ("ben/silent.mp4", "silent"), ("ben/clipped.mp4", "clipped"),
+                       ("ben/noisy.mp4", "noisy"), ("broken.mp4", "not a sound or video"), ("empty.mov", "empty")):
+        assert word in reasons.pop(f"in/{name}")
+    assert not reasons
+    for row in kept.values():
+        frames, wave = data.read_clip(str(tmp_path / "out" / row["file"]), 32)
+        assert frames.shape == (row["frames"], 3, 32, 32) and (wave is not None) == row["sound"]
 
 
 def test_flash_and_click_stay_together(tmp_path):
-    """White frames and clicks at the same times; both are found within a frame of each other after a round trip."""
-    times, rate = [10, 37, 61], 44100
-    sound = np.zeros((rate * 3, 2), np.float32)
-    for k in times:
-        sound[k * rate // 25: k * rate // 25 + 400] = 0.9
-    soundfile.write(tmp_path / "a.wav", sound, rate)
-    flash = {True: np.full((64, 64, 3), 250, np.uint8), False: np.full((64, 64, 3), 5, np.uint8)}
-    write(tmp_path / "a.mp4", 75, tmp_path / "a.wav", paint=lambda k: flash[k in times])
-    bright = [k for k, frame in enumerate(data.read_video(tmp_path / "a.mp4", 32)) if frame.mean() > 0]
-    wave = data.load_audio(tmp_path / "a.mp4").abs()
-    onsets = [k for k in range(1, len(wave)) if wave[k] > 0.3 and wave[max(0, k - 3000):k].max() <= 0.3]
-    assert bright == times
-    assert len(onsets) == 3 and all(abs(onset / 640 - k) < 0.15 for onset, k in zip(onsets, times, strict=True))
+    """30 fps, the sound starting 0.3 s late, a square that lights up at 1.3 s just as a click is heard."""
+    wave = 0.01 * speech(2)
+    wave[16000:16160] = 0.9                                                  # one second after the sound's own start
+
+    def paint(k):
+        picture = np.full((64, 64, 3), 60, np.uint8)
+        picture[20:40, 20:40] = 250 if k >= 39 else 60                       # 1.3 s at 30 fps
+        return picture
+
+    video(tmp_path / "in" / "a.mp4", 66, rate=30, size=(64, 64), paint=paint, wave=wave, lead=0.3)
+    assert prepare("--videos", tmp_path / "in", "--out", tmp_path / "out") == 0
+    frames, heard = data.read_clip(str(tmp_path / "out" / rows(tmp_path / "out")[0]["file"]), 32)
+    flash = int((frames[:, :, 15, 15].mean(1) > 0.3).nonzero()[0])
+    click = int(heard.abs().argmax()) / 640
+    assert abs(flash - 1.3 * 25) <= 1 and abs(click - 1.3 * 25) <= 1
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
-def test_interrupted_writing_leaves_nothing(tmp_path, error):
-    def fail(k):
-        if k == 7:
-            raise error
-        return picture(k)
-
-    with pytest.raises(error):
-        write(tmp_path / "a.mp4", 20, paint=fail)
-    assert os.listdir(tmp_path) == []
-    (tmp_path / "a.mp4").write_bytes(b"older")
-    with pytest.raises(error):
-        write(tmp_path / "a.mp4", 20, paint=fail)
-    assert (tmp_path / "a.mp4").read_bytes() == b"older" and len(os.listdir(tmp_path)) == 1
+def test_pixels_that_are_not_square_become_so(tmp_path):
+    wide = np.full((64, 96, 3), 40, np.uint8)
+    wide[:, 40:56] = 220                                                     # a bar 16 wide, in stored pixels
+    for name, aspect in (("a", 1), ("b", 2)):
+        video(tmp_path / "in" / f"{name}.mp4", 30, paint=lambda k: wide, aspect=aspect)
+    assert prepare("--videos", tmp_path / "in", "--out", tmp_path / "out", "--size", "64") == 0
+    for row in rows(tmp_path / "out"):
+        frames, _ = data.read_clip(str(tmp_path / "out" / row["file"]), 64)
+        assert (frames[0, 0, 32] > 0.3).sum().item() == pytest.approx({"in/a.mp4": 16, "in/b.mp4": 32}[row["source"]], abs=2)
 
 
-def test_failure_while_finishing_leaves_nothing(tmp_path, monkeypatch):
-    def full(*names):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    refused(lambda: write(tmp_path / "a.mp4", 5), "a.mp4", "No space left")
-    assert os.listdir(tmp_path) == []
+def tree_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_bad_sound_for_the_writer_leaves_nothing(tmp_path):
-    (tmp_path / "bad.wav").write_bytes(b"no sound")
-    refused(lambda: write(tmp_path / "a.mp4", 5, tmp_path / "bad.wav"), "bad.wav")
-    assert os.listdir(tmp_path) == ["bad.wav"]
+def test_killed_midway_and_started_again_gives_the_same_bytes(tmp_path):
+    for k in range(6):
+        video(tmp_path / "in" / f"{k}.mp4", 60, size=(256, 256),
+              paint=lambda n, k=k: np.full((256, 256, 3), 30 * k + n % 30, np.uint8))
+    words = [sys.executable, ROOT / "data.py", "prepare", "--crop", "centre", "--size", "64", "--jobs", "1",
+             "--videos", tmp_path / "in"]
+    assert subprocess.run([*words, "--out", tmp_path / "whole"], capture_output=True, cwd=tmp_path).returncode == 0
+    run = subprocess.Popen([*words, "--out", tmp_path / "cut"], stderr=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True)
+    until = time.time() + 60
+    while not list((tmp_path / "cut").glob("parts/*.jsonl")) and time.time() < until:
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / "cut" / "manifest.jsonl").exists() and list((tmp_path / "cut").glob("parts/*.jsonl"))
+    (tmp_path / "cut" / "clips" / ".half.mp4.1.part").write_bytes(b"what a kill in the middle of writing leaves")
+    assert subprocess.run([*words, "--out", tmp_path / "cut"], capture_output=True, cwd=tmp_path).returncode == 0
+    assert tree_of(tmp_path / "cut") == tree_of(tmp_path / "whole")
 
 
-def test_outputs_that_cannot_be_are_refused_before_work(tmp_path):
-    for path, word in [(tmp_path / "no" / "a.mp4", "no folder"), (tmp_path / "a.gif", ".mp4"), (tmp_path, ".mp4")]:
-        refused(lambda path=path: write(path, 0), str(path), word)
-    (tmp_path / "d.mp4").mkdir()
-    refused(lambda: write(tmp_path / "d.mp4", 0), "d.mp4", "folder")
-    if os.geteuid() != 0:                                        # root may write anywhere
-        (tmp_path / "locked").mkdir(mode=0o500)
-        refused(lambda: write(tmp_path / "locked" / "a.mp4", 0), "cannot be written")
+def test_a_list_of_people_decides_identity_and_split(tmp_path):
+    for name in ("a", "b", "c"):
+        video(tmp_path / "set" / "in" / f"{name}.mp4", 30)
+    (tmp_path / "set" / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
+        {"file": "in/a.mp4", "ident": "m1", "split": "test"}, {"file": "in/b.mp4", "identity": "m2", "split": "train"})))
+    assert prepare("--videos", tmp_path / "set" / "in", "--out", tmp_path / "out", "--people", tmp_path / "set" / "list.jsonl") == 0
+    found = {row["source"]: (row["identity"], row["split"]) for row in rows(tmp_path / "out")}
+    assert found["in/a.mp4"] == ("m1", "test") and found["in/b.mp4"] == ("m2", "train") and found["in/c.mp4"][0] == "in/."
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--videos", "none", "--out", "out"], "none is not a folder"), (["--videos", "bare", "--out", "out"], "no video file"),
+    (["--videos", "in", "--out", "file"], "cannot be made"), (["--videos", "in", "--out", "other"], "another --size or --crop"),
+    (["--videos", "in", "--out", "out", "--people", "bad.jsonl"], "bad.jsonl"),
+    (["--videos", "in", "in", "--out", "out"], "two folders"),
+    (["--videos", "in", "--out", "out", "--crop", "face", "--detector", "none.onnx"], "OpenCV|none.onnx"),
+])
+def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys, words, told):
+    monkeypatch.chdir(tmp_path)
+    Path("bare").mkdir(), Path("in").mkdir(), Path("file").write_text(""), Path("other").mkdir()
+    Path("in/a.mp4").write_bytes(b"x")
+    Path("bad.jsonl").write_text('{"file": 3}\n')
+    Path("other/settings.jsonl").write_text('{"size": 64, "crop": "centre"}\n')
+    assert prepare(*words) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("data.py: ") and any(word in said for word in told.split("|")) and "\n" not in said and "Trace" not in said
+
+
+def test_nothing_to_keep_is_said(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_bytes(b"x")
+    assert prepare("--videos", tmp_path / "in", "--out", tmp_path / "out") == 2
+    assert "no clip could be made" in capsys.readouterr().err and rows(tmp_path / "out", "dropped")
+
+
+# ---- faces ----------------------------------------------------------------------------------------------------------
+
+def test_the_square_is_set_by_the_median_face():
+    faces = [[100, 50, 160, 110]] * 9 + [None]
+    assert data.face_square(faces, 400, 300, 100) == [80, 30, 180, 130]      # 60 high: 100 a side, centred on (130, 80)
+    assert data.face_square([[0, 0, 60, 60]] * 3, 400, 300, 100) == [0, 0, 100, 100]     # pushed back into the picture
+    assert data.face_square([[20, 20, 280, 280]], 400, 300, 100) == [0, 0, 300, 300]     # no larger than the picture
+
+
+@pytest.mark.parametrize("faces, word", [
+    ([[100, 50, 160, 110]] * 8 + [None] * 2, "8 of 10"), ([None] * 3, "0 of 3"), ([[0, 0, 20, 20]] * 4, "too small"),
+    ([[0, 0, 60, 60]] * 5 + [[200, 100, 260, 160]] * 5, "leaves"),
+])
+def test_faces_that_do_not_do_are_told(faces, word):
+    assert word in data.face_square(faces, 400, 300, 100)
+
+
+def test_prepare_cuts_where_the_detector_says(tmp_path, monkeypatch):
+    """The detector replaced by one that finds the bright square: the crop has it in the middle, 0.6 of the side."""
+    def find(_, image):
+        where = np.argwhere(np.asarray(image)[..., 0] > 128)
+        return None if len(where) == 0 else [*where.min(0)[::-1].astype(float), *(where.max(0)[::-1] + 1.0)]
+
+    def paint(k):
+        picture = np.full((120, 160, 3), 30, np.uint8)
+        picture[40:64, 90:114] = 220
+        return picture
+
+    monkeypatch.setattr(data, "load_detector", lambda path: path)
+    monkeypatch.setattr(data, "find_face", find)
+    video(tmp_path / "a.mp4", 30, size=(120, 160), paint=paint)
+    (tmp_path / "clips").mkdir()
+    row, = data.prepare_one(str(tmp_path / "a.mp4"), "in/a.mp4", {"identity": "a", "split": "train"}, tmp_path, 40, "some")["kept"]
+    assert row["crop"] == pytest.approx([82, 32, 122, 72], abs=1)
+    assert row["face"] == pytest.approx([0.2, 0.2, 0.8, 0.8], abs=0.03)
+    frames, _ = data.read_clip(str(tmp_path / row["file"]), 40)
+    bright = (frames[0, 0] > 0.2).nonzero()
+    assert bright.min(0).values.tolist() == pytest.approx([8, 8], abs=1)
+    assert bright.max(0).values.tolist() == pytest.approx([31, 31], abs=1)
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Two prepared folders: the upper half's grey tells the frame, the lower half's green the clip and its blue left side set b."""
+    made = []
+    for name, clips in (("a", 3), ("b", 1)):
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "clips").mkdir()
+        lines = []
+        for clip in range(clips):
+            picture = np.zeros((32, 32, 3), np.uint8)
+            with media.VideoWriter(folder / f"clips/{clip}.mp4", 32, keyframes=data.KEYFRAMES) as out:
+                for k in range(60):
+                    picture[:16], picture[16:, :, 1], picture[16:, :16, 2] = 10 + 4 * k, 50 * clip, 200 * (name == "b")
+                    out.write(picture)
+            lines.append({"file": f"clips/{clip}.mp4", "identity": f"{name}{clip}", "split": "test" if clip == 2 else "train",
+                          "frames": 60, "sound": False})
+        data.write_lines(folder / "manifest.jsonl", lines)
+        made.append(str(folder))
+    return made
+
+
+def numbers_of(pictures):
+    """Which frame of its clip each picture (n, 3, H, W) is."""
+    return ((pictures[:, :, 2:14].mean((1, 2, 3)) + 1) * 127.5).sub(10).div(4).round().int().tolist()
+
+
+def test_frames_by_number_are_those_of_the_whole(sets):
+    path = f"{sets[0]}/clips/1.mp4"
+    whole, _ = data.read_clip(path, 32)
+    asked = [7, 59, 0, 31, 30, 7]
+    torch.testing.assert_close(data.to_float(data.read_at(path, asked, 32)), whole[asked])
+    assert numbers_of(whole) == list(range(60))
+    with pytest.raises(media.InputError, match="ends before its frame 60"):
+        data.read_at(path, [60], 32)
+
+
+def test_a_batch_is_a_function_of_its_number(sets):
+    clips = data.Clips(sets, 4, 2, 0.5, 32)
+    assert all(torch.equal(x, y) for x, y in zip(clips[5], data.Clips(sets, 4, 2, 0.5, 32)[5], strict=True))
+    seen = {numbers_of(clips[k][0])[0] for k in range(30)}
+    assert len(seen) > 10 and not torch.equal(clips[5][0], data.Clips(sets, 4, 2, 0.5, 32, seed=1)[5][0])
+    one, two = ([x[0] for x in data.loader(clips, [3, 4, 5], workers)] for workers in (0, 2))
+    assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True)) and torch.equal(one[2], clips[5][0])
+
+
+def test_near_people_are_shown_within_a_fifth_of_a_second(sets):
+    clips = data.Clips(sets, 4, 3, 0.5, 32, jitter=0)
+    far = []
+    for k in range(20):
+        first, others = (numbers_of(x) for x in clips[k])
+        gaps = [abs(other - first[n // 3]) for n, other in enumerate(others)]
+        assert max(gaps[:6]) <= 5
+        far += gaps[6:]
+    assert max(far) > 30
+
+
+def test_the_video_stage_gets_frames_in_a_row(sets):
+    clips = data.Clips(sets, 2, 6, 0, 32, rows=True, jitter=0)
+    for k in range(10):
+        for clip in torch.tensor(numbers_of(clips[k][1])).view(2, 6):
+            assert (clip.diff() == 1).all()
+
+
+def test_sets_are_drawn_equally_and_test_people_never(sets):
+    clips = data.Clips(sets, 1, 1, 0, 32, jitter=0)
+    pictures = torch.cat([clips[k][0] for k in range(80)])
+    of_b = (pictures[:, 2, 20:].amax((1, 2)) > 0).float().mean()
+    assert of_b == pytest.approx(0.5, abs=0.15)                              # one clip against two
+    assert ((pictures[:, 1, 20:].mean((1, 2)) + 1) * 127.5).max() < 75       # green 100: the clip of the test person
+    held = data.Clips(sets[:1], 1, 1, 0, 32, split="test", jitter=0)
+    assert ((held[0][0][:, 1, 20:].mean() + 1) * 127.5) > 85
+
+
+def test_flip_and_colour_are_one_for_all_pictures_of_a_person(sets):
+    clips = data.Clips(sets[1:], 1, 2, 0, 32, jitter=0.2)
+    flipped, tints = set(), set()
+    for k in range(12):
+        x = torch.cat(clips[k])
+        side = (x[:, 2, 24, 8] > x[:, 2, 24, 24]).tolist()                   # set b: blue on the left
+        assert len(set(side)) == 1
+        flipped.add(side[0])
+        blue = x[:, 2, 20:].amax((1, 2))
+        assert blue.max() - blue.min() < 0.03
+        tints.add(round(blue[0].item(), 2))
+    assert flipped == {True, False} and len(tints) > 5
+
+
+def test_folders_without_what_is_asked_are_refused(sets, tmp_path):
+    with pytest.raises(media.InputError, match="no manifest.jsonl"):
+        data.load_sets([str(tmp_path)], "train")
+    with pytest.raises(media.InputError, match="no clip of the test split"):
+        data.load_sets(sets[1:], "test")
+    with pytest.raises(media.InputError, match="no clip with sound"):
+        data.load_sets(sets, "train", sound=True)
+    rows = [{"identity": who, "split": split, "file": "x.mp4", "sound": True}
+            for who, split in (("a", "train"), ("b", "test"), ("b", "train"))]
+    data.write_lines(tmp_path / "manifest.jsonl", rows)
+    with pytest.raises(media.InputError, match="clips of b both in its train and in its test split"):
+        data.load_sets([str(tmp_path)], "train")

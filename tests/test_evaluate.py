@@ -4,17 +4,20 @@ import math
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import data  # noqa: E402
 import evaluate  # noqa: E402
 import metrics  # noqa: E402
 import synthetic  # noqa: E402
 from decoder import Decoder, DecoderConfig  # noqa: E402
 from encoder import EncoderConfig, MotionEncoder  # noqa: E402
 from generator import Generator, GeneratorConfig  # noqa: E402
+from media import VideoWriter  # noqa: E402
 from synthetic import HELD_OUT, IDENTITY, MOTION  # noqa: E402
 from training import save_release  # noqa: E402
 
@@ -268,6 +271,27 @@ def test_copying_is_measured_as_copying(given, monkeypatch):
     assert rows["ours, 4 steps"] == rows["copy the photo"] and rows["B as A, 4 steps"] == rows["copy B's photo"]
 
 
+def test_real_people_are_the_test_split_averaged_by_person(given, tmp_path, monkeypatch):
+    """A train person and two test people, grey by clip and one frame brighter than the photo: known errors."""
+    monkeypatch.setattr(evaluate, "depict", lambda release, photo, tokens, *_: photo.expand(len(tokens), -1, -1, -1) + 0.1)
+    (tmp_path / "clips").mkdir()
+    rows = []
+    for k, (who, split, step) in enumerate([("a", "train", 90), ("b", "test", 10), ("b", "test", 20), ("c", "test", 40)]):
+        with VideoWriter(tmp_path / f"clips/{k}.mp4", 32) as video:
+            for n in range(8):
+                video.write(np.full((32, 32, 3), 100 + step * (n > 0), np.uint8))
+        rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": False, "face": [0, 0, 0.5, 0.5]})
+    data.write_lines(tmp_path / "manifest.jsonl", rows)
+    assert run(given, "reconstruct", "--data", str(tmp_path), "--json", str(tmp_path / "out.json")) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["people"] == ["b", "c"]
+    copy, ours = found["rows"]["copy the photo"], found["rows"]["ours, 1 step"]
+    assert copy["l1"]["mean"] == pytest.approx((15 + 40) / 2 / 255, abs=1.5 / 255)
+    assert copy["psnr"]["mean"] == pytest.approx(-10 * (math.log10(10 * 20 / 255**2) + math.log10(40**2 / 255**2)) / 2, abs=0.5)
+    assert ours["l1"]["mean"] == pytest.approx(((2.75 + 7.25) / 2 + 27.25) / 2 / 255, abs=1.5 / 255)
+    assert copy["face_l1"]["mean"] == pytest.approx(copy["l1"]["mean"], abs=1e-3)
+
+
 @pytest.mark.parametrize("command, clips, words", [
     ("reconstruct", 1, ("PSNR", "copy the photo", "B as A, 1 step", "lip_corner")),
     ("probe", 20, ("brow_furrow", "back_dir", "90% masked")),
@@ -307,3 +331,4 @@ def test_what_cannot_be_used_is_refused(given, tmp_path, capsys):
     for bad in (["probe", "--clips", "3"], ["talk", "--steps", "0"], ["dance"]):
         with pytest.raises(SystemExit):
             evaluate.main(bad)
+    refused(capsys, run(given, "reconstruct", "--data", str(tmp_path)), "manifest.jsonl", "data.py prepare")

@@ -5,16 +5,19 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 
+from media import VideoWriter
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXT = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 LINES = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
-ORDER = ("train_ae.py", "train_gen.py", "synthetic.py", "sample.py", "evaluate.py")
-SMALLER = {"train_ae.py": "--steps 2 --refs 2", "train_gen.py": "--steps 2 --clips 1", "synthetic.py": "--size 32",
-           "sample.py": "", "evaluate.py": ""}
+ORDER = ("data.py", "train_ae.py", "train_gen.py", "synthetic.py", "sample.py", "evaluate.py")
+SMALLER = {"data.py": "--crop centre --size 32 --jobs 1", "train_ae.py": "--steps 2 --refs 2", "train_gen.py": "--steps 2 --clips 1",
+           "synthetic.py": "--size 32", "sample.py": "", "evaluate.py": ""}
 
 
 def commands(script):
@@ -23,18 +26,23 @@ def commands(script):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder in which README's relative paths hold, with a short speech."""
+    """A folder in which README's relative paths hold, with a short speech and two folders of videos."""
     path = tmp_path_factory.mktemp("readme")
     os.mkdir(path / "examples")
     os.symlink(os.path.join(ROOT, "examples", "portrait.png"), path / "examples" / "portrait.png")
     wave, rate = soundfile.read(os.path.join(ROOT, "examples", "speech.wav"))
     soundfile.write(path / "examples" / "speech.wav", wave[: rate // 2], rate)
+    for name in ("HDTF", "my_videos"):
+        os.mkdir(path / name)
+        with VideoWriter(path / name / "WDA_Someone0.mp4", 32, torch.from_numpy(wave).float()) as video:
+            for k in range(50):
+                video.write(np.full((32, 32, 3), 4 * k, np.uint8))
     return path
 
 
 def shrink(words):
     """The command at the nano size: words of a README line -> arguments."""
-    script, rest = words[1], [("nano" if word == "tiny" else word) for word in words[2:]]
+    script, rest = words[1], [("nano" if word in ("tiny", "small") else word) for word in words[2:]]
     for option, few in (("--clips", "1"), ("--seconds", "0.2"), ("--frames", "2")):
         if option in rest:
             rest[rest.index(option) + 1] = few
@@ -47,7 +55,7 @@ def shrink(words):
 
 def test_every_command_runs(folder):
     run = [words for script in ORDER for words in commands(script) if "evaluate.py" not in words]
-    assert len(run) >= 7
+    assert len(run) >= 10
     for words in run:
         done = subprocess.run(shrink(words), cwd=folder, capture_output=True, text=True, timeout=120,
                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
@@ -57,7 +65,7 @@ def test_every_command_runs(folder):
 
 
 def test_every_line_is_a_known_command():
-    known = ("python ", "torchrun ", "pip install -r requirements.txt", "ruff check .", "pytest")
+    known = ("python ", "torchrun ", "pip install -r requirements.txt", "pip install opencv-python-headless", "ruff check .", "pytest")
     assert all(line.startswith(known) for line in LINES if line)
     scripts = [shlex.split(line)[1] for line in LINES if line.startswith("python ")]
     assert set(scripts) == set(ORDER)

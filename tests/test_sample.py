@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import audio  # noqa: E402
-import data  # noqa: E402
+import media  # noqa: E402
 import sample  # noqa: E402
 from decoder import Decoder, DecoderConfig  # noqa: E402
 from encoder import EncoderConfig, MotionEncoder  # noqa: E402
@@ -45,7 +45,7 @@ def given(tmp_path_factory):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(folder / "x.png")
     soundfile.write(folder / "y.wav", 0.2 * rng.normal(size=(22050, 2)).clip(-3, 3), 22050)
-    with data.VideoWriter(folder / "d.mp4", 32, torch.from_numpy(rng.normal(0, 0.1, 16000)).float()) as video:
+    with media.VideoWriter(folder / "d.mp4", 32, torch.from_numpy(rng.normal(0, 0.1, 16000)).float()) as video:
         for _ in range(20):
             video.write(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
     return folder
@@ -81,24 +81,24 @@ def test_reenactment_keeps_frames_and_sound(given, tmp_path):
 
 
 def test_mute_driving_video_works(given, tmp_path):
-    with data.VideoWriter(tmp_path / "mute.mp4", 32) as video:
+    with media.VideoWriter(tmp_path / "mute.mp4", 32) as video:
         for k in range(3):
             video.write(np.full((32, 32, 3), 50 * k, np.uint8))
     assert sample.main(command(given, tmp_path / "o.mp4", "--video", str(tmp_path / "mute.mp4"), wav=None)) == 0
-    assert not data.has_audio(tmp_path / "o.mp4") and len(list(data.read_video(tmp_path / "o.mp4", 32))) == 3
+    assert not media.has_audio(tmp_path / "o.mp4") and len(list(media.read_video(tmp_path / "o.mp4", 32))) == 3
 
 
 @pytest.mark.parametrize("seconds, frames", [(0.1, 2), (0.001, 1), (0.64, 16), (0.66, 16), (1.5, 38)])
 def test_frames_are_as_many_as_the_sound_lasts(given, tmp_path, seconds, frames):
     soundfile.write(tmp_path / "y.wav", 0.1 * np.ones(round(16000 * seconds)), 16000)
     assert sample.main(command(given, tmp_path / "o.mp4", "--wav", str(tmp_path / "y.wav"), wav=None)) == 0
-    assert len(list(data.read_video(tmp_path / "o.mp4", 32))) == frames
+    assert len(list(media.read_video(tmp_path / "o.mp4", 32))) == frames
 
 
 def test_same_seed_same_frames_other_seed_other_take(given, tmp_path, monkeypatch):
     """The frames that reach the encoder: libx264 itself is not bit-exact from run to run at this size."""
-    takes, write = [], data.VideoWriter.write
-    monkeypatch.setattr(data.VideoWriter, "write", lambda self, x: (takes[-1].append(x.copy()), write(self, x)))
+    takes, write = [], media.VideoWriter.write
+    monkeypatch.setattr(media.VideoWriter, "write", lambda self, x: (takes[-1].append(x.copy()), write(self, x)))
     for seed in ("3", "3", "4"):
         takes.append([])
         assert sample.main(command(given, tmp_path / "o.mp4", "--seed", seed)) == 0
@@ -217,9 +217,9 @@ def test_an_input_is_not_overwritten(given, capsys):
 def test_driving_video_that_breaks_off_leaves_no_file(given, tmp_path, capsys, monkeypatch):
     def broken(path, size):
         yield torch.zeros(3, size, size)
-        raise data.InputError(f"{path} is cut off")
+        raise media.InputError(f"{path} is cut off")
 
-    monkeypatch.setattr(data, "read_video", broken)
+    monkeypatch.setattr(media, "read_video", broken)
     refused(capsys, command(given, tmp_path / "o.mp4", "--video", str(given / "d.mp4"), wav=None), "cut off")
     assert os.listdir(tmp_path) == []
 

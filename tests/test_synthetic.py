@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import synthetic
-from data import read_video
+from media import read_video
 from speech import EMOTIONS, FPS, speak
 from synthetic import HELD_OUT, IDENTITY, MOTION, POSE, clip, identity, pairs, random_motion, render, render_clip
 

@@ -14,11 +14,14 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+import data
 import synthetic
 import train_ae
 import training
 from decoder import Decoder
 from encoder import MotionEncoder, random_keep
+from latents import Pixel
+from media import VideoWriter
 
 torch.set_num_threads(1)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -84,9 +87,9 @@ def around_step(monkeypatch, hook):
     """Call hook(step) before the work of each step."""
     work = train_ae.train_step
 
-    def step(args, preset, loss_of, draw, number, *more):
+    def step(args, preset, loss_of, batches, number, *more):
         hook(number)
-        return work(args, preset, loss_of, draw, number, *more)
+        return work(args, preset, loss_of, batches, number, *more)
 
     monkeypatch.setattr(train_ae, "train_step", step)
 
@@ -99,9 +102,11 @@ def ask_to_stop_at(monkeypatch, when):
 
 def test_no_two_steps_or_processes_draw_the_same_people(people):
     args, model = train_ae.parse(["--preset", "nano", "--accumulate", "2"]), auto_encoder()
-    for step in range(3):
-        for rank in range(2):
-            train_ae.train_step(args, NANO, model, synthetic.render, step, rank, 2, CPU, torch.autocast("cpu", enabled=False))
+    for rank in range(2):
+        numbers = [(step * 2 + part) * 2 + rank for step in range(3) for part in range(2)]
+        batches = train_ae.feed(args, NANO, None, numbers, synthetic.render)
+        for step in range(3):
+            train_ae.train_step(args, NANO, model, batches, step, rank, 2, Pixel(), CPU, torch.autocast("cpu", enabled=False))
     assert len(set(people)) == 3 * 2 * 2 * args.refs                         # steps, ranks, passes, people of each
 
 
@@ -196,13 +201,14 @@ def test_known_motion_enters_with_its_weight_and_unknown_does_not():
 def test_accumulated_gradients_are_the_mean_of_the_passes():
     args, model = train_ae.parse(["--preset", "nano", "--accumulate", "2"]), auto_encoder()
     other, plain = copy.deepcopy(model), torch.autocast("cpu", enabled=False)
-    loss = train_ae.train_step(args, NANO, model, synthetic.render, 3, 0, 1, CPU, plain)
+    batches = train_ae.feed(args, NANO, None, [6, 7], synthetic.render)
+    loss = train_ae.train_step(args, NANO, model, batches, 3, 0, 1, Pixel(), CPU, plain)
     losses, want = [], {name: 0 for name, _ in other.named_parameters()}
     for number in (6, 7):                                                    # step 3 of 2 passes each
         reference, target, truth = train_ae.batch(args, NANO, number, synthetic.render)
         other.zero_grad()
         random = train_ae.randomness(args, NANO["encoder"], target.shape, number, 0, 3 / 20)
-        losses.append(other(reference, target, *random, truth, 0.15))        # 0.3, half gone after 3 of 20 steps
+        losses.append(other(reference, target, *random, truth, 0.3 * 13 / 16))   # fades over 16 of 20 steps; 3 are gone
         losses[-1].backward()
         want = {name: want[name] + p.grad / 2 for name, p in other.named_parameters()}
     assert loss == pytest.approx(sum(losses).item() / 2)
@@ -278,7 +284,7 @@ def test_a_run_writes_its_files(tmp_path, capsys):
 
 def test_pictures_show_reference_target_and_output(tmp_path):
     model, args = auto_encoder(nudge=0), train_ae.parse(["--preset", "nano"])
-    psnr, copied = train_ae.picture(tmp_path / "p.png", model, args, NANO, CPU)
+    psnr, copied = train_ae.picture(tmp_path / "p.png", model, Pixel(), args, NANO, CPU)
     reference, target, _ = train_ae.batch(args, NANO, 0, synthetic.render, held_out=True)
     reference = reference[[0, 0, 1, 1]]
     assert copied == pytest.approx(-10 * math.log10((reference - target).square().mean() / 4), abs=1e-3)
@@ -411,3 +417,56 @@ def test_a_wrong_init_is_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match="train_ae.py: .*none.safetensors") as end:
         train(tmp_path, "--init", str(tmp_path / "none.safetensors"))
     assert end.value.code not in (None, 0)
+
+
+# ---- real clips -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A prepared set of two people, one of them a test person: grey pictures of 100 and of 200, a bar moving across."""
+    made = tmp_path_factory.mktemp("set")
+    (made / "clips").mkdir()
+    for person in range(2):
+        with VideoWriter(made / f"clips/{person}.mp4", 32) as video:
+            for k in range(30):
+                picture = np.full((32, 32, 3), 100 * (person + 1), np.uint8)
+                picture[:, k:k + 2] = 20
+                video.write(picture)
+    rows = [{"file": f"clips/{k}.mp4", "identity": str(k), "split": split, "frames": 30, "sound": False}
+            for k, split in enumerate(("train", "test"))]
+    data.write_lines(made / "manifest.jsonl", rows)
+    return str(made)
+
+
+def test_real_clips_train_and_resume_like_drawn_ones(folder, monkeypatch, tmp_path):
+    for workers in ("0", "1"):
+        assert train(tmp_path / workers, "--data", folder, "synthetic", "--workers", workers, steps=6) == 0
+    with monkeypatch.context() as patch:
+        ask_to_stop_at(patch, 2)
+        assert train(tmp_path / "parts", "--data", folder, "synthetic", "--workers", "0", steps=6) == 130
+    assert train(tmp_path / "parts", "--data", folder, "synthetic", "--workers", "0", steps=6) == 0
+    assert same(state(tmp_path / "0"), state(tmp_path / "1")) and same(state(tmp_path / "0"), state(tmp_path / "parts"))
+
+
+def test_sets_share_the_batches_and_test_people_are_only_shown(folder):
+    args = train_ae.parse(["--preset", "nano", "--data", folder, "synthetic", "--workers", "0"])
+    real = train_ae.real_clips(args, NANO, "train")
+    grey = [(x[0][:, 0] - x[0][:, 1]).std().item() < 0.05 for x in train_ae.feed(args, NANO, real, range(40), synthetic.render)]
+    assert 18 <= sum(grey) <= 22
+    assert train_ae.held_out_batch(args, NANO)[0].median() > 0.3             # the test person
+
+
+def test_the_video_stage_takes_real_clips(folder, tmp_path):
+    assert train(tmp_path, "--data", folder, "--frames", "4", "--workers", "0", steps=2) == 0
+
+
+def test_a_folder_that_was_not_prepared_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="no manifest.jsonl"):
+        train(tmp_path / "out", "--data", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["small", "paper"])
+def test_the_larger_presets_are_what_readme_says(name):
+    preset = train_ae.PRESETS[name]
+    assert preset["encoder"].token_dim == preset["decoder"].token_dim and train_ae.side(preset) == 256
+    assert (preset["encoder"].num_tokens, preset["encoder"].token_dim) == (1, {"small": 128, "paper": 512}[name])

@@ -11,12 +11,13 @@ import torch
 from test_train_ae import same, state
 
 import audio
-import data
+import media
 import synthetic
 import train_ae
 import train_gen
 import training
 from generator import GeneratorConfig
+from latents import Pixel
 
 torch.set_num_threads(1)
 NANO = train_gen.PRESETS["nano"]
@@ -59,15 +60,20 @@ P, K, AHEAD, CLIPS, FRAMES = 3, 4, 2, 5, 14
 QUIET = -1.0                                                                 # stands for a row of silence
 
 
+CONFIG = GeneratorConfig(token_dim=6, window=K, past=P, ahead=AHEAD)
+
+
+def numbered(sets=(0,) * CLIPS, frames=(FRAMES,) * CLIPS):
+    """Encoded clips whose every entry is 100 * clip + frame, masked ones a half more; sets and lengths of the clips."""
+    name = torch.cat([100.0 * k + torch.arange(n) for k, n in enumerate(frames)])[:, None]           # (n, 1)
+    places = torch.tensor([[sum(frames[:k]), n, sets[k]] for k, n in enumerate(frames)])
+    return name.expand(-1, 6), (name + 0.5).expand(-1, 6), name.expand(-1, 320), places
+
+
 @pytest.fixture(scope="module")
 def drawn():
     """400 windows as numbers: 100 * clip + frame; masked entries carry a half more."""
-    name = 100.0 * torch.arange(CLIPS)[:, None, None] + torch.arange(FRAMES)[:, None]                # (n, F, 1)
-    given = name.expand(-1, -1, 6), (name + 0.5).expand(-1, -1, 6), name.expand(-1, -1, 320)
-    config = GeneratorConfig(token_dim=6, window=K, past=P, ahead=AHEAD)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gen, "silence", lambda: torch.full((320,), QUIET))
-        found = train_gen.windows(given, config, 400, torch.Generator().manual_seed(0))
+    found = train_gen.windows(numbered(), CONFIG, 400, torch.Generator().manual_seed(0), torch.full((320,), QUIET))
     for part, shape in zip(found, [(400, K, 6), (400, P, 6), (400, 6), (400, P + K + AHEAD, 320)], strict=True):
         assert part.shape == shape and (part == part[..., :1]).all()         # whole rows, not mixtures
     new, past, reference, heard = (part[..., 0] for part in found)
@@ -109,62 +115,68 @@ def test_row_i_of_the_speech_belongs_to_frame_start_minus_past_plus_i(drawn):
 
 
 def test_windows_repeat_with_the_draw():
-    given = torch.randn(2, 12, 6), torch.randn(2, 12, 6), torch.randn(2, 12, 320)
-    config = GeneratorConfig(token_dim=6, window=K, past=P, ahead=AHEAD)
-    one, again, other = (train_gen.windows(given, config, 8, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    one, again, other = (train_gen.windows(numbered(), CONFIG, 8, torch.Generator().manual_seed(s), torch.zeros(320))
+                         for s in (0, 0, 1))
     assert same(list(one), list(again)) and not torch.equal(one[0], other[0])
 
 
+def test_sets_are_drawn_equally_and_short_clips_from_their_start():
+    """Four clips against one, which is too short for a past."""
+    given = numbered(sets=(0, 0, 0, 0, 1), frames=(FRAMES,) * 4 + (P + K - 1,))
+    new, past, reference, _ = train_gen.windows(given, CONFIG, 400, torch.Generator().manual_seed(0), torch.zeros(320))
+    short = new[:, 0, 0] >= 400
+    assert short.float().mean() == pytest.approx(0.5, abs=0.08)
+    assert (new[short][:, :, 0] == 400 + torch.arange(K)).all() and torch.equal(past[short][:, 0], reference[short])
+    assert (reference[short] < 400 + P + K - 1).all() and (new[~short][:, -1, 0] % 100 < FRAMES).all()
+
+
 def test_silence_is_the_row_of_a_silent_wave():
-    assert torch.equal(train_gen.silence(), audio.features(torch.zeros(1, 6400))[0, 5])
+    assert torch.equal(train_gen.silence("mel", None), audio.features(torch.zeros(1, 6400))[0, 5])
 
 
 # ---- clips ----------------------------------------------------------------------------------------------------------
 
 def test_a_clip_is_encoded_frame_by_frame(ae):
     encoder = training.load_release(ae)[0]["encoder"]
-    draw = torch.Generator().manual_seed(0)
-    clear, masked, rows = train_gen.encode_clip(encoder, 3, 30, 0.6, draw, synthetic.render, CPU, nullcontext())
+    draw, args = torch.Generator().manual_seed(0), train_gen.parse(command("", "", "--clips", "4"))
+    parts, wave = list(train_gen.drawn_speakers(args, {"seconds": 1.2}, 32, 0, 1))[3]
+    parts = list(parts)
+    clear, masked = train_gen.encode_clip(encoder, Pixel(), parts, 0.6, draw, CPU, nullcontext())
     made = synthetic.clip(torch.tensor([3]), 30)
     with torch.no_grad():
         want = encoder(synthetic.render(made["identity"].expand(30, -1), made["motion"][0], 32)).flatten(1)
     torch.testing.assert_close(clear, want, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(rows, audio.features(audio.level(made["wave"]))[0])
+    assert torch.equal(wave, made["wave"])
     assert masked.shape == clear.shape == (30, 8) and not torch.isclose(masked, clear).all(1).any()
-    clear, masked, _ = train_gen.encode_clip(encoder, 3, 30, 0.0, draw, synthetic.render, CPU, nullcontext())
+    clear, masked = train_gen.encode_clip(encoder, Pixel(), parts, 0.0, draw, CPU, nullcontext())
     torch.testing.assert_close(masked, clear)                                # no mask
 
 
-def test_processes_encode_different_clips_none_held_out(ae, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(train_gen, "encode_clip", lambda encoder, seed, *_: seen.append(seed) or [torch.zeros(2, 1)] * 3)
+def test_processes_encode_different_clips_none_held_out(monkeypatch):
+    seen, make = [], synthetic.clip
+    monkeypatch.setattr(synthetic, "clip", lambda seeds, frames: seen.extend(seeds.tolist()) or make(seeds, 2))
     for seed in (0, 1, 9):
         for rank in range(2):
-            args = train_gen.parse(command(ae, tmp_path, "--clips", "3", "--seed", str(seed)))
-            train_gen.clips(args, NANO, None, rank, 2, CPU, nullcontext())
+            args = train_gen.parse(command("", "", "--clips", "3", "--seed", str(seed)))
+            assert len(list(train_gen.drawn_speakers(args, NANO, 32, rank, 2))) == 3
     assert len(set(seen)) == 18 and 0 <= min(seen) and max(seen) < synthetic.HELD_OUT
-
-
-def test_a_large_seed_does_not_reach_the_held_out_clips(ae, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(train_gen, "encode_clip", lambda encoder, seed, *_: seen.append(seed) or [torch.zeros(2, 1)] * 3)
-    train_gen.clips(train_gen.parse(command(ae, tmp_path, "--seed", "12345")), NANO, None, 0, 1, CPU, nullcontext())
+    list(train_gen.drawn_speakers(train_gen.parse(command("", "", "--seed", "12345")), NANO, 32, 0, 1))
     assert max(seen) < synthetic.HELD_OUT
 
 
 def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
     made, encode = [], train_gen.encode_clip
-    monkeypatch.setattr(train_gen, "encode_clip", lambda encoder, seed, *more: made.append(seed) or encode(encoder, seed, *more))
+    monkeypatch.setattr(train_gen, "encode_clip", lambda *given: made.append(len(made)) or encode(*given))
     models, meta = training.load_release(ae)
 
     def get(path=ae, *more):
         made.clear()
         args = train_gen.parse(command(path, tmp_path, "--clips", "1", *more))
         encoder = training.load_release(path)[0]["encoder"]
-        return train_gen.clips(args, NANO, encoder, 0, 1, CPU, nullcontext())
+        return train_gen.clips(args, NANO, encoder, Pixel(), 32, 0, 1, CPU, nullcontext())
 
     first = get()
-    assert made == [0] and [part.shape for part in first] == [(1, 25, 8), (1, 25, 8), (1, 25, 320)]
+    assert made == [0] and [part.shape for part in first] == [(25, 8), (25, 8), (25, 320), (1, 3)]
     assert same(list(first), list(get())) and made == []                     # the second time from the disk
     models["encoder"].tokens.data += 1
     training.save_release(tmp_path / "other.safetensors", models, meta)
@@ -203,7 +215,7 @@ def test_the_preview_is_the_held_out_person_with_their_words(ae, tmp_path):
     path = str(tmp_path / "step000001.mp4")
     with av.open(path) as container:
         assert container.streams.video[0].average_rate == 25 and len(container.streams.audio) == 1
-    frames, sound = list(data.read_video(path, 32)), data.load_audio(path)
+    frames, sound = list(media.read_video(path, 32)), media.load_audio(path)
     made = synthetic.clip(torch.tensor([synthetic.HELD_OUT]), 75)
     photo = synthetic.render(made["identity"], made["motion"][:, 0], 32)[0]
     assert len(frames) == 75 and (frames[0] - photo).square().mean() < 0.05  # a fresh decoder copies the photo
@@ -217,11 +229,11 @@ def test_stop_and_resume_give_the_same_run(ae, tmp_path, monkeypatch, no_preview
     assert train(ae, tmp_path / "whole", steps=10) == 0
     choose, seeds = train_gen.windows, []
 
-    def windows(given, config, count, draw):
-        seeds.append(draw.initial_seed())
+    def windows(*given):
+        seeds.append(given[3].initial_seed())
         if len(seeds) == 5:                                                  # while the fifth step is computed
             os.kill(os.getpid(), signal.SIGTERM)
-        return choose(given, config, count, draw)
+        return choose(*given)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_gen, "windows", windows)
@@ -245,7 +257,8 @@ def test_one_set_of_windows_is_learnt(ae, tmp_path, monkeypatch, no_preview):
         losses.append(loss(*given, **cond))
         return losses[-1]
 
-    monkeypatch.setattr(train_gen, "windows", lambda given, config, count, draw: choose(given, config, count, draw.manual_seed(1)))
+    monkeypatch.setattr(train_gen, "windows",
+                        lambda given, config, count, draw, quiet: choose(given, config, count, draw.manual_seed(1), quiet))
     monkeypatch.setattr(train_gen.flow, "flow_loss", recorded)
     assert train(ae, tmp_path, steps=100) == 0
     assert losses[-1] < losses[0] / 5

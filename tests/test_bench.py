@@ -1,0 +1,59 @@
+"""bench.py: its figures agree with each other and with counts made by hand; what waits is told."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import data
+import train_ae
+from media import VideoWriter
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+
+
+def test_flops_and_parameters_are_those_of_the_network():
+    """A linear layer: 2 n a b forward, the same for its weights' gradient; the input needs none. It keeps its input."""
+    layer, x = torch.nn.Linear(64, 32), torch.randn(10, 64)
+    found = bench.measure(layer, lambda: layer(x).sum(), 10, CPU, 1)
+    assert found["parameters"] == 64 * 32 + 32 and found["flops"] == 2 * (2 * 64 * 32)
+    assert found["speed_low"] <= found["speed"] <= found["speed_high"]
+    assert found["state_gb"] == pytest.approx(5 * 4 * found["parameters"] / 1e9, rel=0.01)      # Adam: two moments
+    assert 10 * 64 * 2 <= found["kept_mb"] * 10 * 1e6 <= 10 * 64 * 4 + 64 * 32 * 4
+
+
+def test_cost_a_picture_does_not_depend_on_their_number():
+    few, many = (bench.measure(*bench.stage_1("nano", n, CPU), CPU, 1) for n in (2, 8))
+    assert few["parameters"] == many["parameters"] and few["flops"] == pytest.approx(many["flops"], rel=0.01)
+    model, _, count = bench.stage_2("nano", 6, CPU)
+    assert count == 6 * model.config.window
+
+
+def test_the_table_of_presets_and_what_waits(tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    with VideoWriter(tmp_path / "clips/a.mp4", 32) as video:
+        for k in range(30):
+            video.write(np.full((32, 32, 3), 8 * k, np.uint8))
+    row = {"file": "clips/a.mp4", "identity": "a", "split": "train", "frames": 30, "sound": False}
+    data.write_lines(tmp_path / "manifest.jsonl", [row])
+    words = ["--presets", "nano", "--rounds", "1", "--workers", "0", "--device", "cpu", "--json", str(tmp_path / "out.json")]
+    assert bench.main([*words, "--data", str(tmp_path)]) == 0
+    found, told = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    first = found["presets"]["nano, stage 1"]
+    assert first["mfu"] == pytest.approx(first["flops"] * first["speed"] / found["peak_flops"])
+    slower = "training" if first["loaded"] < first["speed"] else "loading"
+    assert f"{slower} waits for" in told and set(found["presets"]) == {"nano, stage 1", "nano, stage 2"}
+
+
+@pytest.mark.parametrize("words, told", [(["--device", "abacus"], "abacus"), (["--data", "nowhere"], "no manifest.jsonl")])
+def test_what_cannot_be_used_is_refused(words, told, capsys):
+    assert bench.main(["--presets", "nano", "--rounds", "1", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_real_presets_are_measured_as_they_train():
+    """The pass that is timed is that of the training script: targets of so many people."""
+    _, _, count = bench.stage_1("tiny", None, CPU)
+    assert count == train_ae.PRESETS["tiny"]["refs"] * train_ae.PRESETS["tiny"]["targets"]
