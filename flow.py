@@ -70,3 +70,17 @@ def sample(model, noise, steps, method="euler", **cond):
             v = (v + ahead) / 2
         z = z + v * dt
     return z
+
+
+def bend(model, noise, steps=20, **cond):
+    """How far the paths are from straight -> (B,): mean over time of |v - chord|^2 by |chord|^2, by Euler steps.
+
+    The straightness of Liu et al. 2022 (section 2.2), relative. 0: one step is exact.
+    """
+    z, squares, total = noise, [], 0.0
+    for k in range(steps):
+        v = model(z, z.new_full((len(z),), 1 - k / steps), **cond)
+        z, total = z + v / steps, total + v / steps
+        squares.append(v.float().square().flatten(1).sum(1))                           # (B,)
+    chord = total.float().square().flatten(1).sum(1)                                   # |mean v|^2
+    return torch.stack(squares).mean(0) / chord - 1                                    # mean |v - chord|^2 = mean |v|^2 - |chord|^2

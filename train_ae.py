@@ -4,6 +4,7 @@
     python train_ae.py --preset tiny --frames 8 --init runs/ae/semo.safetensors --out runs/video     image-to-video
     python train_ae.py --preset small --data DIR [DIR ...]             real clips, made by data.py prepare
     torchrun --nproc_per_node=8 train_ae.py --preset paper --data DIR  the same on 8 GPUs
+    python train_ae.py --preset tiny --reflow runs/gen/semo.safetensors     straighter paths, fewer steps to paint a frame
 
 Run the same command again to resume: --out holds state.pt (to go on), semo.safetensors (to use), log.jsonl and pictures
 of reference | target | output. Ctrl-C and SIGTERM save first.
@@ -62,20 +63,21 @@ class AutoEncoder(nn.Module):
         self.encoder, self.decoder = encoder, decoder
         self.factors = nn.Linear(encoder.config.num_tokens * encoder.config.token_dim, len(synthetic.MOTION))
 
-    def forward(self, reference, target, noise, t, keep, truth, hint):
+    def forward(self, reference, target, noise, t, keep, truth, hint, goal=None):
         """reference (R, C, H, W); target, noise (R*T, C, H, W); t (R*T,); keep (R + R*T, n) patches not masked -> loss.
 
         Each sample's error is divided by that of copying the reference (ours): a moving mouth then counts as much as a
         turning head, which changes ten times the pixels. Where the true motion is known, truth (R + R*T, M), its error as
         a linear reading of the token enters with weight `hint` (ours; the paper has no labels): a start for small models
-        that are trained for minutes. truth (0, M): unknown.
+        that are trained for minutes. truth (0, M): unknown. goal: where the paths end, if not at the target (reflow).
         """
         motion = self.encoder(torch.cat([reference, target]), keep)                    # (R + R*T, L, D)   eq. (1)
         m_r, m_t = motion[: len(reference)], motion[len(reference):]
         cache = self.decoder.reference(reference, m_r)
         copied = reference.repeat_interleave(len(target) // len(reference), 0)
         weight = 0.1 / ((target - copied).square().mean((1, 2, 3)) + 0.002)            # (R*T,)
-        loss = flow.flow_loss(self.decoder, target, noise, t, weight=weight, m_t=m_t, cache=cache)     # eqs. (3), (8)
+        goal = target if goal is None else goal
+        loss = flow.flow_loss(self.decoder, goal, noise, t, weight=weight, m_t=m_t, cache=cache)       # eqs. (3), (8)
         told = self.factors(motion.flatten(1))                                         # (R + R*T, M)
         return loss + hint * (told[: len(truth)] - unit(truth)).square().sum() / max(1, told.numel())
 
@@ -83,8 +85,12 @@ class AutoEncoder(nn.Module):
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of the networks and of the run")
-    p.add_argument("--out", default="runs/ae", help="folder of this run; an unfinished one is resumed")
+    p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: runs/ae, or runs/reflow_ae)")
     p.add_argument("--init", help="start from the weights of this release, e.g. the image model for --frames 8")
+    p.add_argument("--reflow", metavar="TEACHER", help="learn the straight line from noise to what this release makes of it; its "
+                   "encoder, and its generator if it has one, are kept")
+    p.add_argument("--one-step", action="store_true", help="with --reflow: learn the one step from pure noise alone (distillation)")
+    p.add_argument("--teacher-steps", type=int, default=20, help="with --reflow: steps of the teacher (default: %(default)s)")
     p.add_argument("--frames", type=int, default=1, help="above 1: the image-to-video stage, clips of so many frames")
     p.add_argument("--data", nargs="+", metavar="DIR", default=["synthetic"], help="folders made by data.py prepare, drawn equally; "
                    "the word synthetic stands for the synthetic world (default)")
@@ -103,13 +109,17 @@ def parse(argv):
     p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints and pictures")
     args = p.parse_args(argv)
     preset = PRESETS[args.preset]
-    preset = {**preset, "truth": 0.0} if args.init else preset
+    preset = {**preset, "truth": 0.0, "mask_max": 0.0} if args.reflow else {**preset, "truth": 0.0} if args.init else preset
+    args.out = args.out or ("runs/reflow_ae" if args.reflow else "runs/ae")
     for name in ("steps", "refs", "mask_max", "truth"):
         setattr(args, name, preset[name] if getattr(args, name) is None else getattr(args, name))
-    counts = (args.steps, args.refs, args.accumulate, args.save_every, args.frames, args.seed + 1, args.workers + 1)
+    if args.init and args.reflow or args.one_step and not args.reflow:
+        p.error("--reflow begins from its teacher, without --init; --one-step goes with --reflow")
+    counts = (args.steps, args.refs, args.frames, args.accumulate, args.teacher_steps, args.save_every, args.seed + 1,
+              args.workers + 1)
     if min(counts) < 1 or args.truth < 0 or not 0 <= args.mask_max < 1:
-        p.error("--steps, --refs, --frames, --accumulate and --save-every must be positive, --seed, --truth and --workers not "
-                "negative, --mask-max in [0, 1)")
+        p.error("--steps, --refs, --frames, --accumulate, --teacher-steps and --save-every must be positive, "
+                "--seed, --truth and --workers not negative, --mask-max in [0, 1)")
     return args
 
 
@@ -174,16 +184,26 @@ def randomness(args, encoder, shape, number, rank, progress):
     """Noise and times of the R*T targets of one pass and masks for all, drawn on the CPU from (seed, rank, number).
 
     A curriculum (ours): a run starts at pure noise and without masks, where the token is all there is to learn from;
-    between 40% and 80% of its steps, clearer targets and the paper's masks come in.
+    between 40% and 80% of its steps, clearer targets and the paper's masks come in. Reflow has neither: half of its
+    targets are pure noise, or all.
     """
     draw = training.draws(args.seed, rank, number)
     ramp = min(1.0, max(0.0, (progress - 0.4) / 0.4))
     noise = torch.randn(shape, generator=draw)
-    t = flow.random_times(shape[0] // args.frames, draw, noise_share=1 - 0.1 * ramp)
+    noise_share = (1.0 if args.one_step else 0.5) if args.reflow else 1 - 0.1 * ramp
+    t = flow.random_times(shape[0] // args.frames, draw, noise_share=noise_share)
     t = t.repeat_interleave(args.frames)                                               # one time a clip
     patches = (encoder.image_size // encoder.patch_size) ** 2
     ratio = ramp * args.mask_max * torch.rand((), generator=draw).item()               # one for all: a rectangle
     return noise, t, random_keep(args.refs + shape[0], patches, ratio, draw)
+
+
+@torch.no_grad()
+def couple(teacher, reference, target, noise, steps):
+    """Reflow's pairs (Liu et al. 2022, algorithm 1): what the teacher makes of the noise, for the targets' motion."""
+    encoder, decoder = teacher["encoder"], teacher["decoder"]
+    m_r = encoder(reference)
+    return flow.sample(decoder, noise, steps, m_t=encoder(target), cache=decoder.reference(reference, m_r))
 
 
 @torch.no_grad()
@@ -203,7 +223,7 @@ def picture(path, model, space, args, preset, device):
     return [-10 * math.log10(((x.clamp(-1, 1) - target) / 2).square().mean().item() + 1e-12) for x in (one, copied)]
 
 
-def train_step(args, preset, loss_of, batches, step, rank, world, space, device, bf16):
+def train_step(args, preset, loss_of, batches, step, rank, world, space, device, bf16, teacher=None):
     """Gradients of one step's batches -> their mean loss. Only the last backward pass waits for the other processes."""
     total = 0.0
     for part in range(args.accumulate):
@@ -214,7 +234,9 @@ def train_step(args, preset, loss_of, batches, step, rank, world, space, device,
         if world > 1:
             loss_of.require_backward_grad_sync = part == args.accumulate - 1
         with bf16:
-            loss = loss_of(reference, target, noise, t, keep, truth, args.truth * max(0.0, 1 - step / args.steps / 0.8))
+            goal = couple(teacher, reference, target, noise, args.teacher_steps) if teacher else None
+            hint = args.truth * max(0.0, 1 - step / args.steps / 0.8)
+            loss = loss_of(reference, target, noise, t, keep, truth, hint, goal)
         (loss / args.accumulate).backward()
         total += loss.item() / args.accumulate
     return total
@@ -232,8 +254,9 @@ def main(argv=None):
     try:
         space = latents.load_latents(kind, args.vae, device)
         real = real_clips(args, preset, "train")
-        if args.init:
-            training.init_from(args.init, encoder=model.encoder, decoder=model.decoder)
+        teacher, about = training.load_release(args.reflow, device) if args.reflow else ({}, {})
+        if args.init or args.reflow:
+            training.init_from(args.init or args.reflow, encoder=model.encoder, decoder=model.decoder)
     except (InputError, ValueError) as error:
         raise SystemExit(f"train_ae.py: {error}") from error
     ema.load_state_dict(model.state_dict())
@@ -244,17 +267,19 @@ def main(argv=None):
 
     if args.compile:
         model.decoder.compile(dynamic=False)                        # in place; the encoder's shapes change with the mask
+    model.train()
+    if teacher:                                                     # tokens must stay what the generator writes
+        model.encoder.requires_grad_(False).eval()
     loss_of = training.wrap(model, world, device)
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=training.fast_bf16(device))
     stopper, began, first = training.Stopper(), time.time(), step
     recent = deque(maxlen=100)                                      # losses, to print their mean
     numbers = [(later * args.accumulate + part) * world + rank for later in range(step, args.steps) for part in range(args.accumulate)]
     batches = feed(args, preset, real, numbers, draw)
-    model.train()
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
         training.set_rate(optimisers, step, args.steps, warmup=50)
-        loss = train_step(args, preset, loss_of, batches, step, rank, world, space, device, bf16)
+        loss = train_step(args, preset, loss_of, batches, step, rank, world, space, device, bf16, teacher)
         training.descend(model, optimisers, loss, step, files["state.pt"], device)
         training.update_ema(ema, model, step, training.ema_decay(args.steps))
         step += 1
@@ -264,8 +289,8 @@ def main(argv=None):
         stop = training.anyone(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             psnr, copy = picture(os.path.join(args.out, f"step{step:06d}.png"), ema, space, args, preset, device)
-            training.save_release(files["semo.safetensors"], {"encoder": ema.encoder, "decoder": ema.decoder},
-                                  {"latents": kind, "vae": args.vae, "size": side(preset), "steps": 1, "trained_steps": step})
+            about |= {"latents": kind, "vae": args.vae, "size": side(preset), "steps": 1, "trained_steps": step}
+            training.save_release(files["semo.safetensors"], {**teacher, "encoder": ema.encoder, "decoder": ema.decoder}, about)
             pictures = args.accumulate * world * args.refs * (args.frames if args.frames > 1 else preset["targets"])
             training.log(files["log.jsonl"], step=step, loss=sum(recent) / len(recent), psnr=psnr, psnr_copy=copy,
                          pictures_per_second=pictures * (step - first) / (time.time() - began))

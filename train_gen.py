@@ -3,6 +3,7 @@
     python train_gen.py --preset tiny --ae runs/ae/semo.safetensors
     python train_gen.py --preset small --ae runs/ae/semo.safetensors --data DIR [DIR ...]     clips of data.py prepare
     torchrun --nproc_per_node=8 train_gen.py --preset paper --ae runs/ae/semo.safetensors --data DIR
+    python train_gen.py --preset tiny --reflow runs/gen/semo.safetensors     straighter paths: one step, no guidance
 
 First every clip is drawn or read and encoded once, kept in --out; then the generator learns from random windows of them.
 Run the same command again to resume. --out holds state.pt (to go on), semo.safetensors (all three networks: what
@@ -45,7 +46,11 @@ def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of the network and of the run")
     p.add_argument("--ae", default="runs/ae/semo.safetensors", help="release of stage 1: its encoder is used, frozen")
-    p.add_argument("--out", default="runs/gen", help="folder of this run; an unfinished one is resumed")
+    p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: runs/gen, or runs/reflow_gen)")
+    p.add_argument("--reflow", metavar="TEACHER", help="in place of --ae: learn the straight line from noise to what the generator of "
+                   "this release makes of it, guidance included")
+    p.add_argument("--one-step", action="store_true", help="with --reflow: learn the one step from pure noise alone (distillation)")
+    p.add_argument("--teacher-steps", type=int, default=20, help="with --reflow: steps of the teacher (default: %(default)s)")
     p.add_argument("--data", nargs="+", metavar="DIR", default=["synthetic"], help="folders made by data.py prepare, drawn equally; "
                    "the word synthetic stands for the synthetic world (default)")
     p.add_argument("--whisper", default=audio.WHISPER, help="preset paper: the Whisper model, hub id or folder (default: %(default)s)")
@@ -61,8 +66,13 @@ def parse(argv):
     args = p.parse_args(argv)
     for name in ("steps", "clips", "windows"):
         setattr(args, name, PRESETS[args.preset][name] if getattr(args, name) is None else getattr(args, name))
-    if min(args.steps, args.clips, args.windows, args.save_every, args.seed + 1) < 1 or not 0 <= args.mask_max < 1:
-        p.error("--steps, --clips, --windows and --save-every must be positive, --seed not negative, --mask-max in [0, 1)")
+    if args.one_step and not args.reflow:
+        p.error("--one-step goes with --reflow")
+    args.ae, args.out = args.reflow or args.ae, args.out or ("runs/reflow_gen" if args.reflow else "runs/gen")
+    counts = (args.steps, args.clips, args.windows, args.save_every, args.teacher_steps, args.seed + 1)
+    if min(counts) < 1 or not 0 <= args.mask_max < 1:
+        p.error("--steps, --clips, --windows, --teacher-steps and --save-every must be positive, --seed not negative, "
+                "--mask-max in [0, 1)")
     return args
 
 
@@ -209,6 +219,13 @@ def main(argv=None):
     config = replace(preset["generator"], num_tokens=encoder.config.num_tokens, token_dim=encoder.config.token_dim,
                      audio_dim=len(quiet))
     model, ema = (Generator(config).to(device) for _ in range(2))
+    teacher = None
+    if args.reflow:
+        try:
+            training.init_from(args.reflow, generator=model)
+        except ValueError as error:
+            raise SystemExit(f"train_gen.py: {error}") from error
+        teacher = flow.guide(models["generator"].requires_grad_(False), meta["guidance"], null={"audio": None})
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
     optimisers = training.optimisers(model, preset["lr"], preset["muon_lr"])
@@ -225,8 +242,14 @@ def main(argv=None):
         draw = training.draws(args.seed, rank, step)
         new, past, reference, heard = (x.to(device) for x in windows(encoded, config, args.windows, draw, quiet))
         noise = torch.randn(new.shape, generator=draw).to(device)
-        t = flow.random_times(len(new), draw, noise_share=0, mean=0.0, spread=1.0).to(device)
-        drop = (torch.rand(len(new), generator=draw) < 0.1).to(device)                 # for guidance
+        if teacher:                                                                    # pairs of noise and what it becomes
+            t = flow.random_times(len(new), draw, noise_share=1.0 if args.one_step else 0.5).to(device)
+            drop = None                                                                # guidance is in what it becomes
+            with torch.no_grad(), bf16:
+                new = flow.sample(teacher, noise, args.teacher_steps, past=past, reference=reference, audio=heard)
+        else:
+            t = flow.random_times(len(new), draw, noise_share=0, mean=0.0, spread=1.0).to(device)
+            drop = (torch.rand(len(new), generator=draw) < 0.1).to(device)             # for guidance
         with bf16:
             loss = flow.flow_loss(loss_of, new, noise, t, past=past, reference=reference, audio=heard, drop=drop)
         loss.backward()
@@ -238,7 +261,8 @@ def main(argv=None):
         stop = training.anyone(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             done = {"encoder": encoder, "decoder": models["decoder"], "generator": ema}
-            about = {**meta, "audio": kind, "whisper": args.whisper, "gen_steps": 4, "guidance": 1.5}
+            pace = {"gen_steps": 1, "guidance": 1.0} if teacher else {"gen_steps": 4, "guidance": 1.5}
+            about = {**meta, "audio": kind, "whisper": args.whisper, **pace}
             training.save_release(files["semo.safetensors"], done, about)
             preview(os.path.join(args.out, f"step{step:06d}.mp4"), done, about, space, quiet, args, device)
             training.log(files["log.jsonl"], step=step, loss=loss.item(),

@@ -20,6 +20,7 @@ import train_ae
 import training
 from decoder import Decoder
 from encoder import MotionEncoder, random_keep
+from generator import Generator, GeneratorConfig
 from latents import Pixel
 from media import VideoWriter
 
@@ -470,3 +471,65 @@ def test_the_larger_presets_are_what_readme_says(name):
     preset = train_ae.PRESETS[name]
     assert preset["encoder"].token_dim == preset["decoder"].token_dim and train_ae.side(preset) == 256
     assert (preset["encoder"].num_tokens, preset["encoder"].token_dim) == (1, {"small": 128, "paper": 512}[name])
+
+
+# ---- reflow ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A release whose decoder paints at random, along bent paths, with a generator that must survive."""
+    path, model = tmp_path_factory.mktemp("teacher") / "t.safetensors", auto_encoder()
+    torch.manual_seed(5)
+    for p in model.decoder.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    generator = Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=4, past=4, ahead=1))
+    training.save_release(path, {"encoder": model.encoder, "decoder": model.decoder, "generator": generator},
+                          {"latents": "pixel", "size": 32, "steps": 20, "audio": "mel", "gen_steps": 2, "guidance": 1.5})
+    return str(path)
+
+
+def test_reflow_pairs_are_what_the_teacher_paints(teacher):
+    models, _ = training.load_release(teacher)
+    reference, target, _ = train_ae.batch(train_ae.parse(["--preset", "nano"]), NANO, 0, synthetic.render)
+    noise = torch.randn(target.shape)
+    goal = train_ae.couple(models, reference, target, noise, 3)
+    with torch.no_grad():
+        cache = models["decoder"].reference(reference, models["encoder"](reference))
+        z, m_t = noise, models["encoder"](target)
+        for t in (1, 2 / 3, 1 / 3):
+            z = z + models["decoder"](z, torch.full((len(z),), t), m_t, cache) / 3
+    torch.testing.assert_close(goal, z, atol=1e-4, rtol=1e-4)
+    model, t = auto_encoder().eval(), torch.ones(len(noise))
+    keep = random_keep(len(reference) + len(target), 16, 0.0)
+    here, there = (model(reference, target, noise, t, keep, NONE, 0.0, goal) for goal in (target, z))
+    plain = model(reference, target, noise, t, keep, NONE, 0.0)
+    assert torch.equal(here, plain) and not torch.isclose(there, plain)
+
+
+@pytest.mark.parametrize("more", [[], ["--one-step"]])
+def test_a_student_nears_its_teacher_in_one_step(teacher, tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    words = ["--preset", "nano", "--reflow", teacher, "--teacher-steps", "8", "--steps", "60", "--device", "cpu"]
+    assert train_ae.main([*words, *more]) == 0
+    student, meta = training.load_release(tmp_path / "runs/reflow_ae/semo.safetensors")
+    models, _ = training.load_release(teacher)
+    assert same(student["encoder"].state_dict(), models["encoder"].state_dict())
+    assert same(student["generator"].state_dict(), models["generator"].state_dict())
+    assert (meta["steps"], meta["gen_steps"], meta["guidance"]) == (1, 2, 1.5)
+    args = train_ae.parse(["--preset", "nano"])
+    reference, target, _ = train_ae.batch(args, NANO, 0, synthetic.render, held_out=True)
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
+    want = train_ae.couple(models, reference, target, noise, 8)
+    before, after = ((train_ae.couple(m, reference, target, noise, 1) - want).square().mean() for m in (models, student))
+    assert after < 0.6 * before
+
+
+def test_reflow_and_its_options_are_refused_where_they_say_nothing(tmp_path, teacher):
+    for wrong in (["--one-step"], ["--reflow", teacher, "--init", teacher], ["--reflow", teacher, "--teacher-steps", "0"]):
+        with pytest.raises(SystemExit) as end:
+            train_ae.parse(["--preset", "nano", *wrong])
+        assert end.value.code == 2
+    with pytest.raises(SystemExit, match="none.safetensors"):
+        train(tmp_path, "--reflow", str(tmp_path / "none.safetensors"))
+    with pytest.raises(SystemExit, match="needs the preset it was trained with"):
+        train_ae.main(["--preset", "tiny", "--reflow", teacher, "--out", str(tmp_path), "--device", "cpu"])

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
 
 import av
 import pytest
@@ -11,12 +12,13 @@ import torch
 from test_train_ae import same, state
 
 import audio
+import flow
 import media
 import synthetic
 import train_ae
 import train_gen
 import training
-from generator import GeneratorConfig
+from generator import Generator, GeneratorConfig
 from latents import Pixel
 
 torch.set_num_threads(1)
@@ -319,3 +321,38 @@ def test_zero_is_refused(name):
     with pytest.raises(SystemExit) as end:
         train_gen.parse(["--preset", "nano", name, "0"])
     assert end.value.code == 2
+
+
+# ---- reflow ---------------------------------------------------------------------------------------------------------
+
+def test_a_student_says_in_one_step_what_its_teacher_says_in_many_with_guidance(ae, tmp_path, no_preview, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models, meta = training.load_release(ae)
+    torch.manual_seed(3)
+    teacher = Generator(replace(NANO["generator"], token_dim=8, audio_dim=320)).eval()
+    for p in teacher.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    training.save_release(tmp_path / "t.safetensors", {**models, "generator": teacher},
+                          {**meta, "audio": "mel", "gen_steps": 4, "guidance": 2.0})
+    words = ["--preset", "nano", "--reflow", "t.safetensors", "--teacher-steps", "6", "--steps", "80", "--clips", "1",
+             "--windows", "16"]
+    assert train_gen.main([*words, "--device", "cpu"]) == 0
+    student, about = training.load_release(tmp_path / "runs/reflow_gen/semo.safetensors")
+    teacher = training.load_release(tmp_path / "t.safetensors")[0]["generator"]
+    assert (about["gen_steps"], about["guidance"]) == (1, 1.0)
+    assert same(student["decoder"].state_dict(), models["decoder"].state_dict())
+    kept = torch.load(tmp_path / "runs/reflow_gen/clips-0.pt", weights_only=True)
+    draw, encoded = torch.Generator().manual_seed(9), [kept[name] for name in ("motion", "masked", "rows", "places")]
+    new, past, reference, heard = train_gen.windows(encoded, teacher.config, 32, draw, train_gen.silence("mel", None))
+    noise, cond = torch.randn(new.shape, generator=draw), {"past": past, "reference": reference, "audio": heard}
+    with torch.no_grad():
+        want = flow.sample(flow.guide(teacher, 2.0, {"audio": None}), noise, 6, **cond)
+        before, after = ((flow.sample(model, noise, 1, **cond) - want).square().mean() for model in (teacher, student["generator"]))
+    assert after < 0.5 * before, (before, after)
+
+
+def test_one_step_goes_with_reflow(tmp_path):
+    for wrong in (["--one-step"], ["--reflow", "x", "--teacher-steps", "0"]):
+        with pytest.raises(SystemExit) as end:
+            train_gen.parse(["--preset", "nano", *wrong])
+        assert end.value.code == 2
