@@ -406,8 +406,9 @@ class Clips(Dataset):
 
 
 def plain_signals(_):
-    """In a reading process: Ctrl-C is the parent's business, and the parent may end it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a reading process: signals to the whole group (Ctrl-C, torchrun's end) are the parent's business, which may need
+    another batch before it stops; the parent itself may end it."""
+    os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

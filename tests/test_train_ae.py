@@ -3,9 +3,12 @@ import copy
 import json
 import math
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 
 import numpy as np
@@ -385,15 +388,76 @@ def test_the_video_stage_starts_from_the_image_release(monkeypatch, tmp_path):
         train(tmp_path / "video", steps=2)                                   # the image stage in the video run's folder
 
 
-def test_torchrun_with_two_processes(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_ae.py", "--preset",
-               "nano", "--device", "cpu", "--steps", "3", "--accumulate", "2", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(tmp_path / "out")) == ["log.jsonl", "semo.safetensors", "state.pt", "step000003.png"]
-    assert len(open(tmp_path / "out" / "log.jsonl").readlines()) == 1        # one process writes
-    assert state(tmp_path / "out")["step"] == 3
-    training.load_release(tmp_path / "out" / "semo.safetensors")
+def torchrun(out, *words, log=subprocess.DEVNULL, more=()):
+    """Start training of the nano preset by torchrun; words are its own, more those of train_ae.py."""
+    command = [sys.executable, "-m", "torch.distributed.run", *words, "train_ae.py", "--preset", "nano", "--device", "cpu", "--steps",
+               "12", "--accumulate", "2", "--out", str(out), *more]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+
+
+def wait_for(found, process, seconds=100):
+    """Until found() is true, while the process runs."""
+    end = time.monotonic() + seconds
+    while not found():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+
+
+def children(process):
+    """The processes that torchrun started: {rank: pid}."""
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        pids = [int(word) for word in file.read().split()]
+    ranks = {pid: re.search(rb"\0RANK=(\d+)\0", open(f"/proc/{pid}/environ", "rb").read()) for pid in pids}
+    return {int(rank[1]): pid for pid, rank in ranks.items() if rank}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run of two processes from its beginning to its end."""
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    assert torchrun(out, "--standalone", "--nproc_per_node=2").wait(100) == 0
+    return out
+
+
+def test_torchrun_with_two_processes(unbroken):
+    assert sorted(os.listdir(unbroken)) == ["log.jsonl", "semo.safetensors", "state.pt", "step000012.png"]
+    assert len(open(unbroken / "log.jsonl").readlines()) == 1                # one process writes
+    assert state(unbroken)["step"] == 12
+    training.load_release(unbroken / "semo.safetensors")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_costs_no_bit(unbroken, tmp_path, rank):
+    """torchrun ends the other one, which must neither hang nor save, and starts both again."""
+    process = torchrun(tmp_path, "--standalone", "--nproc_per_node=2", "--max-restarts=3", more=["--save-every", "3"])
+    wait_for((tmp_path / "state.pt").exists, process)
+    os.kill(children(process)[rank], signal.SIGKILL)
+    assert state(tmp_path)["step"] < 12
+    assert process.wait(100) == 0
+    assert same(state(tmp_path), state(unbroken))                            # weights, EMA, optimisers
+
+
+def test_two_nodes_train_as_one(unbroken, tmp_path):
+    """Two torchruns that meet at a port."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=semo", f"--rdzv_endpoint=localhost:{port}",
+             "--local_addr=localhost"]
+    nodes = [torchrun(tmp_path, *words, f"--node_rank={k}") for k in range(2)]
+    assert [node.wait(100) for node in nodes] == [0, 0]
+    assert same(state(tmp_path), state(unbroken))
+
+
+def test_torchruns_end_is_a_wish_to_stop_and_readers_outlive_it(folder, tmp_path):
+    """It signals whole process groups; a reader that fell to it would take training down before it could save."""
+    with open(tmp_path / "log", "w") as log:
+        process = torchrun(tmp_path, "--standalone", "--nproc_per_node=1", log=log, more=[
+            "--data", folder, "--workers", "1", "--save-every", "9999", "--steps", "9999"])
+        wait_for(lambda: "loss=" in (tmp_path / "log").read_text(), process)
+        process.terminate()
+        assert process.wait(100) != 0
+    assert 0 < state(tmp_path)["step"] < 9999, (tmp_path / "log").read_text()[-3000:]
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
