@@ -288,7 +288,8 @@ def prepare(args):
             raise InputError(f"{args.out} was prepared with another --size or --crop; give another --out")
     write_lines(os.path.join(args.out, "settings.jsonl"), settings)
     parts, jobs = {}, {}
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), plain_signals) as pool, tqdm(total=len(todo), unit="video", disable=None) as bar:
+    pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), plain_signals)
+    with pool, tqdm(total=len(todo), unit="video", disable=None) as bar:
         for path, source in todo:
             parts[source] = os.path.join(args.out, "parts", hashlib.sha256(source.encode()).hexdigest()[:24] + ".jsonl")
             if os.path.exists(parts[source]):
