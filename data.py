@@ -288,7 +288,8 @@ def prepare(args):
             raise InputError(f"{args.out} was prepared with another --size or --crop; give another --out")
     write_lines(os.path.join(args.out, "settings.jsonl"), settings)
     parts, jobs = {}, {}
-    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool, tqdm(total=len(todo), unit="video", disable=None) as bar:
+    pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with pool, tqdm(total=len(todo), unit="video", disable=None) as bar:
         for path, source in todo:
             parts[source] = os.path.join(args.out, "parts", hashlib.sha256(source.encode()).hexdigest()[:24] + ".jsonl")
             if os.path.exists(parts[source]):
@@ -298,9 +299,13 @@ def prepare(args):
             about["identity"] = about["identity"] if "/" in about["identity"] else f"{source.split('/')[0]}/{about['identity']}"
             about = {**about, "split": split_of(about["identity"]), **known.get(os.path.realpath(path), {})}
             jobs[pool.submit(prepare_one, path, source, about, args.out, args.size, detector)] = source
-        for job in as_completed(jobs):
-            write_lines(parts[jobs[job]], [job.result()])
-            bar.update()
+        try:
+            for job in as_completed(jobs):
+                write_lines(parts[jobs[job]], [job.result()])
+                bar.update()
+        except BaseException:                                    # told to stop: finish the videos begun, no others
+            pool.shutdown(cancel_futures=True)
+            raise
     done = [read_lines(parts[source])[0] for _, source in todo]
     kept, dropped = ([row for part in done for row in part[kind]] for kind in ("kept", "dropped"))
     write_lines(os.path.join(args.out, "dropped.jsonl"), dropped)
@@ -408,7 +413,9 @@ class Clips(Dataset):
 def plain_signals(_):
     """In a reading process: signals to the whole group (Ctrl-C, torchrun's end) are the parent's business, which may need
     another batch before it stops; the parent itself may end it."""
-    os.setsid()
+    if hasattr(os, "setsid"):
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -437,11 +444,15 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         prepare(args)
     except InputError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("data.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -157,7 +157,8 @@ def tree_of(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_killed_midway_and_started_again_gives_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("how", ["killed", "told to stop"])
+def test_ended_midway_and_started_again_gives_the_same_bytes(tmp_path, how):
     for k in range(6):
         video(tmp_path / "in" / f"{k}.mp4", 60, size=(256, 256),
               paint=lambda n, k=k: np.full((256, 256, 3), 30 * k + n % 30, np.uint8))
@@ -168,8 +169,13 @@ def test_killed_midway_and_started_again_gives_the_same_bytes(tmp_path):
     until = time.time() + 60
     while not list((tmp_path / "cut").glob("parts/*.jsonl")) and time.time() < until:
         time.sleep(0.01)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+    if how == "killed":
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    else:
+        run.terminate()
+        assert run.wait(60) == 130
+        assert not list((tmp_path / "cut").rglob(".*"))
     assert not (tmp_path / "cut" / "manifest.jsonl").exists() and list((tmp_path / "cut").glob("parts/*.jsonl"))
     (tmp_path / "cut" / "clips" / ".half.mp4.1.part").write_bytes(b"what a kill in the middle of writing leaves")
     assert subprocess.run([*words, "--out", tmp_path / "cut"], capture_output=True, cwd=tmp_path).returncode == 0
