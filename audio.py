@@ -5,10 +5,12 @@
 Two kinds: "mel", a log-mel spectrogram that needs no weights (A = 320), and "whisper", the states of a Whisper
 encoder (arXiv 2212.04356), as in the paper (A = twice the model's width). Call `level` on whole recordings before
 `features`, in training and in use alike. Long recordings: `level_gain`, then `stream_features`, both over chunks of
-any sizes; the rows equal those of the whole file, and memory does not grow with its length.
+any sizes; the rows equal those of the whole file, and memory does not grow with its length. Live sound, whose end nobody
+knows, is levelled by what was heard so far: `running_level` in place of `level_gain`.
 """
 
 import functools
+import itertools
 import math
 
 import torch
@@ -20,6 +22,7 @@ BINS, N_FFT, STEP = 80, 400, 160  # mel bins, window of 25 ms, hop of 10 ms
 CONTEXT = N_FFT // 2 - STEP // 2  # samples that a frame's mel windows reach beyond the frame, on either side
 MEL_FLOOR, MEL_MEAN, MEL_STD = 1e-4, -1.9, 1.5  # of log10 mel power: measured once, on levelled speech
 WHISPER = "openai/whisper-tiny"
+HEARD = 3000  # frames of loudness that a running level remembers
 FEATURE_DIM = {"mel": BINS * FRAME // STEP, "whisper": 2 * 384}  # the latter for WHISPER; 2 * d_model in general
 
 
@@ -41,7 +44,11 @@ def level_gain(chunks, target=0.1):
         whole = len(chunk) // FRAME * FRAME
         power.append(chunk[:whole].view(-1, FRAME).square().mean(1))
         rest = chunk[whole:]
-    power = torch.cat([*power, rest.square().mean().view(-1)] if len(rest) else power or [rest])
+    return gain_of(torch.cat([*power, rest.square().mean().view(-1)] if len(rest) else power or [rest]), target)
+
+
+def gain_of(power, target):
+    """The factor of `level_gain` from the power of each frame, (n,)."""
     power = power[power > 1e-12]  # digital silence says nothing about the noise floor
     if len(power) == 0:
         return 1.0
@@ -51,6 +58,27 @@ def level_gain(chunks, target=0.1):
         return 1.0
     steady = high < quiet * 10 ** (6 / 10)
     return min(target / loud, 1.0 if steady else 100.0)
+
+
+def running_level(chunks, target=0.1):
+    """Live sound, levelled by the past alone: iterable of (S_i,) -> iterator of its frames (FRAME,), the last shorter, each
+    times a gain that does not depend on how the sound was cut.
+
+    The gain follows the `level_gain` of what was heard so far: at first as the mean of it, later within a second upwards
+    and a tenth downwards. So the first words of a quiet voice are still quiet. Two minutes of loudness are kept; whenever
+    they are full, every other frame is forgotten, so that old sound counts ever less and memory does not grow.
+    """
+    power, log_gain, held = torch.zeros(0), 0.0, torch.zeros(0)
+    for chunk in itertools.chain(chunks, [None]):
+        held = held if chunk is None else torch.cat([held, chunk.detach().float().cpu()])
+        while len(held) >= FRAME or (chunk is None and len(held)):
+            frame, held = held[:FRAME], held[FRAME:]
+            now = frame.square().mean().view(1)
+            if now > 1e-12:
+                power = torch.cat([power if len(power) < HEARD else power[::2], now])
+                step = math.log(gain_of(power, target)) - log_gain
+                log_gain += step * max(1 / len(power), 1 / 25 if step > 0 else 1 / 3)
+            yield frame * math.exp(log_gain)
 
 
 def level(wave, target=0.1):

@@ -226,18 +226,20 @@ def paint(decoder, z_r, still, motions, noise, steps=1, batch=16):
     -> iterator of (n', C, H, W), in all one for every motion; memory does not grow.
 
     Every frame starts from the same noise (1, C, H, W), so that what noise decides stands still (ours). The video model
-    paints its F frames at a time.
+    paints its F frames at a time. The image model paints what is there, up to `batch`, and waits for nothing; the first
+    frame alone, so that it leaves early.
     """
     c = decoder.config
-    batch = c.frames if c.frames > 1 else batch
+    size = c.frames
     cache = decoder.reference(z_r, still.unflatten(1, (c.num_tokens, c.token_dim)))
     waiting, motions, ended = still[:0], iter(motions), False
     while True:
-        while not ended and len(waiting) < batch:
+        while not ended and len(waiting) < c.frames:
             new = next(motions, None)
             ended = new is None
             waiting = waiting if ended else torch.cat([waiting, new])
-        now, waiting = waiting[:batch], waiting[batch:]
+        now, waiting = waiting[:size], waiting[size:]
+        size = c.frames if c.frames > 1 else batch
         if not len(now):
             return
         start = noise.expand(len(now), *noise.shape[1:])

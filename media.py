@@ -3,7 +3,8 @@
     photo --load_image--> (3, size, size) in [-1, 1]
     sound --pcm--> blocks at the file's own rate --resample--> 16 kHz mono: audio_chunks (streamed), load_audio (whole)
     video --read_video--> (3, size, size) in [-1, 1] at 25 fps, by timestamp
-    frames + sound --VideoWriter--> H.264 + AAC mp4, complete or absent
+    raw PCM on a pipe --pcm_chunks--> (S,) pieces as they arrive
+    frames + sound --VideoWriter--> H.264 + AAC mp4: a file, complete or absent, or a stream of fragments
 
 Frames and sound of one file share time zero: its first picture. Whatever is wrong with a user's file ends in
 InputError: one sentence that names the file, what is wrong and what would be right.
@@ -15,6 +16,7 @@ import warnings
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from itertools import chain
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -252,6 +254,24 @@ def audio_chunks(path, seconds=1.0):
         yield chunk[:, 0].clone()                                                                       # (S,)
 
 
+def pcm_chunks(pipe, name="stdin"):
+    """Raw sound, 16-bit little-endian mono at 16 kHz, as it arrives on an open binary file -> (S,) float32 pieces of any
+    size; a read waits for no more than there is. Raises InputError, at the end of the sound, for half a sample or under 0.1 s."""
+    wanted, given, half = "signed 16-bit little-endian PCM, mono, 16 kHz, 0.1 s or more", 0, b""
+    while data := pipe.read1(SAMPLE_RATE):                                                  # 0.5 s at most
+        given, data = given + len(data), half + data
+        whole = len(data) // 2 * 2
+        half = data[whole:]
+        if whole:
+            yield torch.from_numpy(np.frombuffer(data[:whole], "<i2").astype(np.float32) / 2**15)       # (S,)
+    if given == 0:
+        raise InputError(f"{name} is empty (0 bytes); give {wanted}")
+    if half:
+        raise InputError(f"{name} ends within a sample, after {given} bytes; give {wanted}")
+    if given < 0.1 * SAMPLE_RATE * 2:
+        raise InputError(f"{name} holds only {given / SAMPLE_RATE / 2:.2f} s of sound; give {wanted}")
+
+
 def load_audio(path):
     """A whole sound file -> (S,) float32, 16 kHz mono (the mean of the channels, not levelled). Raises InputError."""
     return torch.cat(list(audio_chunks(path)))
@@ -361,8 +381,11 @@ class VideoWriter:
         with VideoWriter("out.mp4", size=128, sound="speech.wav") as video:
             video.write(frame)        # (size, size, 3) uint8
 
-    sound: None, a file (streamed while frames come, at its own rate up to 48 kHz, in mono or stereo) or a (S,) tensor
-    at 16 kHz. It lasts exactly as long as the frames: cut, or followed by silence.
+    path: a name, or an open binary file such as a pipe. That gets a fragmented mp4, which plays while it is made: whatever
+    is coded is written and flushed before write() returns; nothing is written before the first frame.
+    sound: None, a file (streamed while frames come, at its own rate up to 48 kHz, in mono or stereo), a (S,) tensor
+    at 16 kHz, or an iterator of such, of which a frame's sound is taken as the frame is written. It lasts exactly as long
+    as the frames: cut, or followed by silence.
     """
 
     def __init__(self, path, size, sound=None, comment=PROVENANCE, keyframes=250):
@@ -373,12 +396,20 @@ class VideoWriter:
 
     def __enter__(self):
         with ExitStack() as stack:
-            temporary = stack.enter_context(whole_file(self.path, ".mp4"))
+            self.coded = [] if hasattr(self.path, "write") else None
+            if self.coded is None:
+                target = "file:" + stack.enter_context(whole_file(self.path, ".mp4"))
+                options = {"movflags": "+faststart"}              # the index in front: plays while it loads
+            else:                                                 # a fragment a frame, and no stream waits for the other
+                target = SimpleNamespace(write=self.coded.append)
+                options = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "frag_duration": str(10**6 // FPS),
+                           "flush_packets": "1", "max_interleave_delta": "1"}
             self.open_sound()
-            options = {"movflags": "+faststart"}                  # the index in front: plays while it loads
-            self.container = stack.enter_context(av.open("file:" + temporary, "w", format="mp4", options=options))
+            self.container = stack.enter_context(av.open(target, "w", format="mp4", options=options))
             self.container.metadata["comment"] = self.comment
             options = {"crf": "18", "preset": "fast", "g": str(self.keyframes)}
+            if self.coded is not None:
+                options.update(tune="zerolatency", g=str(FPS))    # no look-ahead; who comes late waits a second at most
             self.video = self.container.add_stream("libx264", rate=FPS, options=options)
             context = self.video.codec_context
             context.width = context.height = self.size
@@ -397,6 +428,9 @@ class VideoWriter:
             wave = wave.detach().cpu().float().numpy()[None]                                            # (1, S)
             source, channels, self.gain = SAMPLE_RATE, 1, 1 / max(1.0, np.abs(wave).max(initial=0))
             blocks = [(wave, SAMPLE_RATE)]
+        elif hasattr(wave, "__next__"):
+            source, channels, self.gain = SAMPLE_RATE, 1, 1.0
+            blocks = ((chunk.numpy()[None], SAMPLE_RATE) for chunk in wave)                             # (1, S)
         elif wave is not None:
             source, channels, self.gain = measure(wave)
             blocks = pcm(wave)
@@ -416,15 +450,37 @@ class VideoWriter:
             n = self.rate // FPS
             x = next(self.blocks, torch.zeros(0, self.channels)) * self.gain
             x = np.pad(x.clamp(-1, 1).numpy().T, ((0, 0), (0, n - len(x))))                             # (C, n)
-            self.container.mux(self.audio.encode(sound_frame(x, self.rate, self.frames * n)))
+            self.container.mux(self.from_zero(self.audio.encode(sound_frame(x, self.rate, self.frames * n))))
         self.frames += 1
+        self.send()
+
+    def from_zero(self, packets):
+        """Fragments cannot say, as an edit list does, that what AAC begins with lies before time zero: leave it out."""
+        return packets if self.coded is None else [packet for packet in packets if packet.pts >= 0]
+
+    def send(self):
+        """Hand on what is coded to an open file. Not from within libav, where a Ctrl-C would be lost."""
+        if self.coded:
+            data = memoryview(b"".join(self.coded))
+            self.coded.clear()
+            try:
+                while data:                                       # without a buffer, a part may be taken
+                    data = data[self.path.write(data):]
+                self.path.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise InputError(f"the video cannot be written to its pipe: {error.strerror or error}; choose another") from None
 
     def __exit__(self, kind, error, trace):
         if kind is None:
             try:
                 for stream in self.container.streams:
-                    self.container.mux(stream.encode(None))
+                    self.container.mux(self.from_zero(stream.encode(None)))
             except BaseException:
                 self.stack.__exit__(*sys.exc_info())
                 raise
-        return self.stack.__exit__(kind, error, trace)
+        done = self.stack.__exit__(kind, error, trace)
+        if kind is None:
+            self.send()
+        return done

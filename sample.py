@@ -3,18 +3,22 @@
     python sample.py --img x.png --wav y.wav [--out out.mp4] [--ckpt F] [--steps N] [--guidance S] [--seed N]
                      [--device auto]
     python sample.py --img x.png --video driving.mp4 [--out out.mp4]
+    python sample.py --img x.png --wav - --out -          live: raw 16 kHz sound in, a fragmented mp4 out, as it is made
 
     photo --encoder--> reference motion --+-----------------------------------------+
     sound --rows, 25 a second--> generator, 16 tokens a pass --> motion --> decoder --> frames --> mp4, as they come
 
 Memory does not grow with the length of the sound or the video. The same seed gives the same frames.
-Exit status: 0 with a complete file, 2 after one sentence about bad input, 130 when interrupted; else no file is left.
+Exit status: 0 with a complete file, 2 after one sentence about bad input, 130 when interrupted, 1 when the reader of
+`--out -` went away; else no file is left.
 """
 import argparse
 import os
 import signal
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
@@ -88,6 +92,16 @@ def talk(models, meta, image, rows, seed=0, steps=None, guidance=None):
         yield from to_bytes(space, frames)
 
 
+def stream(models, meta, image, chunks, seed=0, steps=None, guidance=None):
+    """A photo speaks live. image (3, H, W) in [-1, 1]; chunks: iterator of (S,) float sound, 16 kHz, full scale 1, as it
+    arrives, any S -> (H, W, 3) uint8 frames, 25 a second, as soon as a window of sound and what it hears ahead are there
+    (16 + 3 frames in the embedded release, 0.8 s; the 30 s of Whisper in a whisper release).
+
+    Differs from a file in one thing: its loudness is levelled by the past alone (audio.running_level)."""
+    rows = audio.stream_features(audio.running_level(chunks), meta["audio"], meta.get("whisper"))
+    return talk(models, meta, image, rows, seed, steps, guidance)
+
+
 def reenact(models, meta, image, video, seed=0, steps=None):
     """A photo moves as a video. image (3, H, W) in [-1, 1]; video: iterator of such -> (H, W, 3) uint8, as many."""
     space, z_r, still, _, noise = begin(models, meta, image, seed)
@@ -112,9 +126,10 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--img", required=True, help="the photo: jpg, png or webp, one face")
     drive = parser.add_mutually_exclusive_group(required=True)
-    drive.add_argument("--wav", help="the speech: wav, flac, ogg, mp3, m4a or a video with sound")
+    drive.add_argument("--wav", help="the speech: wav, flac, ogg, mp3, m4a or a video with sound; -: raw from stdin, as it "
+                                     "arrives (signed 16-bit little-endian PCM, mono, 16 kHz)")
     drive.add_argument("--video", help="a driving video instead: its motion and its sound")
-    parser.add_argument("--out", default="out.mp4", help="the video to write (default: %(default)s)")
+    parser.add_argument("--out", default="out.mp4", help="the video to write; -: to stdout, as it is made (default: %(default)s)")
     parser.add_argument("--ckpt", default=DEFAULT, help="released weights, .safetensors (default: the embedded ones)")
     parser.add_argument("--vae", help="folder of the autoencoder of an sd release (default: where it was trained with it)")
     parser.add_argument("--whisper", help="folder of the Whisper model of a whisper release (default: likewise)")
@@ -128,42 +143,88 @@ def parse(argv):
     return args
 
 
+def frames_and_sound(args, models, meta, image):
+    """What the arguments ask for -> iterator of frames, their number (None: not known yet), sound for VideoWriter."""
+    if args.video:
+        frames = reenact(models, meta, image, media.read_video(args.video, meta["size"]), args.seed, args.steps)
+        return frames, None, args.video if media.has_audio(args.video) else None
+    if args.wav == "-":
+        heard = deque()                                           # from the sound's arrival to its frame
+
+        def listen():
+            for chunk in media.pcm_chunks(sys.stdin.buffer):
+                heard.append(chunk)
+                yield chunk
+
+        return stream(models, meta, image, listen(), args.seed, args.steps, args.guidance), None, drain(heard)
+    gain, total = loudness(args.wav)
+    rows = audio.stream_features((chunk * gain for chunk in media.audio_chunks(args.wav)), meta["audio"], meta.get("whisper"))
+    return talk(models, meta, image, rows, args.seed, args.steps, args.guidance), total, args.wav
+
+
+def drain(queue):
+    """The items of a deque, until it is found empty."""
+    while queue:
+        yield queue.popleft()
+
+
+def write_all(video, frames, done):
+    """Write frames while the next are computed: in a thread, at most BATCH behind; done() after each. To a pipe at once, so
+    that it may wait for its reader, and a signal end that wait."""
+    if not isinstance(video.path, str):
+        for frame in frames:
+            video.write(frame)
+            done()
+        return
+    waiting, worker = deque(), ThreadPoolExecutor(1)
+    try:
+        for frame in frames:
+            waiting.append(worker.submit(video.write, frame))
+            if len(waiting) > BATCH:
+                waiting.popleft().result()                        # an error of the writer is raised here
+                done()
+        for job in drain(waiting):
+            job.result()
+            done()
+    finally:
+        worker.shutdown(cancel_futures=True)                      # before the file is closed
+
+
 def run(args):
     """The whole job, from names to a finished file. Raises InputError or ValueError for what cannot be used."""
-    source = args.wav or args.video
+    source, live = args.wav or args.video, args.out == "-"
+    if live and sys.stdout.isatty():
+        raise media.InputError("--out - would print a video on the terminal; pipe it to a player or give a name that ends in .mp4")
+    if args.wav == "-" and sys.stdin.isatty():
+        raise media.InputError("--wav - reads sound from a pipe, but stdin is the terminal; pipe 16-bit mono PCM of 16 kHz to it")
     media.check_file(args.ckpt, "a .safetensors release, such as the embedded weights/semo-tiny.safetensors")
     for path in (args.img, source, args.ckpt):
-        if os.path.exists(path) and os.path.exists(args.out) and os.path.samefile(path, args.out):
+        if not live and path != "-" and os.path.exists(path) and os.path.exists(args.out) and os.path.samefile(path, args.out):
             raise media.InputError(f"--out {args.out} would overwrite an input; choose another name")
     models, meta = load_release(args.ckpt, pick_device(args.device))
     meta.update({name: given for name, given in (("vae", args.vae), ("whisper", args.whisper)) if given})
     if args.wav and "generator" not in models:
         raise media.InputError(f"{args.ckpt} holds no motion generator; give another, or --video in place of --wav")
-    image = media.load_image(args.img, meta["size"])
-    if args.wav:
-        gain, total = loudness(args.wav)
-        rows = audio.stream_features((chunk * gain for chunk in media.audio_chunks(args.wav)), meta["audio"], meta.get("whisper"))
-        frames, sound = talk(models, meta, image, rows, args.seed, args.steps, args.guidance), args.wav
-    else:
-        frames = reenact(models, meta, image, media.read_video(args.video, meta["size"]), args.seed, args.steps)
-        total, sound = None, args.video if media.has_audio(args.video) else None
+    frames, total, sound = frames_and_sound(args, models, meta, media.load_image(args.img, meta["size"]))
+    out = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) if live else args.out
     start = time.perf_counter()
-    with media.VideoWriter(args.out, meta["size"], sound) as video, tqdm(total=total, unit="frame", disable=None) as bar:
-        for frame in frames:
-            video.write(frame)
-            bar.update()
+    with media.VideoWriter(out, meta["size"], sound) as video, tqdm(total=total, unit="frame", disable=None) as bar:
+        write_all(video, frames, bar.update)
     spent = time.perf_counter() - start
-    print(f"{args.out}: {video.frames} frames, {video.frames / media.FPS:.2f} s, made at {video.frames / spent:.1f} fps")
+    print(f"{args.out}: {video.frames} frames, {video.frames / media.FPS:.2f} s, made at {video.frames / spent:.1f} fps",
+          file=sys.stderr if live else sys.stdout)
 
 
 def main(argv=None):
-    """-> exit status: 0 with a complete file, 2 for bad input, 130 when interrupted."""
+    """-> exit status: 0 with a complete file, 2 for bad input, 130 when interrupted, 1 when nobody reads --out - any more."""
     args = parse(argv)
     try:
         run(args)
     except KeyboardInterrupt:
-        print("sample.py: interrupted, no file was written", file=sys.stderr)
+        print("sample.py: interrupted" + ", no file was written" * (args.out != "-"), file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        return 1
     except (media.InputError, ValueError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2

@@ -130,6 +130,62 @@ def test_gain_of_chunks_equals_whole():
     assert audio.level_gain([]) == 1.0
 
 
+def gains(wave, given):
+    """What running_level did to each frame of `given`, in dB."""
+    return torch.stack([10 * (y.square().mean() / x.square().mean()).log10() for y, x in zip(wave, given.split(640), strict=True)])
+
+
+@pytest.mark.parametrize("sizes", [(1000,), (640,), (7, 0, 5000, 1), (50000,)])
+def test_running_level_does_not_depend_on_the_pieces(sizes):
+    """Bit for bit: neither the sound nor, as the frames it comes in are always the same, the features of it."""
+    for samples in (50000, 639, 0):
+        wave = SPEECHLIKE[0, :samples]
+        whole, parts = list(audio.running_level([wave])), list(audio.running_level(pieces(wave, sizes)))
+        assert [len(frame) for frame in parts] == [len(frame) for frame in wave.split(640) if len(frame)]
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_running_level_hears_nothing_of_the_future():
+    """Sound comes out before more is asked for, and what comes later changes nothing."""
+    taken = []
+    live = audio.running_level(taken.append(k) or SPEECHLIKE[0, 640 * k:640 * (k + 1)] for k in range(70))
+    for k in range(70):
+        next(live)
+        assert len(taken) == k + 1
+    other = torch.cat([SPEECHLIKE[0, :32000], 0.9 * torch.randn(18000)])
+    a, b = (list(audio.running_level([wave])) for wave in (SPEECHLIKE[0], other))
+    assert all(torch.equal(x, y) for x, y in zip(a[:50], b[:50], strict=True)) and not torch.equal(a[50], b[50])
+
+
+@pytest.mark.parametrize("scale", [0.05, 1, 15])
+def test_running_level_comes_to_the_level_of_the_whole(scale):
+    wave = scale * torch.cat([SPEECHLIKE[0], SPEECHLIKE[1]])
+    whole = 20 * np.log10(audio.level_gain([wave]))
+    live = gains(list(audio.running_level([wave])), wave)
+    assert (live[75:] - whole).abs().max() < 1.5 and (live[25:] - whole).abs().max() < 6
+
+
+def test_running_level_holds_through_a_pause_and_turns_down_at_once():
+    hiss = 1e-3 * torch.randn(640 * 500)
+    pause = gains(list(audio.running_level([SPEECHLIKE[0], hiss])), torch.cat([SPEECHLIKE[0], hiss]))
+    assert abs(pause[-1] - pause[75]) < 2
+    shout = torch.cat([0.05 * SPEECHLIKE[0], 5 * SPEECHLIKE[1]])
+    gain = gains(list(audio.running_level([shout])), shout)                   # the shout begins in frame 78
+    assert gain[75] > 15 and gain[88:].max() < 0
+
+
+@pytest.mark.parametrize("wave", [torch.zeros(16000), 1e-4 * torch.randn(16000), 0.003 * torch.randn(16000)])
+def test_running_level_does_not_raise_silence_and_noise_floor(wave):
+    torch.testing.assert_close(torch.cat(list(audio.running_level([wave]))), wave)
+
+
+def test_running_level_keeps_little(monkeypatch):
+    most, gain_of = [], audio.gain_of
+    monkeypatch.setattr(audio, "HEARD", 20)
+    monkeypatch.setattr(audio, "gain_of", lambda power, target: most.append(len(power)) or gain_of(power, target))
+    assert len(list(audio.running_level([SPEECHLIKE[0]] * 3))) == 235 and max(most) == 20 and min(most[20:]) >= 10
+
+
 # ---- whisper --------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import os
 import struct
 import sys
 import zlib
+from contextlib import nullcontext
 from fractions import Fraction
 
 import av
@@ -308,6 +309,40 @@ def test_video_without_sound_is_refused_as_sound(tmp_path):
     refused(lambda: media.load_audio(tmp_path / "mute.mp4"), "mute.mp4", "no sound")
 
 
+class Trickle(io.RawIOBase):
+    """A pipe that gives `size` bytes a read."""
+
+    def __init__(self, data, size):
+        self.data, self.size = data, size
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        part, self.data = self.data[:self.size], self.data[self.size:]
+        buffer[:len(part)] = part
+        return len(part)
+
+
+def pipe(data, size):
+    return io.BufferedReader(Trickle(data, size), buffer_size=max(1, size))
+
+
+@pytest.mark.parametrize("size", [1, 7, 640, 100000])
+def test_raw_sound_comes_as_it_arrives(size):
+    values = np.array([0, 1, -1, 32767, -32768, 256] * 400, "<i2")
+    chunks = list(media.pcm_chunks(pipe(values.tobytes(), size)))
+    assert torch.equal(torch.cat(chunks), torch.from_numpy(values.astype(np.float32) / 32768))
+    assert max(map(len, chunks)) <= max(1, size // 2 + 1) and min(map(len, chunks)) > 0
+
+
+def test_bad_raw_sound_is_refused():
+    for data, words in [(b"", ("stdin is empty", "16-bit")), (bytes(4001), ("within a sample", "4001 bytes", "16-bit")),
+                        (bytes(1600), ("0.05 s", "16 kHz")), (bytes(1), ("within a sample",))]:
+        refused(lambda data=data: list(media.pcm_chunks(pipe(data, 1000))), *words)
+    assert len(torch.cat(list(media.pcm_chunks(pipe(bytes(3200), 1000))))) == 1600
+
+
 # -------------------------------------------------------------------------------------------------------------- video
 def save_video(path, ticks, rate=1000, shape=(64, 64), paint=None, colorspace=1):
     """An mp4 whose frame k is shown from ticks[k] / rate seconds on and is a grey of 3 k + 20."""
@@ -451,7 +486,8 @@ def test_speech_in_one_of_six_channels_keeps_its_loudness(tmp_path):
     assert abs(media.load_audio(tmp_path / "a.mp4")[2000:14000].abs().max() - 0.5) < 0.03
 
 
-def test_flash_and_click_stay_together(tmp_path):
+@pytest.mark.parametrize("live", [False, True])
+def test_flash_and_click_stay_together(tmp_path, live):
     """White frames and clicks at the same times; both are found within a frame of each other after a round trip."""
     times, rate = [10, 37, 61], 44100
     sound = np.zeros((rate * 3, 2), np.float32)
@@ -459,7 +495,8 @@ def test_flash_and_click_stay_together(tmp_path):
         sound[k * rate // 25: k * rate // 25 + 400] = 0.9
     soundfile.write(tmp_path / "a.wav", sound, rate)
     flash = {True: np.full((64, 64, 3), 250, np.uint8), False: np.full((64, 64, 3), 5, np.uint8)}
-    write(tmp_path / "a.mp4", 75, tmp_path / "a.wav", paint=lambda k: flash[k in times])
+    with open(tmp_path / "a.mp4", "wb") if live else nullcontext(tmp_path / "a.mp4") as out:
+        write(out, 75, tmp_path / "a.wav", paint=lambda k: flash[k in times])
     bright = [k for k, frame in enumerate(media.read_video(tmp_path / "a.mp4", 32)) if frame.mean() > 0]
     wave = media.load_audio(tmp_path / "a.mp4").abs()
     onsets = [k for k in range(1, len(wave)) if wave[k] > 0.3 and wave[max(0, k - 3000):k].max() <= 0.3]
@@ -467,6 +504,67 @@ def test_flash_and_click_stay_together(tmp_path):
     assert len(onsets) == 3 and all(abs(onset / 640 - k) < 0.15 for onset, k in zip(onsets, times, strict=True))
 
 
+# ---------------------------------------------------------------------------------------------------------- streaming
+def decoded(data):
+    """An mp4's bytes -> its frames' times, its sound (S,)."""
+    with av.open(io.BytesIO(data)) as container:
+        times = [frame.time for frame in container.decode(video=0)]
+    with av.open(io.BytesIO(data)) as container:
+        return times, np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+
+
+def test_a_stream_is_whole_and_leaves_as_it_is_made():
+    """Fragments: frames can be decoded from what has left so far; nothing leaves before the first frame."""
+    out, left = io.BytesIO(), []
+    wave = torch.from_numpy(sine(16000, 4.0, 1)[:, 0])
+    with media.VideoWriter(out, 64, sound=iter(wave.split(900))) as video:
+        assert out.getvalue() == b""
+        for k in range(100):
+            video.write(picture(k))
+            left.append(len(out.getvalue()))
+    data = out.getvalue()
+    times, sound = decoded(data)
+    assert times == pytest.approx([k / 25 for k in range(100)]) and len(sound) == pytest.approx(64000, abs=1024)
+    check_sine(torch.from_numpy(sound[1024:60000]), 58976 / 16000)
+    assert all(len(decoded(data[:left[k]])[0]) >= k - 2 for k in (5, 16, 40, 99))
+    with av.open(io.BytesIO(data)) as container:
+        keys = [round(25 * float(p.pts * p.time_base)) for p in container.demux(video=0) if p.is_keyframe]
+        assert keys == [0, 25, 50, 75] and "AI-generated" in container.metadata["comment"]
+
+
+def test_sound_that_comes_in_pieces_is_the_sound(tmp_path):
+    """An iterator is read no further than the frames have come; a file made of it is the one made of the whole."""
+    wave, taken = torch.from_numpy(sine(16000, 2.0, 1)[:, 0]), []
+    chunks = (taken.append(1) or chunk for chunk in wave.split(320))
+    with media.VideoWriter(tmp_path / "a.mp4", 64, sound=chunks) as video:
+        for k in range(50):
+            video.write(picture(k))
+            assert len(taken) == 2 * (k + 1)
+    write(tmp_path / "b.mp4", 50, wave)
+    assert torch.equal(media.load_audio(tmp_path / "a.mp4"), media.load_audio(tmp_path / "b.mp4"))
+
+
+class Closed(io.BytesIO):
+    """Takes some writes, then fails."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.left = error, 5
+
+    def write(self, data):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return super().write(data[:100])                         # a part, as a raw pipe may
+
+
+def test_a_reader_that_goes_away_and_a_full_disk():
+    with pytest.raises(BrokenPipeError):
+        write(Closed(BrokenPipeError(32, "Broken pipe")), 20)
+    refused(lambda: write(Closed(OSError(28, "No space left on device")), 20), "No space left")
+
+
+# ------------------------------------------------------------------------------------------------- what is left behind
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
 def test_interrupted_writing_leaves_nothing(tmp_path, error):
     def fail(k):

@@ -1,7 +1,14 @@
 """sample.py: the whole job on a small untrained release; its frames, its sound, its promises, its refusals."""
+import fcntl
+import io
 import os
+import signal
 import subprocess
 import sys
+import termios
+import threading
+import time
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -154,6 +161,27 @@ def test_early_frames_do_not_wait_for_late_sound():
     assert len(taken) <= 16 + 3 + 16 * 7
 
 
+@pytest.mark.parametrize("size", [100, 640, 5000])
+def test_live_sound_gives_the_frames_of_the_file(size, monkeypatch):
+    """With the same gain, live frames are the file's; the running gain is all that differs."""
+    models, image, wave = small_models(), torch.rand(3, 32, 32) * 2 - 1, 0.1 * torch.randn(30000)
+    want = np.stack(list(sample.talk(models, META, image, iter([audio.features(2 * wave[None])[0]]), 5)))
+    assert len(list(sample.stream(models, META, image, iter(wave.split(size)), 5))) == len(want) == 47
+    monkeypatch.setattr(audio, "running_level", lambda chunks: (2 * chunk for chunk in chunks))
+    live = np.stack(list(sample.stream(models, META, image, iter(wave.split(size)), 5)))
+    assert np.abs(live.astype(int) - want.astype(int)).max() <= 1 and (live == want).mean() > 0.99
+
+
+def test_live_frames_leave_when_their_window_is_heard():
+    """Window, what is heard ahead and the mel windows' reach: 20 frames of sound; then 16 more for every 16."""
+    given = []
+    live = sample.stream(small_models(), META, torch.zeros(3, 32, 32),
+                         (given.append(1) or 0.1 * torch.randn(640) for _ in range(100)))
+    for k in range(64):
+        next(live)
+        assert len(given) == 20 + k // 16 * 16
+
+
 def test_precision_does_not_leak(monkeypatch):
     """Models run under autocast where it is fast; neither the caller nor the sound's features may."""
     monkeypatch.setattr(sample, "fast_bf16", lambda device: True)
@@ -178,6 +206,156 @@ def test_reenactment_uses_the_motion_of_each_frame(monkeypatch):
     assert len(frames) == 20
     assert np.abs(np.stack(frames).astype(int) - np.stack(again[::-1]).astype(int)).max() <= 1
     assert not np.array_equal(frames[0], frames[1])
+
+
+# ----------------------------------------------------------------------------------------------- encoding in a thread
+def test_no_more_than_a_batch_waits_for_the_encoder():
+    made, go = [], threading.Event()
+    video = SimpleNamespace(path="o.mp4", write=lambda frame: go.wait(20))
+    frames = (made.append(k) or k for k in range(100))
+    work = threading.Thread(target=sample.write_all, args=(video, frames, lambda: None))
+    work.start()
+    until = time.monotonic() + 20
+    while len(made) <= sample.BATCH and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(made) == sample.BATCH + 1
+    go.set()
+    work.join(20)
+    assert len(made) == 100
+
+
+@pytest.mark.parametrize("fails", [3, 24])
+def test_an_error_of_the_encoder_reaches_the_caller(given, tmp_path, monkeypatch, capsys, fails):
+    write = media.VideoWriter.write
+
+    def failing(self, frame):
+        if self.frames == fails:
+            raise media.InputError("the disk is full")
+        write(self, frame)
+
+    monkeypatch.setattr(media.VideoWriter, "write", failing)
+    refused(capsys, command(given, tmp_path / "o.mp4"), "the disk is full")
+    assert os.listdir(tmp_path) == []
+
+
+# --------------------------------------------------------------------------------------------------------------- live
+def raw(seconds):
+    """16-bit noise whose loudness goes up and down."""
+    count = round(16000 * seconds)
+    wave = 0.1 * np.random.default_rng(1).normal(size=count) * np.abs(np.sin(np.arange(count) / 2500))
+    return (32767 * wave.clip(-1, 1)).astype("<i2").tobytes()
+
+
+def start(arguments, **pipes):
+    return subprocess.Popen([sys.executable, os.path.join(ROOT, "sample.py"), *arguments],
+                            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes})
+
+
+def frames_in(data):
+    with av.open(io.BytesIO(data)) as container:
+        return len(list(container.decode(video=0)))
+
+
+def live(given, out, *more):
+    return command(given, out, "--wav", "-", *more, wav=None)
+
+
+def test_frames_leave_before_the_sound_has_ended(given):
+    """Three seconds in, stdin still open: at least two windows have left; stdout is an mp4 and nothing else."""
+    work = start(live(given, "-"))
+    work.stdin.write(raw(3))
+    work.stdin.flush()
+    early = b""
+    while len(early) < 1000 or frames_in(early) < 30:            # the test's own time-out ends what never comes
+        early += os.read(work.stdout.fileno(), 65536)
+        assert work.poll() is None
+    rest, said = work.communicate(timeout=60)
+    data = early + rest
+    assert work.returncode == 0 and b"75 frames" in said and b"Traceback" not in said
+    with av.open(io.BytesIO(data)) as container:
+        assert container.format.name.startswith("mov") and container.streams.audio[0].rate == 16000
+        sound = sum(frame.samples for frame in container.decode(audio=0))
+    assert frames_in(data) == 75 and sound == pytest.approx(48000, abs=1024)
+    at = 0
+    while at < len(data):                                        # boxes from the first byte to the last
+        assert data[at + 4:at + 8] in (b"ftyp", b"moov", b"moof", b"mdat", b"mfra")
+        at += int.from_bytes(data[at:at + 4], "big")
+    assert at == len(data)
+
+
+def test_pieces_of_stdin_do_not_matter(given, tmp_path, monkeypatch):
+    takes, write = [], media.VideoWriter.write
+    monkeypatch.setattr(media.VideoWriter, "write", lambda self, x: (takes[-1].append(x.copy()), write(self, x)))
+    for size in (333, 1280, 100000):
+        data = io.BytesIO(raw(1.5))
+        pipe = SimpleNamespace(read1=lambda n, data=data, size=size: data.read(size))
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe, isatty=lambda: False))
+        takes.append([])
+        assert sample.main(live(given, tmp_path / "o.mp4")) == 0
+    assert len(takes[0]) == 38 and all(np.array_equal(takes[0], take) for take in takes[1:])
+    wave = media.load_audio(tmp_path / "o.mp4").numpy()[:24000]
+    assert np.corrcoef(wave, np.frombuffer(raw(1.5), "<i2")[:24000])[0, 1] > 0.8        # AAC of noise
+
+
+def test_a_file_may_be_streamed_and_a_stream_filed(given, tmp_path):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), *command(given, "-")], cwd=tmp_path,
+                          capture_output=True, timeout=60)
+    assert done.returncode == 0 and b"25 frames" in done.stderr and frames_in(done.stdout) == 25, done.stderr
+    with av.open(io.BytesIO(done.stdout)) as container:
+        assert (container.streams.audio[0].rate, container.streams.audio[0].channels) == (22050, 2)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("data, word", [(b"", b"empty"), (bytes(1600), b"0.05 s"), (raw(1.2) + b"x", b"within a sample")])
+def test_bad_sound_on_stdin_is_refused(given, tmp_path, data, word):
+    for out in (str(tmp_path / "o.mp4"), "-"):
+        work = start(live(given, out))
+        got, said = work.communicate(data, timeout=60)
+        assert work.returncode == 2 and word in said and said.count(b"\n") == 1 and os.listdir(tmp_path) == []
+        assert len(got) == 0 or len(data) > 30000
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(given):
+    work = start(live(given, "-"))
+    work.stdout.close()
+    work.stdin.write(raw(1.5))
+    work.stdin.flush()                                           # and stays open
+    assert work.wait(timeout=60) == 1 and work.stderr.read() == b""
+    work.stdin.close()
+
+
+@pytest.mark.parametrize("out", ["o.mp4", "-"])
+def test_a_kill_leaves_no_file_and_waits_for_no_reader(given, tmp_path, out):
+    """While it waits for sound, or for a reader that has stalled."""
+    out = out if out == "-" else str(tmp_path / out)
+    work = start(live(given, out))
+    sound = threading.Thread(target=lambda: work.stdin.write(raw(60 if out == "-" else 3)), daemon=True)
+    sound.start()
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (os.listdir(tmp_path) if out != "-" else stalled(work.stdout.fileno())):
+        time.sleep(0.05)
+    work.send_signal(signal.SIGTERM)
+    assert work.wait(timeout=20) == 143 and os.listdir(tmp_path) == []
+    assert b"Traceback" not in work.stderr.read()
+
+
+def stalled(pipe):
+    """Whether a pipe holds something and, being full, gets no more."""
+    sizes = []
+    for _ in range(2):
+        size = bytearray(4)
+        fcntl.ioctl(pipe, termios.FIONREAD, size)
+        sizes.append(int.from_bytes(size, sys.byteorder))
+        time.sleep(1)
+    return sizes[0] == sizes[1] > 0
+
+
+def test_terminals_are_refused(given, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    refused(capsys, live(given, tmp_path / "o.mp4"), "--wav -", "terminal")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    refused(capsys, command(given, "-"), "--out -", "terminal")
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
