@@ -4,6 +4,7 @@
     python bench.py sample               photo and sound to mp4 with the embedded weights: each stage, then end to end
     python bench.py variants             side by side, in turn: attention, cached reference, precision, compiled, batch
     python bench.py train [--data DIR]   every preset: parameters, FLOPs, memory, speed; and what loading DIR gives
+    python bench.py scale [--png FILE]   longer sound, more frames at once, more training processes (minutes; not in "all")
 
 FLOPs are those of forward and backward pass, as torch counts them: two for a multiplication and its addition. State is
 weights, gradients, their average and the optimisers'; MB a picture is what the forward pass keeps for the backward. MFU is
@@ -11,9 +12,11 @@ their rate as a share of what the machine itself reaches with a large matrix pro
 """
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +27,7 @@ from unittest import mock
 
 import soundfile
 import torch
+from PIL import Image, ImageDraw
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -285,12 +289,88 @@ def presets(args, device):
     return {"peak_flops": best, "presets": found}
 
 
-PARTS = {"sample": sampling, "variants": variants, "train": presets}
+# ---- growth ---------------------------------------------------------------------------------------------------------
+
+def scaling(args, device):
+    """Frames/s and memory over the length of the sound, frames/s over the batch, training pictures/s over processes."""
+    found = {"seconds of sound": {}, "peak MB": {}, "frames at once": {}, "training processes": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        wav, out = os.path.join(folder, "in.wav"), os.path.join(folder, "out.mp4")
+        for seconds in args.lengths:
+            soundfile.write(wav, spoken(20).repeat(-(-seconds // 20))[: seconds * audio.SAMPLE_RATE].numpy(), audio.SAMPLE_RATE)
+            words = ["sample.py", "--img", args.img, "--wav", wav, "--out", out, "--ckpt", args.ckpt, "--device", args.device]
+            said, usage = child([sys.executable, *words], folder)
+            found["seconds of sound"][seconds] = float(said.split("made at ")[1].split(" fps")[0])
+            found["peak MB"][seconds] = usage.ru_maxrss / 2**10
+        for count in args.processes:
+            words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "train_ae.py", "--preset", "tiny",
+                     "--steps", str(args.steps), "--out", os.path.join(folder, str(count)), "--device", args.device]
+            child([sys.executable, *words], folder, threads="1")
+            with open(os.path.join(folder, str(count), "log.jsonl")) as log:
+                found["training processes"][count] = json.loads(log.readlines()[-1])["pictures_per_second"]
+    release = training.load_release(args.ckpt, device)[0]["decoder"]
+    found["frames at once"] = batches(release, device, args.rounds)
+    for title, values in found.items():
+        unit = {"peak MB": "MB by seconds of sound", "training processes": "pictures/s by processes, a thread each"}.get(title)
+        table([unit or f"frames/s by {title}", *map(str, values)], [["", *(f"{v:.1f}" for v in values.values())]])
+    if args.png:
+        plot(args.png, found)
+    return {title: {str(k): v for k, v in values.items()} for title, values in found.items()}
+
+
+def child(words, folder, threads=None):
+    """Run a command of this repository to its end -> what it printed, its resource usage. Raises ValueError if it fails."""
+    env = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
+    with open(os.path.join(folder, "said"), "w+") as said:
+        work = subprocess.Popen(words, cwd=os.path.dirname(os.path.abspath(__file__)), env=env, stdout=said, stderr=said)
+        _, status, usage = os.wait4(work.pid, 0)
+        said.seek(0)
+        text = said.read()
+    if status:
+        raise ValueError(f"{' '.join(words[1:4])} failed: {(text.splitlines() or ['it said nothing'])[-1]}")
+    return text, usage
+
+
+@torch.inference_mode()
+def batches(decoder, device, rounds):
+    """Frames a second of one step, {frames at once: frames/s}."""
+    c, found = decoder.config, {}
+    for n in (1, 2, 4, 8, 16, 32):
+        z = torch.randn(n, c.channels, c.image_size, c.image_size, device=device)
+        m = torch.randn(n, c.num_tokens, c.token_dim, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=training.fast_bf16(device)):
+            cache = decoder.reference(z[:1], m[:1])
+            spent = timed(lambda z=z, m=m, cache=cache: flow.sample(decoder, z, 1, m_t=m, cache=cache), device, rounds)[0]
+        found[n] = n / spent
+    return found
+
+
+def plot(path, found, width=320, height=220):
+    """Each curve in a box of its own, logarithmic to the right, from 0 upwards -> PNG."""
+    image = Image.new("RGB", (width * len(found), height), "white")
+    draw = ImageDraw.Draw(image)
+    for k, (title, values) in enumerate(found.items()):
+        xs, top = [math.log(x) for x in values], max(values.values()) * 1.1
+        span = (xs[-1] - xs[0]) or 1
+        points = [(width * k + 45 + (x - xs[0]) / span * (width - 80), height - 40 - y / top * (height - 75))
+                  for x, y in zip(xs, values.values(), strict=True)]
+        draw.rectangle((width * k + 35, 28, width * (k + 1) - 20, height - 38), outline="silver")
+        draw.line(points, fill="navy", width=2)
+        for (x, y), label, value in zip(points, values, values.values(), strict=True):
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="navy")
+            draw.text((x - 6, height - 34), str(label), fill="black")
+            draw.text((x - 10, y - 16), f"{value:.0f}", fill="black")
+        draw.text((width * k + 40, 8), {"peak MB": "peak MB by seconds of sound", "training processes": "pictures/s by processes"}.get(
+            title, f"frames/s by {title}"), fill="black")
+    training.replace(path, lambda name: image.save(name, format="PNG"))
+
+
+PARTS = {"sample": sampling, "variants": variants, "train": presets, "scale": scaling}
 
 
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("parts", nargs="*", metavar="part", help="sample, variants, train (default: all)")
+    p.add_argument("parts", nargs="*", metavar="part", help="sample, variants, train, scale (default: all but scale)")
     p.add_argument("--ckpt", default=sample.DEFAULT, help="sample, variants: released weights (default: the embedded ones)")
     p.add_argument("--img", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "portrait.png"))
     p.add_argument("--seconds", type=float, default=20, help="sample: length of the sound (default: %(default)s)")
@@ -300,12 +380,16 @@ def parse(argv):
     p.add_argument("--windows", type=int, help="windows a pass of stage 2 (default: the preset's)")
     p.add_argument("--data", nargs="+", metavar="DIR", help="also measure how fast clips of these folders are loaded")
     p.add_argument("--workers", type=int, default=2, help="processes that load (default: %(default)s)")
+    p.add_argument("--lengths", nargs="+", type=int, default=[1, 10, 60, 600], help="scale: seconds of sound (default: %(default)s)")
+    p.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="scale: training processes (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=30, help="scale: steps each of them trains (default: %(default)s)")
+    p.add_argument("--png", help="scale: also draw the curves to this file")
     p.add_argument("--rounds", type=int, default=5, help="measurements of each figure (default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     p.add_argument("--json", help="also write the numbers to this file")
     args = p.parse_args(argv)
-    if args.rounds < 1 or args.workers < 0 or args.seconds < 0.1:
-        p.error("--rounds must be at least 1, --workers not negative, --seconds at least 0.1")
+    if min(args.rounds, args.steps, *args.lengths, *args.processes) < 1 or args.workers < 0 or args.seconds < 0.1:
+        p.error("--rounds, --steps, --lengths and --processes must be at least 1, --workers not negative, --seconds at least 0.1")
     if not set(args.parts) <= set(PARTS):
         p.error(f"the parts are {', '.join(PARTS)}, not {' '.join(args.parts)}")
     return args
@@ -316,7 +400,7 @@ def main(argv=None):
     try:
         device = sample.pick_device(args.device)
         print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-        found = {name: PARTS[name](args, device) for name in args.parts or PARTS}
+        found = {name: PARTS[name](args, device) for name in args.parts or ("sample", "variants", "train")}
     except (media.InputError, ValueError, OSError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2

@@ -262,7 +262,8 @@ def main(argv=None):
         raise SystemExit(f"train_ae.py: {error}") from error
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
-    optimisers = training.optimisers(model, preset["lr"], preset["muon_lr"])
+    gentle = 0.1 if args.reflow else 1.0                            # a student is nearly there
+    optimisers = training.optimisers(model, gentle * preset["lr"], gentle * preset["muon_lr"])
     files = {name: os.path.join(args.out, name) for name in ("state.pt", "semo.safetensors", "log.jsonl")}
     step = training.resume(files["state.pt"], configs, model, ema, optimisers)
 

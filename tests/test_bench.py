@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import bench
 import data
@@ -85,10 +86,21 @@ def test_stages_of_sampling_and_variants(release, tmp_path, capsys):
     assert "frames/s, real-time factor" in capsys.readouterr().out
 
 
+def test_growth_is_measured_and_drawn(release, tmp_path):
+    words = ["--ckpt", release, "--rounds", "1", "--lengths", "1", "2", "--processes", "1", "--steps", "1", "--device", "cpu"]
+    assert bench.main(["scale", *words, "--png", str(tmp_path / "c.png"), "--json", str(tmp_path / "o.json")]) == 0
+    found = json.loads((tmp_path / "o.json").read_text())["scale"]
+    assert [list(found[name]) for name in found] == [["1", "2"], ["1", "2"], ["1", "2", "4", "8", "16", "32"], ["1"]]
+    assert all(value > 0 for values in found.values() for value in values.values())
+    picture = np.asarray(Image.open(tmp_path / "c.png"))
+    navy = (picture == (0, 0, 128)).all(2).sum(0)                            # a curve in each of the four boxes
+    assert all(navy[320 * k:320 * (k + 1)].sum() > 10 for k in range(4))
+
+
 def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench.main(["trian"])
-    assert "sample, variants, train" in capsys.readouterr().err
+    assert "sample, variants, train, scale" in capsys.readouterr().err
 
 
 def test_real_presets_are_measured_as_they_train():

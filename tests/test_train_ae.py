@@ -658,7 +658,7 @@ def test_reflow_pairs_are_what_the_teacher_paints(teacher):
 @pytest.mark.parametrize("more", [[], ["--one-step"]])
 def test_a_student_nears_its_teacher_in_one_step(teacher, tmp_path, monkeypatch, more):
     monkeypatch.chdir(tmp_path)
-    words = ["--preset", "nano", "--reflow", teacher, "--teacher-steps", "8", "--steps", "60", "--device", "cpu"]
+    words = ["--preset", "nano", "--reflow", teacher, "--teacher-steps", "4", "--steps", "200", "--device", "cpu"]
     assert train_ae.main([*words, *more]) == 0
     student, meta = training.load_release(tmp_path / "runs/reflow_ae/semo.safetensors")
     models, _ = training.load_release(teacher)
@@ -668,9 +668,9 @@ def test_a_student_nears_its_teacher_in_one_step(teacher, tmp_path, monkeypatch,
     args = train_ae.parse(["--preset", "nano"])
     reference, target, _ = train_ae.batch(args, NANO, 0, synthetic.render, held_out=True)
     noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
-    want = train_ae.couple(models, reference, target, noise, 8)
+    want = train_ae.couple(models, reference, target, noise, 4)
     before, after = ((train_ae.couple(m, reference, target, noise, 1) - want).square().mean() for m in (models, student))
-    assert after < 0.6 * before
+    assert after < 0.7 * before, (before, after)
 
 
 def test_reflow_and_its_options_are_refused_where_they_say_nothing(tmp_path, teacher):
