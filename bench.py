@@ -1,6 +1,9 @@
 """How fast it is on this machine, and what waits for what. Medians after a warm-up, with their spread.
 
-    python bench.py [--data DIR]     every preset: parameters, FLOPs, memory, speed of training; and what loading DIR gives
+    python bench.py                      all of the following
+    python bench.py sample               photo and sound to mp4 with the embedded weights: each stage, then end to end
+    python bench.py variants             side by side, in turn: attention, cached reference, precision, compiled, batch
+    python bench.py train [--data DIR]   every preset: parameters, FLOPs, memory, speed; and what loading DIR gives
 
 FLOPs are those of forward and backward pass, as torch counts them: two for a multiplication and its addition. State is
 weights, gradients, their average and the optimisers'; MB a picture is what the forward pass keeps for the backward. MFU is
@@ -8,27 +11,36 @@ their rate as a share of what the machine itself reaches with a large matrix pro
 """
 import argparse
 import json
+import os
+import resource
 import statistics
 import sys
+import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+import soundfile
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+import audio
 import data
 import flow
+import media
 import sample
+import speech
 import train_ae
 import train_gen
 import training
-from decoder import Decoder
+from decoder import Decoder, paint
 from encoder import MotionEncoder, random_keep
 from evaluate import table
-from generator import Generator
-from media import InputError
+from generator import Generator, dream
+from media import FPS
 
 
 def timed(work, device, rounds):
@@ -43,12 +55,138 @@ def timed(work, device, rounds):
     return statistics.median(spent[1:]), min(spent[1:]), max(spent[1:])
 
 
+def side_by_side(works, device, rounds):
+    """As timed(), of {name: work}, each in turn, so that a busy moment hits all."""
+    spent = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            spent[name].append(timed(work, device, 1)[0])
+    return {name: (statistics.median(x), min(x), max(x)) for name, x in spent.items()}
+
+
 def peak(device):
     """FLOP/s of a large matrix product, in the precision that training uses here."""
     n = 8192 if device.type == "cuda" else 2048
     kind = torch.bfloat16 if training.fast_bf16(device) else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
     return 2 * n**3 / timed(lambda: a @ b, device, 10)[0]
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+def spoken(seconds):
+    """Speech of the synthetic world, levelled, (S,)."""
+    return audio.level(speech.speak(torch.arange(1), round(seconds * FPS))["wave"])[0]
+
+
+def sampling(args, device):
+    """What sample.py does, stage by stage and as a whole; imports and loading of weights not counted."""
+    models, meta = training.load_release(args.ckpt, device)
+    frames, kind = round(args.seconds * FPS), (meta["audio"], meta.get("whisper"))
+    with tempfile.TemporaryDirectory() as folder:
+        wav, out = os.path.join(folder, "in.wav"), os.path.join(folder, "out.mp4")
+        soundfile.write(wav, spoken(args.seconds).numpy(), audio.SAMPLE_RATE)
+        image = media.load_image(args.img, meta["size"])
+        space, z_r, still, source, noise = sample.begin(models, meta, image, 0)
+        wave = media.load_audio(wav)
+        rows, quiet = audio.features(wave[None], *kind)[0], audio.features(torch.zeros(1, audio.FRAME), *kind)[0, 0]
+
+        def motion():
+            made = dream(models["generator"], still, iter([rows]), source, quiet, meta["gen_steps"], meta["guidance"])
+            return torch.cat(list(sample.within(device, made)))
+
+        def painted():
+            made = paint(models["decoder"], z_r, still, iter([motions]), noise, meta["steps"], sample.BATCH)
+            return list(sample.within(device, made))
+
+        def written():
+            with media.VideoWriter(out, meta["size"], wav) as video:
+                for frame in arrays:
+                    video.write(frame)
+
+        def whole():
+            begun, rows = time.perf_counter(), audio.stream_features(media.audio_chunks(wav), *kind)
+            with media.VideoWriter(out, meta["size"], wav) as video:
+                for frame in sample.talk(models, meta, media.load_image(args.img, meta["size"]), rows):
+                    if not video.frames:
+                        first.append(time.perf_counter() - begun)
+                    video.write(frame)
+
+        motions, first = motion(), []
+        pictures = painted()
+        arrays = [frame for part in pictures for frame in sample.to_bytes(space, part)]
+        spent = {name: timed(work, device, args.rounds) for name, work in {
+            "read the photo": lambda: media.load_image(args.img, meta["size"]),
+            "read the sound, twice": lambda: [sample.loudness(wav), list(media.audio_chunks(wav))],
+            "audio features": lambda: audio.features(wave[None], *kind),
+            "motion generator": motion, "decoder": painted,
+            "pixels to bytes": lambda: [sample.to_bytes(space, part) for part in pictures],
+            "H.264, AAC, mp4": written, "end to end": whole}.items()}
+    total, first = spent["end to end"][0], statistics.median(first[1:])
+    print(f"{args.seconds:g} s of sound, {frames} frames of {meta['size']} px; steps: generator {meta['gen_steps']}, "
+          f"decoder {meta['steps']}")
+    table(["stage", "ms", "spread", "ms a frame"],
+          [[name, f"{1e3 * middle:.1f}", f"{1e3 * low:.1f}-{1e3 * high:.1f}", f"{1e3 * middle / frames:.3f}"]
+           for name, (middle, low, high) in spent.items()])
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(f"{frames / total:.1f} frames/s, real-time factor {total / args.seconds:.3f}, first frame after {first:.2f} s, "
+          f"peak memory {most:.0f} MB")
+    return {"stages": spent, "fps": frames / total, "real_time_factor": total / args.seconds, "first_frame": first, "memory_mb": most}
+
+
+@torch.inference_mode()
+def variants(args, device):
+    """One thing changed at a time, on the released decoder painting 16 frames of --img in one step."""
+    models, meta = training.load_release(args.ckpt, device)
+    decoder, fast, n = models["decoder"], training.fast_bf16(device), 16
+    c = decoder.config
+    _, photo, still, source, noise = sample.begin(models, meta, media.load_image(args.img, meta["size"]), 0)
+    rows, quiet = (audio.features(x[None], meta["audio"], meta.get("whisper"))[0] for x in (spoken(2), torch.zeros(audio.FRAME)))
+    made = dream(models["generator"], still, iter([rows]), source, quiet[0], meta["gen_steps"], meta["guidance"])
+    moved = torch.cat(list(sample.within(device, made)))[-n:]                                            # (n, L*D)
+    moved, still = (x.unflatten(1, (c.num_tokens, c.token_dim)) for x in (moved, still))
+    noise = noise.expand(n, -1, -1, -1)
+    full = Decoder(replace(c, full_attention=True)).to(device).eval()
+    compiled = torch.compile(decoder, dynamic=False) if args.compile else None
+
+    def picture(model=decoder, bf16=fast, attend=None, cached=True, batch=n):
+        """-> a function that paints n frames."""
+        def work():
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16), patched(attend):
+                made = []
+                for z, m in zip(noise.split(batch), moved.split(batch), strict=True):
+                    if cached:
+                        seen = cache
+                    else:
+                        seen = model.reference(photo.expand(len(z), -1, -1, -1), still.expand(len(z), -1, -1))
+                    made.append(flow.sample(model, z, 1, m_t=m, cache=seen))
+            return torch.cat(made)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            cache = model.reference(photo, still)
+        return work
+
+    def patched(attend):
+        return mock.patch("decoder.attend", attend) if attend else nullcontext()
+
+    works = {"as it is": picture(), "in the other precision": picture(bf16=not fast),
+             "attention by plain products": picture(attend=lambda q, k, v: (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v),
+             "reference computed for every frame": picture(cached=False),
+             "reference sees the target (paper; other weights)": picture(model=full, cached=False)}
+    works |= {f"{batch} at a time": picture(batch=batch) for batch in (1, 4)}
+    works |= {"compiled": picture(model=compiled)} if compiled else {}
+    right, spent = works["as it is"](), side_by_side(works, device, args.rounds)
+    rows, found = [], {}
+    for name, (middle, low, high) in spent.items():
+        off = None if "paper" in name else (works[name]() - right).abs().max().item()
+        found[name] = {"ms": 1e3 * middle / n, "speed": spent["as it is"][0] / middle, "difference": off}
+        rows.append([name, f"{1e3 * middle / n:.2f}", f"{1e3 * low / n:.2f}-{1e3 * high / n:.2f}", f"{found[name]['speed']:.2f}",
+                     "" if off is None else f"{off:.4f}"])
+    print(f"decoder, {n} frames; speed: times as fast as it is; difference: largest of a pixel in [-1, 1]")
+    table(["", "ms a frame", "spread", "speed", "difference"], rows)
+    return found
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -69,7 +207,7 @@ def stage_2(name, windows, device):
     """-> Generator of a preset, a function that makes its loss on random windows, frames of video a pass."""
     preset, tokens = train_gen.PRESETS[name], train_ae.PRESETS[name]["encoder"]
     c = replace(preset["generator"], num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
-                audio_dim=train_gen.audio.FEATURE_DIM[preset.get("audio", "mel")])
+                audio_dim=audio.FEATURE_DIM[preset.get("audio", "mel")])
     model, n = Generator(c).to(device), windows or preset["windows"]
     motion, past, heard = (torch.randn(n, rows, width, device=device) for rows, width in (
         (c.window, c.token_dim), (c.past, c.token_dim), (c.past + c.window + c.ahead, c.audio_dim)))
@@ -137,7 +275,7 @@ def presets(args, device):
             rows.append([f"{name}, {stage}", f"{r['parameters'] / 1e6:.2f}", f"{r['flops'] / 1e9:.3g}", f"{r['state_gb']:.2f}",
                          f"{r['kept_mb']:.3g}", f"{r['speed']:.1f}", f"{r['speed_low']:.1f}-{r['speed_high']:.1f}", f"{r['mfu']:.0%}"])
     precision = "bf16" if training.fast_bf16(device) else "fp32"
-    print(f"{device.type}, {torch.get_num_threads()} threads, {precision}; matrix products reach {best / 1e12:.3g} TFLOP/s")
+    print(f"{precision} matrix products reach {best / 1e12:.3g} TFLOP/s")
     table(["training", "M parameters", "GFLOP a picture", "GB of state", "MB a picture", "pictures/s", "spread", "MFU"], rows)
     for name in args.presets if args.data else ():
         r = found[f"{name}, stage 1"]
@@ -147,8 +285,16 @@ def presets(args, device):
     return {"peak_flops": best, "presets": found}
 
 
+PARTS = {"sample": sampling, "variants": variants, "train": presets}
+
+
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("parts", nargs="*", metavar="part", help="sample, variants, train (default: all)")
+    p.add_argument("--ckpt", default=sample.DEFAULT, help="sample, variants: released weights (default: the embedded ones)")
+    p.add_argument("--img", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "portrait.png"))
+    p.add_argument("--seconds", type=float, default=20, help="sample: length of the sound (default: %(default)s)")
+    p.add_argument("--compile", action="store_true", help="variants: also torch.compile (a minute or two)")
     p.add_argument("--presets", nargs="+", choices=train_ae.PRESETS, default=["tiny", "small", "paper"])
     p.add_argument("--people", type=int, help="people a pass of stage 1 (default: the preset's; 1 for all but tiny on a CPU)")
     p.add_argument("--windows", type=int, help="windows a pass of stage 2 (default: the preset's)")
@@ -158,16 +304,20 @@ def parse(argv):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     p.add_argument("--json", help="also write the numbers to this file")
     args = p.parse_args(argv)
-    if args.rounds < 1 or args.workers < 0:
-        p.error("--rounds must be at least 1, --workers not negative")
+    if args.rounds < 1 or args.workers < 0 or args.seconds < 0.1:
+        p.error("--rounds must be at least 1, --workers not negative, --seconds at least 0.1")
+    if not set(args.parts) <= set(PARTS):
+        p.error(f"the parts are {', '.join(PARTS)}, not {' '.join(args.parts)}")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
     try:
-        found = presets(args, sample.pick_device(args.device))
-    except (InputError, ValueError, OSError) as error:
+        device = sample.pick_device(args.device)
+        print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        found = {name: PARTS[name](args, device) for name in args.parts or PARTS}
+    except (media.InputError, ValueError, OSError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
     if args.json:

@@ -288,7 +288,8 @@ def prepare(args):
             raise InputError(f"{args.out} was prepared with another --size or --crop; give another --out")
     write_lines(os.path.join(args.out, "settings.jsonl"), settings)
     parts, jobs = {}, {}
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), plain_signals) as pool, tqdm(total=len(todo), unit="video", disable=None) as bar:
+    pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with pool, tqdm(total=len(todo), unit="video", disable=None) as bar:
         for path, source in todo:
             parts[source] = os.path.join(args.out, "parts", hashlib.sha256(source.encode()).hexdigest()[:24] + ".jsonl")
             if os.path.exists(parts[source]):
@@ -409,8 +410,11 @@ class Clips(Dataset):
         return (x * (1 + gain[:, None, None]) + 0.5 * shift[:, None, None]).clamp(-1, 1)
 
 
-def plain_signals(*_):
-    """In a reading process: Ctrl-C is the parent's business, and the parent may end it."""
+def plain_signals(_):
+    """In a reading process: signals to the whole group (Ctrl-C, torchrun's end) are the parent's business, which may need
+    another batch before it stops; the parent itself may end it."""
+    if hasattr(os, "setsid"):
+        os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

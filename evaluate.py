@@ -4,6 +4,7 @@
     python evaluate.py reconstruct --data DIR     the same of real people, of the test split of a folder of data.py prepare
     python evaluate.py probe       [--ckpt F]     the token: how much motion, and how much identity, is linear in it
     python evaluate.py talk        [--ckpt F]     the whole job: does the painted mouth say what the sound says?
+    python evaluate.py steps       [--ckpt F]     what fewer sampling steps cost, and how far the paths bend
     python evaluate.py reader                     train the motion reader (once; its weights are embedded)
 
 Each prints a table; --json FILE also writes its numbers. All is measured on raw frames, before any video coding.
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 import audio
 import data
+import flow
 import metrics
 from decoder import paint
 from encoder import random_keep
@@ -41,7 +43,9 @@ from training import draws, fast_bf16, load_release, replace, update_ema
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 NAMES = list(MOTION)
 # --clips of each command (people, for probe), and the length of a clip in frames (of each person, for probe)
-CLIPS, FRAMES = {"reconstruct": 24, "probe": 600, "talk": 12}, {"reconstruct": 50, "probe": 8, "talk": 150}
+CLIPS = {"reconstruct": 24, "probe": 600, "talk": 12, "steps": 6}
+FRAMES = {"reconstruct": 50, "probe": 8, "talk": 150, "steps": 100}
+STEPS = (1, 2, 4, 8, 20)
 
 
 # ---- the motion reader ----------------------------------------------------------------------------------------------
@@ -287,31 +291,32 @@ def probe(args):
     return {"motion": m, "identity": i, "means": means}
 
 
-def spoken(release, photo, wave, args, seed):
+def spoken(release, photo, wave, gen_steps, steps, seed):
     """The whole job on photo (3, H, W) and sound (1, S) -> frames (n, 3, H, W), before any video coding."""
     meta = release.meta
     sounds = audio.level(wave), torch.zeros(1, audio.FRAME)
     rows, silence = (audio.features(x, meta["audio"], meta.get("whisper"))[0] for x in sounds)           # (F, A)
     with computing(release):
         motions = list(dream(release.generator, encode(release, photo[None]), iter([rows]), draws(3, 0, seed), silence[0],
-                             args.steps or meta["gen_steps"], meta["guidance"]))
-    return depict(release, photo, torch.cat(motions), args.steps or meta["steps"], seed)
+                             gen_steps, meta["guidance"]))
+    return depict(release, photo, torch.cat(motions), steps, seed)
 
 
 def talk(args):
     """The photo is a clip's first frame, the sound the clip's; `other sound` is the next clip's, against this one's truth."""
     release, reader = open_release(args, "encoder", "decoder", "generator"), load_reader(args.reader)
     size, clips, shut = release.meta["size"], {"ours": [], "true frames": [], "other sound": []}, {}
+    pace = args.steps or release.meta["gen_steps"], args.steps or release.meta["steps"]
     for seed in tqdm(range(HELD_OUT, HELD_OUT + args.clips), unit="clip", disable=None):
         made, other = (clip(torch.tensor([s]), FRAMES["talk"]) for s in (seed, seed + 1))
         motion = made["motion"][0]
         images = show(made["identity"], motion, size)
-        for name, frames in (("ours", spoken(release, images[0], made["wave"], args, seed)), ("true frames", images),
-                             ("other sound", spoken(release, images[0], other["wave"], args, seed))):
+        for name, frames in (("ours", spoken(release, images[0], made["wave"], *pace, seed)), ("true frames", images),
+                             ("other sound", spoken(release, images[0], other["wave"], *pace, seed))):
             clips[name].append(metrics.sync(reader(frames), motion))
         noise = torch.randn(1, 2 * audio.SAMPLE_RATE, generator=draws(4, 0, seed))
         for name, wave in (("digital silence", 0 * noise), ("noise at -60 dB", 1e-3 * noise)):
-            jaw = reader(spoken(release, images[0], wave, args, seed))[FPS // 2:, NAMES.index("jaw")]
+            jaw = reader(spoken(release, images[0], wave, *pace, seed))[FPS // 2:, NAMES.index("jaw")]
             shut.setdefault(name, []).append({"jaw_mean": jaw.mean().item()})         # after half a second to close the mouth
     rows, shut = ({name: summary(found) for name, found in each.items()} for each in (clips, shut))
     print(f"{args.clips} unseen people and recordings of {FRAMES['talk'] / FPS:g} s: mouth read off the frames against the true")
@@ -322,6 +327,42 @@ def talk(args):
     keys = ("yaw_std", "pitch_std", "roll_std", "blinks_per_minute", "jaw_mean")
     table(["", *keys], [[name, *(cell(r[k], 2)[0] if k in r else "" for k in keys)] for name, r in (rows | shut).items()])
     return {"rows": rows, "silence": shut}
+
+
+def steps(args):
+    """Decoder: self-reconstruction as in `reconstruct`. Generator: the mouth as in `talk`, its frames painted as released."""
+    release, reader = open_release(args, "encoder", "decoder", "generator"), load_reader(args.reader)
+    size, meta, mouth = release.meta["size"], release.meta, [NAMES.index(name) for name in ("jaw", "lip_width")]
+    tokens_of, found = (release.decoder.config.num_tokens, release.decoder.config.token_dim), {}
+    for seed in tqdm(range(HELD_OUT, HELD_OUT + args.clips), unit="clip", disable=None):
+        made = clip(torch.tensor([seed]), FRAMES["steps"])
+        motion, person = made["motion"][0], made["identity"][0]
+        images = show(person, motion, size)
+        tokens, box = encode(release, images), metrics.face_box(person, motion, size)
+        for n in STEPS:
+            frames = depict(release, images[0], tokens, n, seed)
+            follows = metrics.correlation(reader(frames)[:, mouth], motion[:, mouth]).tolist()
+            says = metrics.sync(reader(spoken(release, images[0], made["wave"], n, meta["steps"], seed)), motion)
+            found.setdefault(n, []).append({
+                "psnr": metrics.psnr(frames, images).mean().item(), "face_psnr": metrics.psnr(frames, images, box).mean().item(),
+                "jaw": follows[0], "lip_width": follows[1], "talk_jaw": says["jaw"], "talk_lip_width": says["lip_width"],
+                "yaw_std": says["yaw_std"], "blinks": says["blinks_per_minute"]})
+    with computing(release):                                        # the last clip's paths
+        z_r = release.space.encode(images[:1].to(release.device))
+        cache = release.decoder.reference(z_r, tokens[:1].unflatten(1, tokens_of))
+        noise = torch.randn(len(tokens), *z_r.shape[1:], generator=draws(1, 0, 0)).to(release.device)
+        bend = {"decoder": flow.bend(release.decoder, noise, m_t=tokens.unflatten(1, tokens_of), cache=cache).mean().item()}
+        c, rows = release.generator.config, audio.features(audio.level(made["wave"]), meta["audio"], meta.get("whisper"))[0]
+        noise = torch.randn(1, c.window, tokens.shape[1], generator=draws(1, 0, 1)).to(release.device)
+        model = flow.guide(release.generator, meta["guidance"], {"audio": None})
+        heard = rows[: c.past + c.window + c.ahead][None].to(release.device)
+        bend["generator"] = flow.bend(model, noise, past=tokens[None, : c.past], reference=tokens[:1], audio=heard).mean().item()
+    rows = {n: summary(clips) for n, clips in found.items()}
+    print(f"{args.clips} unseen people and recordings of {FRAMES['steps'] / FPS:g} s, {size} px; correlations read off the frames")
+    table(["steps", "decoder: PSNR", "face PSNR", "jaw", "lip width", "generator: jaw", "lip width", "yaw std", "blinks/min"],
+          [[str(n), *(cell(r[k], 3 if "jaw" in k or "lip" in k else 2)[0] for k in r)] for n, r in rows.items()])
+    print(f"bend of the paths (0: straight): decoder {bend['decoder']:.4f}, generator {bend['generator']:.4f}")
+    return {"rows": {str(n): r for n, r in rows.items()}, "bend": bend}
 
 
 def train(args):
@@ -352,7 +393,7 @@ def table(head, rows):
 
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("command", choices=("reconstruct", "probe", "talk", "reader"))
+    p.add_argument("command", choices=("reconstruct", "probe", "talk", "steps", "reader"))
     p.add_argument("--ckpt", default=str(WEIGHTS / "semo-tiny.safetensors"), help="release (default: the embedded)")
     p.add_argument("--steps", type=int, help="sampling steps (default: as released)")
     p.add_argument("--clips", type=int, help=f"unseen clips, or for probe people (default: {CLIPS})")
@@ -377,7 +418,8 @@ def main(argv=None):
     args, began = parse(argv), time.time()
     try:
         with torch.inference_mode(args.command != "reader"):
-            commands = {"reconstruct": real_people if args.data else reconstruct, "probe": probe, "talk": talk, "reader": train}
+            commands = {"reconstruct": real_people if args.data else reconstruct, "probe": probe, "talk": talk,
+                        "steps": steps, "reader": train}
             found = commands[args.command](args)
         if args.json:
             about = {"command": args.command, "ckpt": args.ckpt, "clips": args.clips, "steps": args.steps, **found}

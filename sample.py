@@ -56,10 +56,14 @@ def within(device, items, models=True):
         yield item
 
 
-def watch(encoder, space, video, device):
-    """Motion of a video: iterator of (3, H, W) frames -> iterator of (n, L*D). As it is, not relative to the first."""
+def watch(encoder, space, video, device, still=None):
+    """Motion of a video: iterator of (3, H, W) frames -> iterator of (n, L*D): as it is, or what has changed since its first
+    frame added to still (1, L*D)."""
+    begun = None
     for frames in media.rechunk((frame[None] for frame in video), BATCH):
-        yield encoder(space.encode(frames.to(device))).flatten(1)
+        motion = encoder(space.encode(frames.to(device))).flatten(1)
+        begun = motion[:1] if begun is None else begun
+        yield motion if still is None else still + motion - begun
 
 
 def to_bytes(space, frames):
@@ -102,10 +106,14 @@ def stream(models, meta, image, chunks, seed=0, steps=None, guidance=None):
     return talk(models, meta, image, rows, seed, steps, guidance)
 
 
-def reenact(models, meta, image, video, seed=0, steps=None):
-    """A photo moves as a video. image (3, H, W) in [-1, 1]; video: iterator of such -> (H, W, 3) uint8, as many."""
+def reenact(models, meta, image, video, seed=0, steps=None, absolute=False):
+    """A photo moves as a video. image (3, H, W) in [-1, 1]; video: iterator of such -> (H, W, 3) uint8, as many.
+
+    It begins as the photo is and changes as the video does (Siarohin et al. 2019, FOMM): a token of somebody else's face
+    tells where and how large that face is, too. absolute: it takes the video's motion as it is.
+    """
     space, z_r, still, _, noise = begin(models, meta, image, seed)
-    motions = watch(models["encoder"], space, video, z_r.device)
+    motions = watch(models["encoder"], space, video, z_r.device, None if absolute else still)
     for frames in within(z_r.device, paint(models["decoder"], z_r, still, motions, noise, steps or meta["steps"], BATCH)):
         yield from to_bytes(space, frames)
 
@@ -129,6 +137,7 @@ def parse(argv):
     drive.add_argument("--wav", help="the speech: wav, flac, ogg, mp3, m4a or a video with sound; -: raw from stdin, as it "
                                      "arrives (signed 16-bit little-endian PCM, mono, 16 kHz)")
     drive.add_argument("--video", help="a driving video instead: its motion and its sound")
+    parser.add_argument("--absolute", action="store_true", help="with --video: its poses as they are, not its changes of pose")
     parser.add_argument("--out", default="out.mp4", help="the video to write; -: to stdout, as it is made (default: %(default)s)")
     parser.add_argument("--ckpt", default=DEFAULT, help="released weights, .safetensors (default: the embedded ones)")
     parser.add_argument("--vae", help="folder of the autoencoder of an sd release (default: where it was trained with it)")
@@ -138,6 +147,8 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0, help="another number, another take (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.absolute and not args.video:
+        parser.error("--absolute goes with --video")
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps is {args.steps}; give 1 or more")
     return args
@@ -146,7 +157,7 @@ def parse(argv):
 def frames_and_sound(args, models, meta, image):
     """What the arguments ask for -> iterator of frames, their number (None: not known yet), sound for VideoWriter."""
     if args.video:
-        frames = reenact(models, meta, image, media.read_video(args.video, meta["size"]), args.seed, args.steps)
+        frames = reenact(models, meta, image, media.read_video(args.video, meta["size"]), args.seed, args.steps, args.absolute)
         return frames, None, args.video if media.has_audio(args.video) else None
     if args.wav == "-":
         heard = deque()                                           # from the sound's arrival to its frame

@@ -102,6 +102,7 @@ def parse(argv):
                    "0: no label ever (default: the preset's; 0 with --init)")
     p.add_argument("--mask-max", type=float, help="masks drop a share of the patches, U(0, this) (paper: 0.9; default: the preset's)")
     p.add_argument("--accumulate", type=int, default=1, help="batches a step, for large batches in little memory")
+    p.add_argument("--checkpoint-activations", action="store_true", help="keep less for the backward pass and compute it again")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
@@ -265,6 +266,8 @@ def main(argv=None):
     files = {name: os.path.join(args.out, name) for name in ("state.pt", "semo.safetensors", "log.jsonl")}
     step = training.resume(files["state.pt"], configs, model, ema, optimisers)
 
+    if args.checkpoint_activations:
+        training.checkpoint_activations(model)
     if args.compile:
         model.decoder.compile(dynamic=False)                        # in place; the encoder's shapes change with the mask
     model.train()

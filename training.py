@@ -11,7 +11,11 @@ import math
 import os
 import random
 import signal
+import socket
+import time
 from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +24,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder
@@ -39,16 +44,48 @@ def start(device="auto"):
     if device == "cuda":
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if world > 1 and not dist.is_initialized():                    # an hour: one may encode its clips while the others wait
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1), store=meet(rank, world),
+                                rank=rank, world_size=world)
     return rank, world, torch.device(device)
 
 
+def meet(rank, world):
+    """Where the processes of this start find each other; None leaves it to torch. torchrun's own store still holds the addresses
+    of dead processes after a restart (torch 2.13), on which a new start fails or hangs. So only the place of a fresh one is
+    read there, until it answers."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host = os.environ["MASTER_ADDR"]
+    board = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False)
+        board.set("semo", str(store.port))
+        return store
+    while True:
+        port = int(board.get("semo"))
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return dist.TCPStore(host, port, world, is_master=False)
+        except OSError:                                            # the place of a start that is over
+            time.sleep(0.2)
+
+
 def wrap(model, world, device):
-    """The same model, its gradients averaged over all processes."""
+    """The same model, its gradients averaged over all processes. Its only changing buffers are those of encoder.Standardise,
+    which are the same everywhere without being sent; gradients live in the buckets that are sent, not beside them."""
     if world == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                               forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+def checkpoint_activations(model):
+    """Each transformer block keeps only its input for the backward pass, which computes the rest again: less memory for about
+    a third more arithmetic. In place; names of weights stay."""
+    for name, module in model.named_modules():
+        if name.split(".")[-2:-1] in (["blocks"], ["temporal"]):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)   # no dropout
 
 
 def draws(seed, rank, step):
@@ -69,7 +106,8 @@ def fast_bf16(device):
 
 
 class Stopper:
-    """Turns the first SIGTERM or Ctrl-C into a wish to stop after the current step; a second one ends at once."""
+    """Turns the first SIGTERM or Ctrl-C into a wish to stop after the current step; a second one ends at once. Under torchrun it
+    does not: a scheduler's signal comes twice there, from itself and passed on, and torchrun kills after its own 30 seconds."""
 
     def __init__(self):
         self.wanted = False
@@ -78,7 +116,8 @@ class Stopper:
 
     def ask(self, number, frame):
         self.wanted = True
-        signal.signal(number, signal.SIG_DFL)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def anyone(wish, device):
@@ -164,8 +203,12 @@ def save_state(path, **state):
 
 
 def resume(path, configs, model, ema, optimisers):
-    """Go on from `path`, if it exists -> the number of steps done. Exits if the run there has other networks."""
-    if not os.path.exists(path):
+    """Go on from `path`, if it exists -> the number of steps done. Exits if the run there has other networks, or if only some
+    processes see it: they would train different steps."""
+    found, device = os.path.exists(path), next(model.parameters()).device
+    if anyone(found, device) and anyone(not found, device):
+        raise SystemExit(f"{path}: seen by some nodes only; give an --out on a disk that all of them share")
+    if not found:
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["configs"] != {kind: asdict(config) for kind, config in configs.items()}:

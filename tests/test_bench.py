@@ -8,6 +8,10 @@ import torch
 import bench
 import data
 import train_ae
+import training
+from decoder import Decoder, DecoderConfig
+from encoder import EncoderConfig, MotionEncoder
+from generator import Generator, GeneratorConfig
 from media import VideoWriter
 
 torch.set_num_threads(1)
@@ -38,9 +42,9 @@ def test_the_table_of_presets_and_what_waits(tmp_path, capsys):
             video.write(np.full((32, 32, 3), 8 * k, np.uint8))
     row = {"file": "clips/a.mp4", "identity": "a", "split": "train", "frames": 30, "sound": False}
     data.write_lines(tmp_path / "manifest.jsonl", [row])
-    words = ["--presets", "nano", "--rounds", "1", "--workers", "0", "--device", "cpu", "--json", str(tmp_path / "out.json")]
+    words = ["train", "--presets", "nano", "--rounds", "1", "--workers", "0", "--device", "cpu", "--json", str(tmp_path / "out.json")]
     assert bench.main([*words, "--data", str(tmp_path)]) == 0
-    found, told = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    found, told = json.loads((tmp_path / "out.json").read_text())["train"], capsys.readouterr().out
     first = found["presets"]["nano, stage 1"]
     assert first["mfu"] == pytest.approx(first["flops"] * first["speed"] / found["peak_flops"])
     slower = "training" if first["loaded"] < first["speed"] else "loading"
@@ -49,8 +53,42 @@ def test_the_table_of_presets_and_what_waits(tmp_path, capsys):
 
 @pytest.mark.parametrize("words, told", [(["--device", "abacus"], "abacus"), (["--data", "nowhere"], "no manifest.jsonl")])
 def test_what_cannot_be_used_is_refused(words, told, capsys):
-    assert bench.main(["--presets", "nano", "--rounds", "1", *words]) == 2
+    assert bench.main(["train", "--presets", "nano", "--rounds", "1", *words]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    torch.manual_seed(0)
+    path, shape = tmp_path_factory.mktemp("release") / "w.safetensors", {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1,
+                                                                         "heads": 1, "token_dim": 8}
+    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape, expand=2)),
+              "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=8, past=4, ahead=1))}
+    for p in models["decoder"].parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    training.save_release(path, models, {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2, "guidance": 1.5})
+    return str(path)
+
+
+def test_stages_of_sampling_and_variants(release, tmp_path, capsys):
+    words = ["--ckpt", release, "--rounds", "1", "--seconds", "1", "--device", "cpu", "--json", str(tmp_path / "out.json")]
+    assert bench.main(["sample", "variants", *words]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    whole = found["sample"]
+    assert whole["fps"] == pytest.approx(25 / whole["stages"]["end to end"][0])
+    assert whole["real_time_factor"] == pytest.approx(25 / whole["fps"])
+    assert 0 < whole["first_frame"] <= whole["stages"]["end to end"][2]
+    same = found["variants"]
+    for name in ("attention by plain products", "reference computed for every frame", "1 at a time", "4 at a time"):
+        assert same[name]["difference"] < 0.06, name                         # bf16 apart, the same picture
+    assert same["as it is"]["speed"] == 1 and same["reference sees the target (paper; other weights)"]["difference"] is None
+    assert "frames/s, real-time factor" in capsys.readouterr().out
+
+
+def test_an_unknown_part_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["trian"])
+    assert "sample, variants, train" in capsys.readouterr().err
 
 
 def test_real_presets_are_measured_as_they_train():

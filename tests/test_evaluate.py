@@ -46,7 +46,7 @@ def given(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(evaluate, "FRAMES", {"reconstruct": 5, "probe": 2, "talk": 12})
+    monkeypatch.setattr(evaluate, "FRAMES", {"reconstruct": 5, "probe": 2, "talk": 12, "steps": 16})
 
 
 def run(given, command, *more, ckpt="w.safetensors"):
@@ -295,13 +295,28 @@ def test_real_people_are_the_test_split_averaged_by_person(given, tmp_path, monk
 @pytest.mark.parametrize("command, clips, words", [
     ("reconstruct", 1, ("PSNR", "copy the photo", "B as A, 1 step", "lip_corner")),
     ("probe", 20, ("brow_furrow", "back_dir", "90% masked")),
-    ("talk", 1, ("lip width", "other sound", "digital silence", "blinks_per_minute"))])
+    ("talk", 1, ("lip width", "other sound", "digital silence", "blinks_per_minute")),
+    ("steps", 1, ("decoder: PSNR", "blinks/min", "bend of the paths"))])
 def test_commands_on_an_untrained_release(given, capsys, command, clips, words):
     assert run(given, command, "--clips", str(clips), "--json", str(given / f"{command}.json")) == 0
     said = capsys.readouterr().out
     assert all(word in said for word in words), said
     found = json.loads((given / f"{command}.json").read_text())
     assert found["command"] == command and found["clips"] == clips
+
+
+def test_steps_are_those_of_the_sampler(given, monkeypatch, capsys):
+    """A decoder that is the better the more steps it takes, a generator asked for each number of steps."""
+    asked, dream = [], evaluate.dream
+    monkeypatch.setattr(evaluate, "dream", lambda *given: asked.append(given[5]) or dream(*given))
+    monkeypatch.setattr(evaluate, "STEPS", (1, 4))
+    monkeypatch.setattr(evaluate, "depict", lambda release, photo, tokens, steps, seed:
+                        photo.expand(len(tokens), -1, -1, -1) * (1 - 1 / (1 + steps)))
+    assert run(given, "steps", "--clips", "2", "--json", str(given / "o.json")) == 0
+    found = json.loads((given / "o.json").read_text())
+    assert asked == [1, 4, 1, 4] and list(found["rows"]) == ["1", "4"]
+    assert found["rows"]["1"]["psnr"]["mean"] < found["rows"]["4"]["psnr"]["mean"] - 3
+    assert found["bend"]["decoder"] == pytest.approx(0, abs=1e-3)            # untrained: one picture from everywhere
 
 
 def test_the_mouth_is_judged_against_its_own_truth(given, monkeypatch):

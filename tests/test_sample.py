@@ -201,11 +201,25 @@ def test_reenactment_uses_the_motion_of_each_frame(monkeypatch):
     monkeypatch.setattr(sample, "fast_bf16", lambda device: False)
     models, image = small_models(), torch.rand(3, 32, 32) * 2 - 1
     video = torch.rand(20, 3, 32, 32) * 2 - 1
-    frames = list(sample.reenact(models, META, image, iter(video)))
-    again = list(sample.reenact(models, META, image, iter(video.flip(0))))
+    frames = list(sample.reenact(models, META, image, iter(video), absolute=True))
+    again = list(sample.reenact(models, META, image, iter(video.flip(0)), absolute=True))
     assert len(frames) == 20
     assert np.abs(np.stack(frames).astype(int) - np.stack(again[::-1]).astype(int)).max() <= 1
     assert not np.array_equal(frames[0], frames[1])
+
+
+def test_reenactment_begins_as_the_photo_is(monkeypatch):
+    """Relative motion: what the video shows at first is where the photo stands; a photo that is the first frame moves as told."""
+    monkeypatch.setattr(sample, "fast_bf16", lambda device: False)
+    models, image, video = small_models(), torch.rand(3, 32, 32) * 2 - 1, torch.rand(20, 3, 32, 32) * 2 - 1
+    first = next(sample.reenact(models, META, image, iter(video)))
+    still = next(sample.reenact(models, META, image, iter([image]), absolute=True))
+    assert np.abs(first.astype(int) - still.astype(int)).mean() < 0.1
+    itself = torch.cat([image[None], video])
+    relative, absolute = (np.stack(list(sample.reenact(models, META, image, iter(itself), absolute=kind))) for kind in (False, True))
+    assert np.abs(relative.astype(int) - absolute.astype(int)).mean() < 0.1
+    other = np.stack(list(sample.reenact(models, META, image, iter(video), absolute=True)))
+    assert np.abs(other[0].astype(int) - first.astype(int)).mean() > 1
 
 
 # ----------------------------------------------------------------------------------------------- encoding in a thread

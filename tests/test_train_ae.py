@@ -3,9 +3,13 @@ import copy
 import json
 import math
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
@@ -60,10 +64,11 @@ def same(a, b):
     return a == b
 
 
-def auto_encoder(seed=0, nudge=0.05):
+def auto_encoder(seed=0, nudge=0.05, depth=1, frames=1):
     """Fresh, then nudged, so that no layer is left at zero."""
     torch.manual_seed(seed)
-    model = train_ae.AutoEncoder(MotionEncoder(NANO["encoder"]), Decoder(NANO["decoder"]))
+    model = train_ae.AutoEncoder(MotionEncoder(replace(NANO["encoder"], depth=depth)),
+                                 Decoder(replace(NANO["decoder"], depth=depth, frames=frames)))
     for parameter in model.parameters():
         parameter.data += nudge * torch.randn(parameter.shape)
     model.encoder.tokens.data.normal_()                                      # tiny tokens and young statistics would
@@ -169,6 +174,35 @@ def test_the_frames_of_a_clip_share_their_time():
     assert any(a != b for a, b in many)                                      # but not clips
 
 
+def test_processes_share_neither_people_nor_clips(folder, people, no_pictures, monkeypatch, tmp_path):
+    """main() as each of two processes, without the other."""
+    drawn, clips, read = {}, {}, data.Clips.__getitem__
+    monkeypatch.setattr(training, "wrap", lambda model, *_: model)
+    for rank in range(2):
+        monkeypatch.setattr(training, "start", lambda _, rank=rank: (rank, 2, CPU))
+        numbers = clips[rank] = []
+        monkeypatch.setattr(data.Clips, "__getitem__", lambda self, n, numbers=numbers: numbers.append(n) or read(self, n))
+        people.clear()
+        assert train(tmp_path / str(rank), "--data", folder, "synthetic", "--workers", "0", "--accumulate", "2") == 0
+        drawn[rank] = set(people)
+    assert min(map(len, [*drawn.values(), *clips.values()])) > 2
+    assert not drawn[0] & drawn[1] and not set(clips[0]) & set(clips[1])
+
+
+def test_compiled_shapes_stand_still(no_pictures, monkeypatch, tmp_path):
+    """Masks come and go, but nothing is compiled again after the first step."""
+    graphs, compiled, make = [], [], torch.compile
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda what, **more: make(what, backend=count, **more))
+    around_step(monkeypatch, lambda number: compiled.append(len(graphs)))
+    assert train(tmp_path, "--compile", "--checkpoint-activations", steps=10) == 0
+    assert compiled[0] == 0 and compiled[1] > 1 and set(compiled[1:]) == {compiled[1]} == {len(graphs)}
+
+
 # ---- loss and gradients ---------------------------------------------------------------------------------------------
 
 def given_batch():
@@ -217,6 +251,35 @@ def test_accumulated_gradients_are_the_mean_of_the_passes():
         torch.testing.assert_close(p.grad, want[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of one: its collectives are real."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_only_the_last_pass_of_a_step_sends_gradients(alone):
+    """And each number once; the gradients are those of all passes, with activations checkpointed too."""
+    args, plain = train_ae.parse(["--preset", "nano", "--accumulate", "3"]), torch.autocast("cpu", enabled=False)
+    model, sent = auto_encoder(), []
+    other = copy.deepcopy(model)
+    training.checkpoint_activations(model)
+    wrapped = training.wrap(model, 2, CPU)
+
+    def hook(_, bucket):
+        sent.append(bucket.buffer().numel())
+        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+    wrapped.register_comm_hook(None, hook)
+    for loss_of in (wrapped, other):
+        batches = train_ae.feed(args, NANO, None, [12, 14, 16], synthetic.render)        # those of step 2, process 0 of 2
+        train_ae.train_step(args, NANO, loss_of, batches, 2, 0, 2, Pixel(), CPU, plain)
+    assert sum(sent) == sum(p.numel() for p in model.parameters())
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-5, msg=name)
+
+
 def test_one_batch_is_learnt(monkeypatch, no_pictures, tmp_path):
     args, losses, work = train_ae.parse(["--preset", "nano"]), [], train_ae.train_step
     data = train_ae.batch(args, NANO, 0, synthetic.render)
@@ -247,14 +310,8 @@ def half(rank, folder):
         dist.destroy_process_group()
 
 
-def other_half(_, folder):
-    half(1, folder)
-
-
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    other = torch.multiprocessing.spawn(other_half, (str(tmp_path),), nprocs=1, join=False)
-    half(0, str(tmp_path))
-    other.join()
+    torch.multiprocessing.spawn(half, (str(tmp_path),), nprocs=2)
     model = auto_encoder()
     model(*given_batch(), TRUTH, 0.3).backward()
     assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) > 1
@@ -265,6 +322,37 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
             torch.testing.assert_close(got["gradients"][name], p.grad, atol=1e-6, rtol=0, msg=name)
         for name, value in model.named_buffers():
             torch.testing.assert_close(got["buffers"][name], value, atol=1e-6, rtol=1e-6, msg=name)
+
+
+def gradients(model, bf16=False):
+    """Of one batch -> {name: gradient}, bytes that the forward pass keeps beside the weights."""
+    seen, size = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in seen:
+            seen.add(x.untyped_storage().data_ptr())
+            size.append((x, x.untyped_storage().nbytes()))                   # held, so that no address comes twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model(*given_batch(), TRUTH, 0.3)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, sum(n for _, n in size)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointed_activations_change_memory_alone(bf16, compiled):
+    plain = auto_encoder(depth=2, frames=2)                                  # with temporal blocks
+    other = copy.deepcopy(plain)
+    names = list(other.state_dict())
+    training.checkpoint_activations(other)
+    for model in (plain, other) if compiled else ():
+        model.decoder.compile(dynamic=False, backend="aot_eager")
+    want, much = gradients(plain, bf16=bf16)
+    got, little = gradients(other, bf16=bf16)
+    assert list(other.state_dict()) == names and same(dict(plain.named_buffers()), dict(other.named_buffers()))
+    assert same(want, got) and little < 0.5 * much
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
@@ -385,15 +473,76 @@ def test_the_video_stage_starts_from_the_image_release(monkeypatch, tmp_path):
         train(tmp_path / "video", steps=2)                                   # the image stage in the video run's folder
 
 
-def test_torchrun_with_two_processes(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_ae.py", "--preset",
-               "nano", "--device", "cpu", "--steps", "3", "--accumulate", "2", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(tmp_path / "out")) == ["log.jsonl", "semo.safetensors", "state.pt", "step000003.png"]
-    assert len(open(tmp_path / "out" / "log.jsonl").readlines()) == 1        # one process writes
-    assert state(tmp_path / "out")["step"] == 3
-    training.load_release(tmp_path / "out" / "semo.safetensors")
+def torchrun(out, *words, log=subprocess.DEVNULL, more=()):
+    """Start training of the nano preset by torchrun; words are its own, more those of train_ae.py."""
+    command = [sys.executable, "-m", "torch.distributed.run", *words, "train_ae.py", "--preset", "nano", "--device", "cpu", "--steps",
+               "12", "--accumulate", "2", "--out", str(out), *more]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+
+
+def wait_for(found, process, seconds=100):
+    """Until found() is true, while the process runs."""
+    end = time.monotonic() + seconds
+    while not found():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+
+
+def children(process):
+    """The processes that torchrun started: {rank: pid}."""
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        pids = [int(word) for word in file.read().split()]
+    ranks = {pid: re.search(rb"\0RANK=(\d+)\0", open(f"/proc/{pid}/environ", "rb").read()) for pid in pids}
+    return {int(rank[1]): pid for pid, rank in ranks.items() if rank}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run of two processes from its beginning to its end."""
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    assert torchrun(out, "--standalone", "--nproc_per_node=2").wait(100) == 0
+    return out
+
+
+def test_torchrun_with_two_processes(unbroken):
+    assert sorted(os.listdir(unbroken)) == ["log.jsonl", "semo.safetensors", "state.pt", "step000012.png"]
+    assert len(open(unbroken / "log.jsonl").readlines()) == 1                # one process writes
+    assert state(unbroken)["step"] == 12
+    training.load_release(unbroken / "semo.safetensors")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_costs_no_bit(unbroken, tmp_path, rank):
+    """torchrun ends the other one, which must neither hang nor save, and starts both again."""
+    process = torchrun(tmp_path, "--standalone", "--nproc_per_node=2", "--max-restarts=3", more=["--save-every", "3"])
+    wait_for((tmp_path / "state.pt").exists, process)
+    os.kill(children(process)[rank], signal.SIGKILL)
+    assert state(tmp_path)["step"] < 12
+    assert process.wait(100) == 0
+    assert same(state(tmp_path), state(unbroken))                            # weights, EMA, optimisers
+
+
+def test_two_nodes_train_as_one(unbroken, tmp_path):
+    """Two torchruns that meet at a port."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=semo", f"--rdzv_endpoint=localhost:{port}",
+             "--local_addr=localhost"]
+    nodes = [torchrun(tmp_path, *words, f"--node_rank={k}") for k in range(2)]
+    assert [node.wait(100) for node in nodes] == [0, 0]
+    assert same(state(tmp_path), state(unbroken))
+
+
+def test_torchruns_end_is_a_wish_to_stop_and_readers_outlive_it(folder, tmp_path):
+    """It signals whole process groups; a reader that fell to it would take training down before it could save."""
+    with open(tmp_path / "log", "w") as log:
+        process = torchrun(tmp_path, "--standalone", "--nproc_per_node=1", log=log, more=[
+            "--data", folder, "--workers", "1", "--save-every", "9999", "--steps", "9999"])
+        wait_for(lambda: "loss=" in (tmp_path / "log").read_text(), process)
+        process.terminate()
+        assert process.wait(100) != 0
+    assert 0 < state(tmp_path)["step"] < 9999, (tmp_path / "log").read_text()[-3000:]
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

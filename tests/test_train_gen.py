@@ -5,10 +5,12 @@ import os
 import signal
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 
 import av
 import pytest
 import torch
+import torch.distributed as dist
 from test_train_ae import same, state
 
 import audio
@@ -190,6 +192,54 @@ def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
         assert made != []
         get(ae, *more)
         assert made == []
+
+
+def test_processes_read_different_real_clips(monkeypatch):
+    people = {"b": [{"path": "b0"}, {"path": "b1"}], "a": [{"path": "a0"}, {"path": "a1"}, {"path": "a2"}]}
+    monkeypatch.setattr(train_gen.data, "load_sets", lambda *_, **__: [people])
+    read = []
+    monkeypatch.setattr(train_gen.data, "read_clip", lambda path, size: read.append(path) or (torch.zeros(1), torch.zeros(1)))
+    for rank in range(2):
+        assert list(train_gen.real_speakers(train_gen.parse(command("", "", "--clips", "9")), "set", 32, rank, 2))
+    assert sorted(read) == ["a0", "a1", "a2", "b0", "b1"]                    # all, each once
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+def given_windows():
+    """A generator with no layer at zero and four windows for it: new motions, noise, times, the rest."""
+    torch.manual_seed(0)
+    model = Generator(replace(CONFIG, width=32, depth=2, heads=2))
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    new, past, reference, heard = torch.randn(4, K, 6), torch.randn(4, P, 6), torch.randn(4, 6), torch.randn(4, P + K + AHEAD, 320)
+    return model, [new, torch.randn(4, K, 6), torch.rand(4)], {"past": past, "reference": reference, "audio": heard,
+                                                               "drop": torch.tensor([True, False, False, True])}
+
+
+def half(rank, folder):
+    """One of two processes: the gradients of two of the windows."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    try:
+        model, given, about = given_windows()
+        mine = slice(2 * rank, 2 * rank + 2)
+        wrapped = training.wrap(model, 2, CPU)
+        train_gen.flow.flow_loss(wrapped, *(x[mine] for x in given), **{name: x[mine] for name, x in about.items()}).backward()
+        torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    torch.multiprocessing.spawn(half, (str(tmp_path),), nprocs=2)
+    model, given, about = given_windows()
+    train_gen.flow.flow_loss(model, *given, **about).backward()
+    for rank in range(2):
+        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert got["head.weight"].abs().max() > 0.1
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(got[name], p.grad, atol=1e-6, rtol=0, msg=name)
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------

@@ -74,13 +74,27 @@ def test_fast_bf16_is_yes_or_no():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_first_signal_is_a_wish_and_the_second_ends(number):
+def test_first_signal_is_a_wish_and_the_second_ends(number, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     kept = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
     try:
         stopper = training.Stopper()
         assert not stopper.wanted
         os.kill(os.getpid(), number)
         assert stopper.wanted and signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        for name, handler in kept.items():
+            signal.signal(name, handler)
+
+
+def test_under_torchrun_a_second_signal_changes_nothing(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    kept = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stopper = training.Stopper()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stopper.wanted
     finally:
         for name, handler in kept.items():
             signal.signal(name, handler)
@@ -188,6 +202,16 @@ def test_resume_restores_everything(tmp_path):
         a, b = a.state_dict(), b.state_dict()
         assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys() != set()
         assert all(torch.equal(v, b["state"][i][k]) for i, held in a["state"].items() for k, v in held.items())
+
+
+def test_resume_refuses_a_state_that_another_node_does_not_see(tmp_path, monkeypatch):
+    """The other one sees the opposite."""
+    monkeypatch.setattr(training, "anyone", lambda wish, device: True)
+    for seen in (False, True):
+        with pytest.raises(SystemExit, match="state.pt.*share"):
+            training.resume(tmp_path / "state.pt", *run_of(steps=0))
+        if not seen:
+            save(tmp_path / "state.pt", *run_of())
 
 
 def test_resume_refuses_other_networks(tmp_path):
