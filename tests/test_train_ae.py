@@ -529,8 +529,9 @@ def test_two_nodes_train_as_one(unbroken, tmp_path):
         port = free.getsockname()[1]
     words = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=semo", f"--rdzv_endpoint=localhost:{port}",
              "--local_addr=localhost"]
-    nodes = [torchrun(tmp_path, *words, f"--node_rank={k}") for k in range(2)]
-    assert [node.wait(100) for node in nodes] == [0, 0]
+    with open(tmp_path / "log", "w") as log:
+        nodes = [torchrun(tmp_path, *words, f"--node_rank={k}", log=log) for k in range(2)]
+        assert [node.wait(100) for node in nodes] == [0, 0], (tmp_path / "log").read_text()[-4000:]
     assert same(state(tmp_path), state(unbroken))
 
 
