@@ -12,6 +12,7 @@ knows, is levelled by what was heard so far: `running_level` in place of `level_
 import functools
 import itertools
 import math
+from array import array
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +39,13 @@ def level_gain(chunks, target=0.1):
     full scale) is left alone, a sound without ups and downs (hum, hiss: under 6 dB between the 10th and the 95th
     percentile) is never raised, and nothing is raised by more than 40 dB.
     """
-    power, rest = [], torch.zeros(0)
+    power, rest = array("f"), torch.zeros(0)                      # not thousands of small tensors, which scatter the memory
     for chunk in chunks:
         chunk = torch.cat([rest, chunk.detach().float().cpu()])
         whole = len(chunk) // FRAME * FRAME
-        power.append(chunk[:whole].view(-1, FRAME).square().mean(1))
-        rest = chunk[whole:]
-    return gain_of(torch.cat([*power, rest.square().mean().view(-1)] if len(rest) else power or [rest]), target)
+        power.extend(chunk[:whole].view(-1, FRAME).square().mean(1).tolist())
+        rest = chunk[whole:].clone()
+    return gain_of(torch.tensor([*power, *([rest.square().mean()] if len(rest) else [])]), target)
 
 
 def gain_of(power, target):
