@@ -13,6 +13,7 @@ sys.path.insert(0, ROOT)
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import metrics  # noqa: E402
+import reader  # noqa: E402
 import synthetic  # noqa: E402
 from decoder import Decoder, DecoderConfig  # noqa: E402
 from encoder import EncoderConfig, MotionEncoder  # noqa: E402
@@ -40,13 +41,13 @@ def given(tmp_path_factory):
     save_release(folder / "ae.safetensors", models, META)
     models["generator"] = Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=8, past=4, ahead=1))
     save_release(folder / "w.safetensors", models, META)
-    evaluate.save_reader(folder / "r.safetensors", evaluate.MotionReader())
+    reader.save_reader(folder / "r.safetensors", reader.MotionReader())
     return folder
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(evaluate, "FRAMES", {"reconstruct": 5, "probe": 2, "talk": 12, "steps": 16})
+    monkeypatch.setattr(evaluate, "FRAMES", {"reconstruct": 5, "probe": 2, "masked": 5, "talk": 12, "steps": 16})
 
 
 def run(given, command, *more, ckpt="w.safetensors"):
@@ -205,97 +206,97 @@ def test_the_probe_reads_what_is_there_and_nothing_else():
     assert m["yaw"] == pytest.approx(0.8, abs=0.06)                         # signal 1, noise 1/4
 
 
-# -------------------------------------------------------------------------------------------------- the motion reader
-def test_the_reader_survives_its_file_and_any_picture_size(tmp_path):
-    reader = evaluate.MotionReader().eval()
-    evaluate.save_reader(tmp_path / "r.safetensors", reader)
-    again = evaluate.load_reader(tmp_path / "r.safetensors")
-    assert os.path.getsize(tmp_path / "r.safetensors") < 2e6
-    x = pictures(2, 128)
-    assert torch.allclose(again(x), reader(x), atol=1e-2) and again(x[:, :, ::2, ::2]).shape == (2, 17)
-
-
-def test_a_mirrored_frame_has_mirrored_motion():
-    """Where the world is symmetric: the head's place. Everything else that has a side changes sign with it."""
-    people = synthetic.identity(torch.arange(4))
-    people[:, [IDENTITY.index(name) for name in ("parting", "back_dir", "back_wave", "hair_volume")]] = 0.5
-    images = synthetic.render(people, motion := synthetic.random_motion(torch.arange(4)))
-    flipped, told = evaluate.mirror(images, motion)
-    near = (synthetic.render(people, told) - flipped).abs()[:, :, 20:110].mean()
-    wrong = (synthetic.render(people, motion) - flipped).abs()[:, :, 20:110].mean()
-    assert near < 0.35 * wrong and torch.equal(evaluate.mirror(flipped, told)[1], motion)
-
-
-def test_reader_frames_are_of_the_people_asked_for():
-    images, motion = evaluate.true_frames(2, 8, HELD_OUT)
-    ids = HELD_OUT + 16 + torch.arange(8)
-    assert torch.equal(images, synthetic.render(synthetic.identity(ids), motion))
-    free = synthetic.random_motion(ids)
-    assert torch.equal(motion[4:], free[4:]) and not torch.equal(motion[:4], free[:4])
-
-
-def test_training_the_reader_lowers_its_error(tmp_path, monkeypatch, capsys):
-    frames = evaluate.true_frames(0, 8)
-    monkeypatch.setattr(evaluate, "true_frames", lambda *given, **named: frames)
-    evaluate.train_reader(tmp_path / "r.safetensors", minutes=0.03, batch=8, compiled=False)
-    said = capsys.readouterr().out
-    assert "correlation" in said and float(said.split("loss ")[1].split(":")[0]) < 0.35
-    evaluate.load_reader(tmp_path / "r.safetensors")
-
-
 # -------------------------------------------------------------------------------------------------------- the commands
 def test_a_perfect_decoder_is_measured_as_perfect(given, monkeypatch, capsys):
-    shown = []
+    shown = []                                                              # A's frames, then B's photo and B moved as A
     monkeypatch.setattr(evaluate, "show", lambda *a, real=evaluate.show: shown.append(real(*a)) or shown[-1])
-
-    def perfect(release, photo, tokens, steps, seed):
-        true = shown[-1] if photo.equal(shown[-2][0]) else shown[-3][1:]                # B's frames, or A's own
-        return true
-
-    monkeypatch.setattr(evaluate, "depict", perfect)
+    monkeypatch.setattr(evaluate, "depict", lambda *_: shown[-1])
     assert run(given, "reconstruct", "--clips", "2", "--json", str(given / "o.json")) == 0
     found = json.loads((given / "o.json").read_text())
-    for name in ("ours, 1 step", "ours, 4 steps", "B as A, 1 step"):
+    for name in ("true frames", "ours, 1 step", "ours, 4 steps", "the same with frame 0", "B as A, 1 step"):
         row = {k: v["mean"] for k, v in found["rows"][name].items()}
         assert row == pytest.approx({"psnr": 100, "ssim": 1, "l1": 0, "face_psnr": 100, "face_ssim": 1, "face_l1": 0,
                                      "sharpness": 1, "seams": 1}, abs=1e-4)
     assert found["motion_correlation"]["ours, 1 step"] == found["motion_correlation"]["true frames"]
-    assert found["rows"]["copy the photo"]["psnr"]["mean"] < 50
+    assert found["rows"]["copy the photo"]["psnr"]["mean"] < 50 and found["ids"] == [HELD_OUT, HELD_OUT + 1]
 
 
 def test_copying_is_measured_as_copying(given, monkeypatch):
-    monkeypatch.setattr(evaluate, "depict", lambda release, photo, tokens, steps, seed: photo.expand(len(tokens), -1, -1, -1))
+    monkeypatch.setattr(evaluate, "depict", lambda release, photo, tokens, *_: photo.expand(len(tokens), -1, -1, -1))
     assert run(given, "reconstruct", "--clips", "2", "--steps", "4", "--json", str(given / "o.json")) == 0
     rows = json.loads((given / "o.json").read_text())["rows"]
-    assert list(rows) == ["ours, 4 steps", "copy the photo", "B as A, 4 steps", "copy B's photo"]
+    assert list(rows) == ["true frames", "ours, 4 steps", "the same with frame 0", "copy the photo", "nearest training frame",
+                          "B as A, 4 steps", "copy B's photo"]
     assert rows["ours, 4 steps"] == rows["copy the photo"] and rows["B as A, 4 steps"] == rows["copy B's photo"]
+    psnr = {name: row["psnr"]["mean"] for name, row in rows.items()}
+    assert psnr["the same with frame 0"] == pytest.approx((4 * psnr["copy the photo"] + 100) / 5, abs=1e-3)
+    assert run(given, "masked", "--clips", "2", "--json", str(given / "m.json")) == 0
+    masked = json.loads((given / "m.json").read_text())["rows"]
+    assert masked["90% masked"] == masked["copy the photo"] == rows["copy the photo"]
 
 
-def test_real_people_are_the_test_split_averaged_by_person(given, tmp_path, monkeypatch):
-    """A train person and two test people, grey by clip and one frame brighter than the photo: known errors."""
-    monkeypatch.setattr(evaluate, "depict", lambda release, photo, tokens, *_: photo.expand(len(tokens), -1, -1, -1) + 0.1)
+def test_the_nearest_training_frame_is_the_nearest():
+    bank = ((pictures(20, 32) + 1) * 127.5).round().byte()
+    true = (bank[[7, 3]] / 127.5 - 1) + 0.05 * pictures(2, 32, seed=1)
+    assert torch.equal(evaluate.nearest(bank, true), bank[[7, 3]] / 127.5 - 1)
+    drawn = evaluate.training_frames(evaluate.parse(["reconstruct"]), 32, count=10)
+    again = synthetic.render(synthetic.identity(torch.arange(10)), synthetic.random_motion(torch.arange(10)), 32)
+    assert (drawn / 127.5 - 1 - again).abs().max() < 0.005                  # people of the training part
+
+
+def test_masks_take_from_the_token_what_they_hide(given, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "random_keep", lambda n, count, ratio, draw: seen.append(ratio) or torch.arange(count)[None]
+                        .expand(n, -1)[:, : round(count * (1 - ratio))])
+    assert run(given, "masked", "--clips", "1", "--json", str(given / "m.json")) == 0
+    rows = json.loads((given / "m.json").read_text())["rows"]
+    assert seen == [0.3, 0.5, 0.7, 0.9] and list(rows) == [*(f"{r}% masked" for r in (0, 30, 50, 70, 90)), "copy the photo"]
+
+
+@pytest.fixture
+def grey(tmp_path):
+    """A folder as data.py prepare makes it: a train person and two test people, grey, all frames but the first brighter."""
     (tmp_path / "clips").mkdir()
     rows = []
     for k, (who, split, step) in enumerate([("a", "train", 90), ("b", "test", 10), ("b", "test", 20), ("c", "test", 40)]):
-        with VideoWriter(tmp_path / f"clips/{k}.mp4", 32) as video:
+        with VideoWriter(tmp_path / f"clips/{k}.mp4", 32, sound=0.1 * torch.randn(8 * 640)) as video:
             for n in range(8):
                 video.write(np.full((32, 32, 3), 100 + step * (n > 0), np.uint8))
-        rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": False, "face": [0, 0, 0.5, 0.5]})
+        rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": True, "face": [0, 0, 0.5, 0.5]})
     data.write_lines(tmp_path / "manifest.jsonl", rows)
-    assert run(given, "reconstruct", "--data", str(tmp_path), "--json", str(tmp_path / "out.json")) == 0
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert found["people"] == ["b", "c"]
+    return tmp_path
+
+
+def test_real_people_are_the_test_split_averaged_by_person(given, grey, monkeypatch):
+    monkeypatch.setattr(evaluate, "depict", lambda release, photo, tokens, *_: photo.expand(len(tokens), -1, -1, -1) + 0.1)
+    assert run(given, "reconstruct", "--data", str(grey), "--json", str(grey / "out.json")) == 0
+    found = json.loads((grey / "out.json").read_text())
+    assert found["ids"] == ["clips/1.mp4", "clips/2.mp4", "clips/3.mp4"] and "B as A, 1 step" not in found["rows"]
     copy, ours = found["rows"]["copy the photo"], found["rows"]["ours, 1 step"]
     assert copy["l1"]["mean"] == pytest.approx((15 + 40) / 2 / 255, abs=1.5 / 255)
     assert copy["psnr"]["mean"] == pytest.approx(-10 * (math.log10(10 * 20 / 255**2) + math.log10(40**2 / 255**2)) / 2, abs=0.5)
     assert ours["l1"]["mean"] == pytest.approx(((2.75 + 7.25) / 2 + 27.25) / 2 / 255, abs=1.5 / 255)
     assert copy["face_l1"]["mean"] == pytest.approx(copy["l1"]["mean"], abs=1e-3)
+    nearest = found["rows"]["nearest training frame"]["l1"]["mean"]         # of a: 100, 190 against 110, 120 and 140
+    assert nearest == pytest.approx(((10 + 20) / 2 + 40) / 2 / 255, abs=1.5 / 255)
+
+
+def test_real_people_speak_with_their_own_and_with_another_sound(given, grey, monkeypatch):
+    heard = []
+    monkeypatch.setattr(evaluate, "spoken", lambda release, photo, wave, *_: heard.append(wave) or photo.expand(6, -1, -1, -1))
+    assert run(given, "talk", "--data", str(grey), "--json", str(grey / "out.json")) == 0
+    rows = json.loads((grey / "out.json").read_text())["pictures"]
+    assert [wave.shape for wave in heard] == 5 * [(1, 8 * 640)]             # the first clip has no other
+    assert torch.equal(heard[0], heard[2]) and torch.equal(heard[1], heard[4]) and not torch.equal(heard[0], heard[1])
+    assert rows["true frames"]["psnr"]["mean"] == 100 and list(rows)[:2] == ["true frames", "ours"]
+    assert rows["ours"]["l1"]["mean"] == pytest.approx((15 + 40) / 2 * 5 / 6 / 255, abs=1.5 / 255)         # 6 frames were made
 
 
 @pytest.mark.parametrize("command, clips, words", [
     ("reconstruct", 1, ("PSNR", "copy the photo", "B as A, 1 step", "lip_corner")),
+    ("masked", 1, ("90% masked", "copy the photo", "jaw")),
     ("probe", 20, ("brow_furrow", "back_dir", "90% masked")),
-    ("talk", 1, ("lip width", "other sound", "digital silence", "blinks_per_minute")),
+    ("talk", 1, ("nearest training frame", "Sync-C", "lip width", "other sound", "digital silence", "blinks_per_minute")),
     ("steps", 1, ("decoder: PSNR", "blinks/min", "bend of the paths"))])
 def test_commands_on_an_untrained_release(given, capsys, command, clips, words):
     assert run(given, command, "--clips", str(clips), "--json", str(given / f"{command}.json")) == 0
@@ -325,8 +326,9 @@ def test_the_mouth_is_judged_against_its_own_truth(given, monkeypatch):
         return motion.view(-1, 1, 1, 17).expand(-1, 3, 17, 17).clone()
 
     monkeypatch.setattr(evaluate, "FRAMES", {"talk": 40})
+    monkeypatch.setattr(metrics, "face_box", lambda person, motion, size: torch.ones(len(motion), 17, 17, dtype=torch.bool))
     monkeypatch.setattr(evaluate, "show", frames)
-    monkeypatch.setattr(evaluate, "load_reader", lambda path: lambda x: x[:, 0, 0])
+    monkeypatch.setattr(reader, "load_reader", lambda path: lambda x: x[:, 0, 0])
     monkeypatch.setattr(evaluate, "spoken", lambda release, photo, wave, *more: photo.expand(wave.shape[1] // 640, -1, -1, -1))
     assert run(given, "talk", "--clips", "2", "--json", str(given / "o.json")) == 0
     rows = json.loads((given / "o.json").read_text())["rows"]
@@ -341,7 +343,7 @@ def test_what_cannot_be_used_is_refused(given, tmp_path, capsys):
     refused(capsys, run(given, "probe", ckpt="none.safetensors"), "none.safetensors", "not a readable")
     refused(capsys, run(given, "probe", ckpt="r.safetensors"), "r.safetensors", "not a SeMo release")
     refused(capsys, run(given, "reconstruct", "--reader", str(given / "w.safetensors")), "w.safetensors", "not a motion reader")
-    refused(capsys, run(given, "reconstruct", "--reader", str(tmp_path / "no")), "evaluate.py reader")
+    refused(capsys, run(given, "reconstruct", "--reader", str(tmp_path / "no")), "python reader.py")
     refused(capsys, run(given, "probe", "--device", "abacus"), "abacus")
     for bad in (["probe", "--clips", "3"], ["talk", "--steps", "0"], ["dance"]):
         with pytest.raises(SystemExit):

@@ -1,0 +1,157 @@
+"""The motion reader: a small network that reads the motion factors of the synthetic world off a picture.
+
+    python reader.py [--minutes 15]        train it again; its weights are embedded
+
+It learns from true frames alone, before and apart from everything else, and is used for nothing but measuring: evaluate.py
+reads with it what generated frames show, and says beside every reading how well true frames are read (the ceiling).
+"""
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import metrics
+from synthetic import HELD_OUT, MOTION, clip, identity, random_motion, render
+from training import fast_bf16, replace, update_ema
+
+WEIGHTS = Path(__file__).resolve().parent / "weights" / "motion-reader.safetensors"
+NAMES = list(MOTION)
+
+
+class MotionReader(nn.Module):
+    """Picture (B, 3, H, W) in [-1, 1] -> motion factors (B, M). Keeps the place of what it sees (no global pooling)."""
+
+    def __init__(self, size=128, widths=(24, 48, 64, 96)):
+        super().__init__()
+        self.size = size
+        layers = [nn.Conv2d(3, widths[0], 5, 2, 2), nn.SiLU()]
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
+        self.features = nn.Sequential(*layers, nn.Conv2d(widths[-1], 32, 1), nn.Flatten())         # (B, 32*8*8)
+        self.head = nn.Sequential(nn.Linear(32 * (size // 16) ** 2, 192), nn.SiLU(), nn.Linear(192, len(MOTION)))
+        low, high = torch.tensor(list(MOTION.values()), dtype=torch.float32).unbind(1)
+        self.register_buffer("middle", (low + high) / 2)
+        self.register_buffer("reach", (high - low) / 2)
+
+    def forward(self, x):
+        x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)         # as it is, if that size
+        return self.middle + self.reach * self.head(self.features(x)).float()
+
+
+def true_frames(number, count, start=0, draw=render):
+    """The number-th `count` frames, no person twice: half in free motion, half speaking -> images, motion (count, M)."""
+    ids = start + number * count + torch.arange(count)
+    motion = random_motion(ids)
+    spoken = clip(ids[: math.ceil(count / 16)], 40)["motion"][:, 4::5].flatten(0, 1)[: count // 2]
+    motion[: len(spoken)] = spoken
+    return draw(identity(ids), motion), motion
+
+
+def mirror(images, motion):
+    """The same seen in a mirror: left and right change places."""
+    sign = torch.tensor([1 - 2.0 * (name in ("yaw", "roll", "shift_x", "gaze_x", "light_x")) for name in NAMES])
+    order = [NAMES.index({"blink_l": "blink_r", "blink_r": "blink_l"}.get(name, name)) for name in NAMES]
+    return images.flip(-1), motion[:, order] * sign
+
+
+def degrade(images, draw):
+    """Softness (the first quarter), half the pixels (the second), a colour cast, noise: generated frames have some, and must
+    still be read fairly."""
+    soft, noisy, gain, lift = torch.rand(len(images), 8, 1, 1, generator=draw).split([1, 1, 3, 3], dim=1)
+    x, n = images.clone(), math.ceil(len(images) / 4)
+    x[:n] = x[:n].lerp(metrics.blur(x[:n], 1.2, 7), soft[:n])
+    half = F.interpolate(x[n:2 * n], scale_factor=0.5, mode="bilinear", antialias=True)
+    x[n:2 * n] = F.interpolate(half, size=x.shape[-2:], mode="bilinear", antialias=True)
+    return x * (0.9 + 0.2 * gain) + 0.2 * lift - 0.1 + 0.08 * noisy * torch.randn(images.shape, generator=draw)
+
+
+def train_reader(path, minutes, batch=64, rate=2e-3, reuse=4, compiled=True):
+    """Minutes of processor time: a busy machine gets the same reader. Every frame drawn serves `reuse` times. What is saved
+    on the way (averaged weights) is already usable. compiled: draw faster, after a minute's start."""
+    torch.manual_seed(0)
+    draw_frames = torch.compile(render, dynamic=False) if compiled else render
+    reader = MotionReader().to(memory_format=torch.channels_last)                # faster on CPUs
+    ema = copy.deepcopy(reader).requires_grad_(False)
+    optimiser = torch.optim.AdamW(reader.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    draw, test = torch.Generator().manual_seed(0), [true_frames(k, 64, HELD_OUT) for k in range(8)]
+    images, motions, step, began, spent, said = [], [], 0, time.process_time(), 0.0, 0.0
+    while spent < 60 * minutes:
+        if step % reuse == 0:
+            new, motion = true_frames(step // reuse, batch, draw=draw_frames)
+            images, motions = (images + [((new + 1) * 127.5).round().byte()])[-200:], (motions + [motion])[-200:]
+        a, b = torch.randint(len(images), (batch,), generator=draw), torch.randint(batch, (batch,), generator=draw)
+        x = torch.stack([images[i][j] for i, j in zip(a, b, strict=True)]) / 127.5 - 1                # (B, 3, H, W)
+        y = torch.stack([motions[i][j] for i, j in zip(a, b, strict=True)])                           # (B, M)
+        x[::2], y[::2] = mirror(x[::2], y[::2])
+        x = degrade(x, draw)
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * spent / (60 * minutes)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16(torch.device("cpu"))):
+            guess = reader(x)
+        loss = F.smooth_l1_loss((guess - y) / reader.reach, torch.zeros_like(y), beta=0.2)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        optimiser.step()
+        update_ema(ema, reader, step, decay=0.99)
+        step, spent = step + 1, time.process_time() - began
+        if spent - said > 30 or spent >= 60 * minutes:
+            said, ceiling = spent, read_back(ema, test)
+            save_reader(path, ema, steps=step)
+            print(f"{spent:.0f} s, step {step}, loss {loss:.4f}: correlation "
+                  + " ".join(f"{name} {value:.3f}" for name, value in zip(NAMES, ceiling.tolist(), strict=True)), flush=True)
+
+
+@torch.no_grad()
+def read_back(reader, batches):
+    """Correlation of what is read with what is true on (images, motion) batches -> (M,)."""
+    return metrics.correlation(torch.cat([reader(x) for x, _ in batches]), torch.cat([y for _, y in batches]))
+
+
+def save_reader(path, reader, **about):
+    """Half precision, and what it is in the metadata."""
+    weights = {name: value.half().contiguous() if value.ndim > 1 else value for name, value in reader.state_dict().items()}
+    about = json.dumps({"format": "semo-motion-reader-1", "factors": NAMES, **about})
+    replace(path, lambda name: save_file(weights, name, metadata={"semo": about}))
+
+
+def load_reader(path):
+    """ValueError if the file is not there, or not a motion reader of this world."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            about = json.loads((f.metadata() or {}).get("semo", "{}"))
+            weights = {name: f.get_tensor(name).float() for name in f.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot read the motion reader; `python reader.py` trains it") from error
+    if about.get("format") != "semo-motion-reader-1" or about.get("factors") != NAMES:
+        raise ValueError(f"{path}: not a motion reader of this synthetic world; `python reader.py` trains it")
+    reader = MotionReader()
+    reader.load_state_dict(weights)
+    return reader.eval().requires_grad_(False)
+
+
+def main(argv=None):
+    """The reader, and how well it reads what it never saw."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--out", default=str(WEIGHTS), help="its weights (default: the embedded, replaced)")
+    p.add_argument("--minutes", type=float, default=15, help="processor time to train for (default: %(default)s)")
+    args = p.parse_args(argv)
+    if args.minutes < 0.01:
+        p.error("--minutes must be at least 0.01")
+    train_reader(args.out, args.minutes)
+    read = read_back(load_reader(args.out), [true_frames(number, 64, HELD_OUT) for number in range(8, 24)]).tolist()
+    print("true frames of unseen people, correlation of what is read with what is true")
+    print("\n".join(f"{name:12} {value:.3f}" for name, value in zip(NAMES, read, strict=True)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
