@@ -1,0 +1,216 @@
+"""The paper's ablations (tables 5 to 7, figure 9) and four of our own choices, on the synthetic world, with no label.
+
+    python ablate.py                        train and measure what is missing in --out, then print all tables
+    python ablate.py --only width mask      some of them: width, count, mask, attention, prediction, past
+    python ablate.py --png ablations.png    also draw the curves
+
+Every variant differs from `base` in one thing. Each is trained from every seed on the same people, in the same order, and
+measured on unseen ones by evaluate.py. Ctrl-C saves; the same command goes on. Tables are Markdown: mean over seeds, and in
+brackets the lowest and the highest seed. --out keeps a folder for each run, with its log, weights and measurements.
+"""
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+import evaluate
+import train_ae
+import train_gen
+import training
+from decoder import DecoderConfig
+from encoder import EncoderConfig
+from generator import GeneratorConfig
+
+SHAPE = dict(image_size=32, patch_size=8, num_tokens=1, token_dim=64)
+BASE = dict(encoder=EncoderConfig(**SHAPE, width=96, depth=3, heads=2), decoder=DecoderConfig(**SHAPE, width=128, depth=3, heads=2),
+            steps=1000, refs=16, targets=4, near=0.5, mask_max=0.5, truth=0.0, lr=1e-3, muon_lr=0.02)
+PAST = dict(generator=GeneratorConfig(), steps=1000, windows=32, clips=256, seconds=4, lr=1e-3, muon_lr=0.02)
+
+
+def token(count, width):
+    """The base with `count` tokens of `width` numbers, the decoder making eight of its own of them in all."""
+    return {"encoder": replace(BASE["encoder"], num_tokens=count, token_dim=width),
+            "decoder": replace(BASE["decoder"], num_tokens=count, token_dim=width, expand=8 // count)}
+
+
+def decoder(**changes):
+    return {"decoder": replace(BASE["decoder"], **changes)}
+
+
+# table: {row: what differs from the base}
+TABLES = {
+    "width": {"1 x 32": token(1, 32), "1 x 64": {}, "1 x 256": token(1, 256), "1 x 1024": token(1, 1024)},
+    "count": {"1 x 64": {}, "2 x 32": token(2, 32), "4 x 16": token(4, 16), "8 x 8": token(8, 8)},
+    "mask": {"none": {"mask_max": 0.0}, "0 to 50%": {}, "0 to 90%": {"mask_max": 0.9}},
+    "attention": {"reference cached": {}, "full, as in the paper": decoder(full_attention=True)},
+    "prediction": {"x": {}, "v": decoder(predict="v")},
+}
+PASTS = {"none": 0.0, "0 to 20%": 0.2}                             # masks of the generator's past frames (stage 2)
+TITLES = {"width": "One token, its width (paper: table 5)", "count": "64 numbers in 1 to 8 tokens (paper: table 6)",
+          "mask": "Masked patches in stage 1 (paper: table 7, figure 9)", "attention": "Who sees the target",
+          "prediction": "What the decoder predicts", "past": "Masked patches of the past frames in stage 2"}
+CLIPS = {"reconstruct": 12, "probe": 300, "talk": 12}
+# what is measured: title -> (file, path to the number, digits)
+MEASURES = {
+    "PSNR": ("reconstruct", ("rows", "ours, 1 step", "psnr", "mean"), 2),
+    "SSIM": ("reconstruct", ("rows", "ours, 1 step", "ssim", "mean"), 3),
+    "face PSNR": ("reconstruct", ("rows", "ours, 1 step", "face_psnr", "mean"), 2),
+    "B as A": ("reconstruct", ("rows", "B as A, 1 step", "psnr", "mean"), 2),
+    "motion R²": ("probe", ("means", "0% masked", "motion"), 3),
+    "yaw": ("probe", ("motion", "yaw"), 3),
+    "jaw": ("probe", ("motion", "jaw"), 3),
+    "identity R²": ("probe", ("means", "0% masked", "identity"), 3),
+    "motion R², 90% masked": ("probe", ("means", "90% masked", "motion"), 3),
+}
+HEARD = {"jaw": ("talk", ("rows", "ours", "jaw", "mean"), 3), "lip width": ("talk", ("rows", "ours", "lip_width", "mean"), 3),
+         "other sound": ("talk", ("rows", "other sound", "jaw", "mean"), 3),
+         "yaw, degrees": ("talk", ("rows", "ours", "yaw_std", "mean"), 2),
+         "blinks a minute": ("talk", ("rows", "ours", "blinks_per_minute", "mean"), 1)}
+
+
+def slug(table, row):
+    """Name of a run's folder."""
+    return f"{table}-{row}".replace(" ", "").replace("%", "").replace(",", "-")
+
+
+def runs(names):
+    """What `names` ask for -> {folder: (preset of stage 1 or None, share of the past masked)}, the base once."""
+    found = {"base": (BASE, None)}
+    for table in names:
+        for row, change in TABLES.get(table, {}).items():
+            if change:
+                found[slug(table, row)] = ({**BASE, **change}, None)
+        if table == "past":
+            found |= {slug(table, row): (None, share) for row, share in PASTS.items()}
+    return found
+
+
+def measure(folder, command, args):
+    """What one evaluate.py command says of the run in `folder`, asked once; its table goes to a file beside."""
+    path = os.path.join(folder, f"{command}.json")
+    if not os.path.exists(path):
+        words = [command, "--ckpt", os.path.join(folder, "semo.safetensors"), "--json", path, "--clips", str(CLIPS[command]),
+                 "--device", args.device]
+        with open(os.path.join(folder, f"{command}.txt"), "w") as said, contextlib.redirect_stdout(said):
+            if evaluate.main(words):
+                raise ValueError(f"evaluate.py {command} failed on {folder}; its sentence stands above")
+    return json.loads(Path(path).read_text())
+
+
+def run(folder, preset, share, seed, args):
+    """Train one variant from one seed, or what is left of it, and measure it -> {measure: number}, None if it was stopped."""
+    words = ["--preset", "ablation", "--out", folder, "--seed", str(seed), "--device", args.device]
+    if preset:
+        train_ae.PRESETS["ablation"] = {**preset, "steps": args.steps or preset["steps"]}
+        status, measures = train_ae.main(words), MEASURES
+    else:
+        train_gen.PRESETS["ablation"] = {**PAST, "steps": args.steps or PAST["steps"]}
+        status, measures = train_gen.main([*words, "--ae", args.ckpt, "--mask-max", str(share)]), HEARD
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # training took them over
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if status:
+        return None
+    found = {}
+    for name, (command, path, _) in measures.items():
+        value = measure(folder, command, args)
+        for key in path:
+            value = value[key]
+        found[name] = value
+    return found
+
+
+def rows(table, found):
+    """{row: [numbers of each seed]} of one table, from found {folder: [...]}."""
+    if table == "past":
+        return {row: found[slug(table, row)] for row in PASTS}
+    return {row: found[slug(table, row) if change else "base"] for row, change in TABLES[table].items()}
+
+
+def show(table, found):
+    """One table as Markdown."""
+    measures = HEARD if table == "past" else MEASURES
+    print(f"\n**{TITLES[table]}**\n\n| | {' | '.join(measures)} |\n|{'---|' * (len(measures) + 1)}")
+    for row, seeds in rows(table, found).items():
+        cells = []
+        for name, (_, _, digits) in measures.items():
+            values = [numbers[name] for numbers in seeds]
+            cells.append(f"{sum(values) / len(values):.{digits}f} [{min(values):.{digits}f} {max(values):.{digits}f}]")
+        print(f"| {row} | {' | '.join(cells)} |")
+
+
+def plot(path, found, tables, width=290, height=200):
+    """For each table a line of boxes, one for each of four measures: every seed a dot, a line through the means -> PNG."""
+    measures = ["PSNR", "B as A", "motion R²", "identity R²"]
+    image = Image.new("RGB", (width * len(measures), height * len(tables)), "white")
+    draw = ImageDraw.Draw(image)
+    for down, table in enumerate(tables):
+        for across, name in enumerate(measures):
+            points = {row: [numbers[name] for numbers in seeds] for row, seeds in rows(table, found).items()}
+            every = [value for values in points.values() for value in values]
+            low, high = min(every), max(every)
+            margin = 0.2 * (high - low) + 1e-6
+            left, top, right, bottom = width * across + 45, height * down + 30, width * (across + 1) - 10, height * (down + 1) - 25
+
+            def at(value, low=low - margin, high=high + margin, top=top, bottom=bottom):
+                return bottom - (value - low) / (high - low) * (bottom - top)
+
+            draw.rectangle((left, top, right, bottom), outline="silver")
+            draw.text((left, top - 22), f"{name} by {table}", fill="black")
+            for value in (low, high):
+                draw.text((left - 42, at(value) - 6), f"{value:.3g}", fill="black")
+                draw.line((left, at(value), left + 4, at(value)), fill="black")
+            xs = [left + (k + 0.5) * (right - left) / len(points) for k in range(len(points))]
+            draw.line([(x, at(sum(v) / len(v))) for x, v in zip(xs, points.values(), strict=True)], fill="cornflowerblue", width=2)
+            for x, (row, values) in zip(xs, points.items(), strict=True):
+                draw.text((x - 3 * len(row), bottom + 6), row, fill="black")
+                for value in values:
+                    draw.ellipse((x - 3, at(value) - 3, x + 3, at(value) + 3), fill="navy")
+    training.replace(path, lambda name: image.save(name, format="PNG"))
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--out", default="runs/ablate", help="folder of all runs (default: %(default)s)")
+    p.add_argument("--only", nargs="+", choices=TITLES, default=list(TITLES), help="tables (default: all)")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="(default: 0 1)")
+    p.add_argument("--steps", type=int, help=f"steps of each run (default: {BASE['steps']}, stage 2 {PAST['steps']})")
+    p.add_argument("--ckpt", default=str(evaluate.WEIGHTS / "semo-tiny.safetensors"), help="past: the encoder (default: the embedded)")
+    p.add_argument("--png", help="also draw the curves of stage 1 to this file")
+    p.add_argument("--json", help="also write the numbers of every seed to this file")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+    args = p.parse_args(argv)
+    if args.steps is not None and args.steps < 1 or min(args.seeds) < 0:
+        p.error("--steps must be at least 1, --seeds not negative")
+    return args
+
+
+def main(argv=None):
+    """-> exit status: 0, 130 if it was stopped and can go on, or 2 after one sentence about what cannot be used."""
+    args, found = parse(argv), {}
+    try:
+        for seed in args.seeds:                                     # all variants of a seed first: a table early
+            for name, (preset, share) in runs(args.only).items():
+                numbers = run(os.path.join(args.out, f"{name}-{seed}"), preset, share, seed, args)
+                if numbers is None:
+                    return 130
+                found.setdefault(name, []).append(numbers)
+        for table in args.only:
+            show(table, found)
+        if args.png:
+            plot(args.png, found, [table for table in args.only if table != "past"])
+        if args.json:
+            training.replace(args.json, lambda name: Path(name).write_text(json.dumps(found, indent=1) + "\n"))
+    except (ValueError, OSError) as error:
+        print(f"ablate.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""ablate.py: what each variant changes, the loop over runs, resuming, tables."""
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import ablate  # noqa: E402
+import evaluate  # noqa: E402
+import train_ae  # noqa: E402
+from decoder import Decoder  # noqa: E402
+from encoder import MotionEncoder  # noqa: E402
+from training import load_release  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def test_every_variant_differs_from_the_base_in_one_thing_and_can_be_built():
+    for table, variants in ablate.TABLES.items():
+        assert [row for row, change in variants.items() if not change], f"{table} lacks the base"
+        for row, change in variants.items():
+            preset = {**ablate.BASE, **change}
+            encoder, decoder = MotionEncoder(preset["encoder"]), Decoder(preset["decoder"])
+            picture = torch.zeros(2, 3, 32, 32)
+            motion = encoder(picture)
+            count, width = motion.shape[1:]
+            if table == "count":
+                assert count * width == 64 and decoder.config.expand * count == 8          # both budgets are fixed
+            if table in ("width", "count"):
+                assert f"{count} x {width}" == row
+            v = decoder(picture, torch.ones(2), motion, decoder.reference(picture, motion))
+            assert v.shape == picture.shape
+    names = list(ablate.runs(list(ablate.TITLES)))
+    assert len(names) == len(set(names)) == 1 + 3 + 3 + 2 + 1 + 1 + 2
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Runs of two steps, measured on little."""
+    monkeypatch.setattr(ablate, "CLIPS", {"reconstruct": 1, "probe": 10, "talk": 1})
+    monkeypatch.setattr(evaluate, "FRAMES", {"reconstruct": 3, "probe": 2, "talk": 5})
+    monkeypatch.setattr(evaluate, "training_frames", lambda *given, few=evaluate.training_frames: few(*given, count=10))
+    monkeypatch.setattr(ablate, "BASE", {**ablate.BASE, "refs": 2, "targets": 1})
+    monkeypatch.setattr(ablate, "PAST", {**ablate.PAST, "windows": 2, "clips": 1, "seconds": 2})
+    yield tmp_path
+    train_ae.PRESETS.pop("ablation", None)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_the_tables_hold_what_the_runs_measured(quick, capsys):
+    words = ["--out", str(quick / "runs"), "--only", "prediction", "past", "--seeds", "0", "1", "--steps", "2", "--device", "cpu"]
+    assert ablate.main([*words, "--json", str(quick / "all.json"), "--png", str(quick / "curves.png")]) == 0
+    said, found = capsys.readouterr().out, json.loads((quick / "all.json").read_text())
+    assert sorted(found) == ["base", "past-0to20", "past-none", "prediction-v"]
+    assert found["base"][0] != found["base"][1] and found["base"][0] != found["prediction-v"][0]
+    measured = json.loads((quick / "runs/base-1/reconstruct.json").read_text())
+    assert found["base"][1]["PSNR"] == measured["rows"]["ours, 1 step"]["psnr"]["mean"]
+    a, b = sorted(numbers["B as A"] for numbers in found["prediction-v"])
+    assert f"{(a + b) / 2:.2f} [{a:.2f} {b:.2f}]" in next(line for line in said.splitlines() if line.startswith("| v |"))
+    assert Image.open(quick / "curves.png").size == (4 * 290, 200)
+    _, meta = load_release(quick / "runs/base-0/semo.safetensors")
+    assert meta["trained_steps"] == 2
+    before = os.stat(quick / "runs/base-0/reconstruct.json").st_mtime_ns
+    assert ablate.main(words) == 0 and capsys.readouterr().out == said                    # again: nothing is done twice
+    assert os.stat(quick / "runs/base-0/reconstruct.json").st_mtime_ns == before
+
+
+def test_a_stopped_run_ends_the_command_and_can_go_on(quick, monkeypatch, capsys):
+    monkeypatch.setattr(train_ae, "main", lambda words: 130)
+    words = ["--out", str(quick), "--only", "prediction", "--seeds", "0", "--steps", "2", "--device", "cpu"]
+    assert ablate.main(words) == 130 and capsys.readouterr().out == ""
+
+
+def test_what_cannot_be_used_is_refused(quick, capsys):
+    with pytest.raises(SystemExit):
+        ablate.main(["--only", "luck"])
+    with pytest.raises(SystemExit):
+        ablate.main(["--seeds", "-1"])
+    with pytest.raises(SystemExit, match="none.safetensors"):
+        ablate.main(["--out", str(quick), "--only", "past", "--ckpt", "none.safetensors", "--seeds", "0", "--steps", "1"])
