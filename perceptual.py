@@ -32,11 +32,9 @@ PUBLISHED = {                            # what each network measures, its files
                           "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"}),
     "i3d": ("FVD", {"i3d_torchscript.pt": "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt"}),
     "syncnet": ("Sync-C and Sync-D", {"syncnet_v2.model": "http://www.robots.ox.ac.uk/~vgg/software/lipsync/data"}),
-    "csim": ("CSIM", {"MobileFaceNet.onnx": "https://github.com/foamliu/MobileFaceNet"}),
+    "csim": ("CSIM", {"MobileFaceNet.onnx": "weights/ of https://github.com/foamliu/MobileFaceNet and its forks"}),
 }
 
-
-# ---- what goes in ---------------------------------------------------------------------------------------------------
 
 def check(x):
     """Refuse (ValueError) what is not pictures (B, 3, H, W) in [-1, 1], also if it only looks like [0, 1]."""
@@ -76,8 +74,6 @@ def in_parts(net, x, size, device):
     return torch.cat([net(part.to(device)).float().cpu() for part in x.split(size)])
 
 
-# ---- Frechet distance ---------------------------------------------------------------------------------------------
-
 def frechet(a, b):
     """Frechet distance of the Gaussians fitted to two sets of features (n, d), (m, d).
 
@@ -107,8 +103,6 @@ def frechet_text(a, b, clips):
     return f"{frechet(a, b):.1f} (n={clips} clips{': few' if clips < FEW else ''})"
 
 
-# ---- FID and FVD features -----------------------------------------------------------------------------------------
-
 def script(net, x, file, width, size, device, **options):
     """Rows of a TorchScript network. ValueError if they are not of its width."""
     rows = in_parts(lambda part: net(part, return_features=True, **options), x, size, device)
@@ -119,7 +113,7 @@ def script(net, x, file, width, size, device, **options):
 
 @torch.no_grad()
 def inception(net, x, device="cpu"):
-    """Pictures -> (B, 2048). The file takes bytes of any size and resizes them itself, as in the first FID."""
+    """Pictures -> (B, 2048). The file takes bytes of any size and resizes them itself, as the first FID did."""
     check(x)
     return script(net, bytes_of(x).byte(), "inception-2015-12-05.pt", 2048, 32, device)
 
@@ -140,21 +134,17 @@ def i3d(net, frames, device="cpu"):
     return script(net, pieces, "i3d_torchscript.pt", 400, 4, device, rescale=False, resize=False)
 
 
-# ---- LPIPS --------------------------------------------------------------------------------------------------------
-
 class Lpips(nn.Module):
     """AlexNet up to its last convolution, and a weight for each channel of its five stages; parameters named as published."""
 
     def __init__(self):
         super().__init__()
-        layers, before = [], 3
-        for k, (width, kernel, stride, padding) in enumerate([(64, 11, 4, 2), (192, 5, 1, 2), (384, 3, 1, 1), (256, 3, 1, 1),
-                                                              (256, 3, 1, 1)]):
-            layers += [nn.MaxPool2d(3, 2)] * (k in (1, 2)) + [nn.Conv2d(before, width, kernel, stride, padding), nn.ReLU()]
-            head = nn.ModuleDict({"model": nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))})
-            self.add_module(f"lin{k}", head)
-            before = width
-        self.features = nn.Sequential(*layers)
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(192, 384, 3, 1, 1), nn.ReLU(), nn.Conv2d(384, 256, 3, 1, 1), nn.ReLU(),
+            nn.Conv2d(256, 256, 3, 1, 1), nn.ReLU())
+        for k, width in enumerate((64, 192, 384, 256, 256)):
+            self.add_module(f"lin{k}", nn.ModuleDict({"model": nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))}))
 
     def forward(self, a, b):
         shift, scale = (torch.tensor(v, device=a.device).view(3, 1, 1) for v in ([-.030, -.088, -.188], [.458, .448, .450]))
@@ -178,8 +168,6 @@ def lpips(net, made, true, device="cpu"):
     pairs = torch.cat([made, true], 1).float()                                                       # (B, 6, H, W)
     return in_parts(lambda part: net(part[:, :3], part[:, 3:]), pairs, 16, device)
 
-
-# ---- lip sync -----------------------------------------------------------------------------------------------------
 
 class SyncNet(nn.Module):
     """Five frames of a mouth (B, 3, 5, 224, 224), and 0.2 s of sound (B, 1, 13, 20) -> (B, 1024) each."""
@@ -249,18 +237,16 @@ def syncnet(net, frames, wave, face=FACE, device="cpu"):
     out here; so real clips measured the same way are the scale, not a number from a paper.
     """
     check(frames)
-    if not wave.is_floating_point() or wave.numel() != wave.shape[-1] or not wave.abs().max() <= 1.05:
-        raise ValueError(f"sound of shape {tuple(wave.shape)} and {wave.dtype}; give one channel of floats in [-1, 1] at 16 kHz")
-    count = min(len(frames), wave.shape[-1] // FRAME) - 5
+    count = min(len(frames), wave.shape[-1] // FRAME) - 5                                            # windows, as published
     if count < 1:
         raise ValueError(f"{len(frames)} frames and {wave.shape[-1]} samples are too short for lip sync; give at least 6 frames")
+    if not wave.is_floating_point() or wave.numel() != wave.shape[-1] or not wave.abs().max() <= 1.05:
+        raise ValueError(f"sound of shape {tuple(wave.shape)} and {wave.dtype}; give one channel of floats in [-1, 1] at 16 kHz")
     seen = bytes_of(crop(frames.float(), face, 224, 1.4)).flip(1)                                    # BGR
     seen = seen.unfold(0, 5, 1)[:count].permute(0, 1, 4, 2, 3)                                       # (n, 3, 5, 224, 224)
     heard = mfcc(wave.flatten()).float().unfold(0, 20, 4)[:count, None]                              # (n, 1, 13, 20)
     return match(in_parts(net.lip, seen, 20, device), in_parts(net.sound, heard, 20, device))
 
-
-# ---- identity -----------------------------------------------------------------------------------------------------
 
 def embed(net, x, face):
     """Faces -> (B, d), one at a time: this file joins the rows of a batch into one."""
@@ -272,6 +258,7 @@ def embed(net, x, face):
     return torch.stack(rows)
 
 
+@torch.no_grad()
 def csim(net, a, b, face=FACE):
     """Cosine of the embeddings of a (B or 1) and b (B) -> (B,). One box for all; 1 means the same face.
 
@@ -283,8 +270,6 @@ def csim(net, a, b, face=FACE):
         raise ValueError(f"{len(a)} and {len(b)} pictures to compare; give as many of each, or one first")
     return F.cosine_similarity(embed(net, a, face), embed(net, b, face))
 
-
-# ---- the files ----------------------------------------------------------------------------------------------------
 
 def fit(net, weights, path):
     """Put weights by name into net; of BatchNorm, old files lack the count of steps. ValueError names the file."""
