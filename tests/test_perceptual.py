@@ -106,7 +106,9 @@ def nets(tmp_path_factory):
     weights = scatter(perceptual.Lpips()).state_dict()
     trunk = {name: x for name, x in weights.items() if name.startswith("features.")}
     torch.save(trunk | {"classifier.1.weight": torch.zeros(2, 2)}, folder / "alexnet-owt-7be5be79.pth")
-    torch.save({name: x.abs() for name, x in weights.items() if name.startswith("lin")}, folder / "alex.pth")
+    with pytest.MonkeyPatch.context() as patch:                              # the published one was saved on a GPU
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save({name: x.abs() for name, x in weights.items() if name.startswith("lin")}, folder / "alex.pth")
     weights = scatter(perceptual.SyncNet()).state_dict()
     torch.save({name: x for name, x in weights.items() if "num_batches" not in name}, folder / "syncnet_v2.model")
     save_onnx(folder / "MobileFaceNet.onnx")
@@ -115,19 +117,19 @@ def nets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measures(nets):
-    pytest.importorskip("cv2")
+    """Loaded from it; CSIM only where OpenCV is installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")                                      # TorchScript's deprecation is not the user's
         found, absent = perceptual.load(nets)
-    assert absent == [] and list(found) == ["lpips", "inception", "i3d", "syncnet", "csim"]
+    assert list(found) + ["csim"] * len(absent) == ["lpips", "inception", "i3d", "syncnet", "csim"]
     return found
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused
 @pytest.mark.parametrize("x, word", [
-    ((pictures() + 1).mul(127.5).byte(), "uint8"), ((pictures() + 1) * 127.5, "from"), (pictures() * 1.2, "from"),
-    (pictures() / 2 + 0.5, "[0, 1]"), (pictures() * float("nan"), "nan"), (pictures()[0], "shape"), (pictures()[:, :1], "shape"),
-    (pictures()[:0], "shape")])
+    ((pictures() + 1).mul(127.5).byte(), "uint8"), ((pictures() + 1) * 127.5, "from"), (pictures() + 0.08, "from"),
+    (pictures() - 0.08, "from"), (pictures() / 2 + 0.5, "[0, 1]"), (pictures() * float("nan"), "nan"),
+    (pictures()[0], "shape"), (pictures()[:, :1], "shape"), (pictures()[:0], "shape")])
 def test_other_ranges_and_shapes_are_refused_by_every_measure(x, word):
     for call in (perceptual.check, lambda x: perceptual.inception(None, x), lambda x: perceptual.i3d(None, x),
                  lambda x: perceptual.lpips(None, x, x), lambda x: perceptual.lpips(None, pictures(), x),
@@ -281,7 +283,7 @@ def test_lpips_is_its_definition(measures, nets):
     true = pictures(20)                                                     # more than one part
     made = (true + 0.2 * draws(20, 3, 64, 64)).clamp(-1, 1)
     made[3] = true[3]
-    weights = torch.load(nets / "alexnet-owt-7be5be79.pth") | torch.load(nets / "alex.pth")
+    weights = torch.load(nets / "alexnet-owt-7be5be79.pth") | torch.load(nets / "alex.pth", map_location="cpu")
     found = measures["lpips"](made, true)
     assert torch.allclose(found.double(), direct_lpips(made, true, weights), rtol=1e-4)
     assert found[3] == 0 and (found[4:] > 0).all() and found.shape == (20,)
@@ -347,10 +349,10 @@ def direct_mfcc(samples):
 
 @pytest.mark.parametrize("length", [300, 401, 3200])
 def test_mfcc_is_its_definition(length):
-    samples = perceptual.bytes_of(draws(length).clamp(-1, 1)).numpy() * 200.0 - 25500
+    samples = (draws(length) * 20000).round().double().numpy()              # some are clipped
     samples[length // 2: length // 2 + 900] = 0                             # silence has a floor
     wave = torch.from_numpy(samples) / 32768
-    assert np.allclose(perceptual.mfcc(wave), direct_mfcc(samples), atol=1e-6)
+    assert np.allclose(perceptual.mfcc(wave), direct_mfcc(samples.clip(-32768, 32767)), atol=1e-6)
     assert np.isfinite(perceptual.mfcc(wave).numpy()).all()
 
 
@@ -440,6 +442,7 @@ def test_the_square_over_a_face():
 
 
 def test_csim_is_the_cosine_of_embeddings(measures):
+    pytest.importorskip("cv2")
     a, b = pictures(4, 112), pictures(4, 112, seed=1) * 0.5 + 0.2 * draws(4, 3, 1, 1).clamp(-2, 2)
     mean, std = torch.tensor([[.485, .456, .406]]), torch.tensor([[.229, .224, .225]])
     ea, eb = (((x + 1) / 2).mean((2, 3)).sub(mean).div(std) for x in (a, b))             # the network's: means of colours
@@ -496,7 +499,7 @@ def test_a_bad_file_is_named(nets, tmp_path, monkeypatch, file, damage):
     elif file.endswith(".onnx"):
         path.write_bytes(b"not a network")
     else:
-        weights = torch.load(nets / file)
+        weights = torch.load(nets / file, map_location="cpu")
         name = next(iter(weights))
         torch.save({**weights, name: weights[name][:0]}, path)              # another shape
         with pytest.raises(ValueError, match=file):
