@@ -27,6 +27,7 @@ import audio
 import data
 import flow
 import metrics
+import perceptual
 import reader
 from decoder import paint
 from encoder import random_keep
@@ -100,14 +101,14 @@ def depict(release, photo, motions, steps, seed, still=None):
 # ---- clips, and the rows of a table of pictures ----------------------------------------------------------------------
 
 def unseen(args, size, sound=False):
-    """Clips that training never saw, one after the other: number, id, who, images (n, 3, H, W), box (n, H, W) of the face, and where
-    it is known motion (n, M), with sound wave (1, S)."""
+    """Clips that training never saw, one after the other: number, id, who, images (n, 3, H, W), box (n, H, W) of the face, and
+    motion (n, M) where it is known, with sound wave (1, S)."""
     if not args.data:
         for seed in tqdm(range(HELD_OUT, HELD_OUT + args.clips), unit="clip", disable=None):
             made = clip(torch.tensor([seed]), FRAMES[args.command])
             motion, person = made["motion"][0], made["identity"][0]
             yield SimpleNamespace(number=seed - HELD_OUT, id=seed, who=seed, images=show(person, motion, size),
-                                  box=metrics.face_box(person, motion, size), wave=made["wave"], motion=motion)
+                                  box=metrics.face_box(person, motion, size), wave=made["wave"], motion=motion, face=None)
         return
     people, = data.load_sets([args.data], "test", sound=sound)
     rows = [row for who in sorted(people) for row in people[who]][:args.clips]
@@ -117,8 +118,9 @@ def unseen(args, size, sound=False):
         left, top, right, bottom = (round(size * share) for share in row.get("face", (0.2, 0.2, 0.8, 0.8)))
         box = torch.zeros(len(images), size, size)
         box[:, max(0, top):bottom, max(0, left):right] = 1
-        yield SimpleNamespace(number=number, id=row["file"], who=row["identity"], images=images, box=box, motion=None,
-                              wave=wave[None, : len(images) * audio.FRAME] if sound else None)
+        wave = wave[None, : len(images) * audio.FRAME] if sound else None
+        yield SimpleNamespace(number=number, id=row["file"], who=row["identity"], images=images, box=box, wave=wave, motion=None,
+                              face=row.get("face"))
 
 
 def training_frames(args, size, count=1000):
@@ -143,14 +145,17 @@ def nearest(bank, true):
 
 def measure(args, release, rows_of, sound=False):
     """Pictures against true ones. rows_of(clip) -> {row: (made, true, box, motion)} of each unseen clip -> SimpleNamespace: rows
-    {row: measures}, read {row: [(n, M)]} and truth {row: [(n, M)]} where motion is known, ids of the clips, count of people."""
-    found, read, truth, ids = {}, {}, {}, []
-    patch, size = release.decoder.config.patch_size * release.space.factor, release.meta["size"]
+    {row: measures}, read {row: [(n, M)]} and truth {row: [(n, M)]} where motion is known, ids of the clips."""
+    found, judged, read, truth, ids, size = {}, {}, {}, {}, [], release.meta["size"]
+    patch = release.decoder.config.patch_size * release.space.factor
     look = None if args.data else reader.load_reader(args.reader)
+    nets, absent = perceptual.load(args.networks, release.device) if args.networks else ({}, [])
     for c in unseen(args, size, sound):
         ids.append(c.id)
+        features = {}                                               # of this clip's pictures, each once
         for name, (made, true, box, motion) in rows_of(c).items():
             found.setdefault(name, {}).setdefault(c.who, []).append(metrics.compare(made, true, box, patch))
+            judged.setdefault(name, []).append(judge(nets, c, made, true, features, sound))
             if motion is not None:
                 read.setdefault(name, []).append(look(made))
                 truth.setdefault(name, []).append(motion)
@@ -159,8 +164,54 @@ def measure(args, release, rows_of, sound=False):
     of = args.data or "the synthetic world"
     print(f"{len(ids)} clips of {len(found[name])} unseen people of {of}, {size} px; face: the box round the head; mean [95%]")
     pictures_table(rows)
+    if nets:
+        networks_table(judged, rows)
     print(PAPER.get(args.command, ""))
+    print(*(absent or ["LPIPS, FID, FVD, Sync and CSIM need published networks: --networks DIR"] * (not nets)), sep="\n")
     return SimpleNamespace(rows=rows, read=read, truth=truth, ids=ids)
+
+
+def judge(nets, c, made, true, features, sound):
+    """What the networks of perceptual.py say of a clip's pictures: {measure: number}, and the rows for Frechet distances.
+    features: what the two that give rows said of pictures of this clip before."""
+    said, box = {}, [round(x, 3) for x in (c.face or perceptual.FACE)]
+    if "lpips" in nets:
+        said["lpips"] = nets["lpips"](made, true).mean().item()
+    if "csim" in nets:
+        said["csim"] = nets["csim"](true[:1], made, box).mean().item()
+    if "syncnet" in nets and sound:
+        said |= {k: v for k, v in nets["syncnet"](made, c.wave, box).items() if k != "offset"}
+    for name in {"inception", "i3d"} & nets.keys():
+        keys = [(name, x.data_ptr(), x.stride(0), len(x)) for x in (made, true)]
+        for key, x in zip(keys, (made, true), strict=True):
+            if key not in features:
+                features[key] = nets[name](x)
+        said[name] = [features[key] for key in keys]
+    return said
+
+
+def networks_table(judged, rows):
+    """Adds to rows {row: measures} what the networks said, {row: [what judge() returns of each clip]}, and prints it. Of the true
+    frames the Frechet distance is that of every other clip to the rest: as near as different clips of one kind come."""
+    measures = {k: None for said in judged.values() for clip in said for k in clip}
+    lines = []
+    for name, said in judged.items():
+        line = [name]
+        for k in measures:
+            if k in ("inception", "i3d"):
+                made, true = ([clip[k][side] for clip in said] for side in (0, 1))
+                if name == "true frames":
+                    made, true = made[::2], made[1::2]
+                a, b = (torch.cat(x) if x else torch.zeros(0, 1) for x in (made, true))
+                enough = min(len(a), len(b)) > 1
+                rows[name]["fid" if k == "inception" else "fvd"] = perceptual.frechet(a, b) if enough else None
+                line.append(perceptual.frechet_text(a, b, min(len(made), len(true))) if enough else "too few")
+            else:
+                rows[name][k] = metrics.interval([clip[k] for clip in said])
+                line += cell(rows[name][k], 3)
+        lines.append(line)
+    print()
+    table(["", *({"inception": "FID", "i3d": "FVD"}.get(k, k) for k in measures)], lines)
 
 
 def paced(n):
@@ -363,6 +414,7 @@ def parse(argv):
     p.add_argument("--steps", type=int, help="sampling steps (default: as released)")
     p.add_argument("--clips", type=int, help=f"unseen clips, or for probe people (default: {CLIPS})")
     p.add_argument("--data", help="reconstruct, masked, talk: the test split of a folder of data.py prepare (default: synthetic)")
+    p.add_argument("--networks", help="folder of published networks, for LPIPS, FID, FVD, Sync-C, Sync-D, CSIM (perceptual.py)")
     p.add_argument("--json", help="also write the numbers to this file")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     p.add_argument("--reader", default=str(reader.WEIGHTS), help="weights of the motion reader")

@@ -13,6 +13,7 @@ sys.path.insert(0, ROOT)
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import metrics  # noqa: E402
+import perceptual  # noqa: E402
 import reader  # noqa: E402
 import synthetic  # noqa: E402
 from decoder import Decoder, DecoderConfig  # noqa: E402
@@ -290,6 +291,28 @@ def test_real_people_speak_with_their_own_and_with_another_sound(given, grey, mo
     assert torch.equal(heard[0], heard[2]) and torch.equal(heard[1], heard[4]) and not torch.equal(heard[0], heard[1])
     assert rows["true frames"]["psnr"]["mean"] == 100 and list(rows)[:2] == ["true frames", "ours"]
     assert rows["ours"]["l1"]["mean"] == pytest.approx((15 + 40) / 2 * 5 / 6 / 255, abs=1.5 / 255)         # 6 frames were made
+
+
+def test_networks_are_asked_about_every_row(given, monkeypatch, capsys):
+    """Stand-ins for the published networks: each says of pictures what can be checked."""
+    asked = []
+
+    def inception(x):
+        asked.append(x)
+        return torch.stack([x.mean((1, 2, 3)), x.amax((1, 2, 3))], 1)
+
+    nets = {"lpips": lambda made, true: (made - true).abs().mean((1, 2, 3)), "inception": inception,
+            "syncnet": lambda frames, wave, face: {"sync_c": frames.mean(), "sync_d": wave.abs().max(), "offset": 0}}
+    monkeypatch.setattr(perceptual, "load", lambda folder, device: (nets, ["no FVD: get it there"]))
+    assert run(given, "reconstruct", "--clips", "3", "--networks", "nets", "--json", str(given / "o.json")) == 0
+    said, rows = capsys.readouterr().out, json.loads((given / "o.json").read_text())["rows"]
+    assert "no FVD: get it there" in said and "(n=3 clips: few)" in said and "(n=1 clips: few)" in said and "sync" not in said
+    assert all(row["lpips"]["mean"] == pytest.approx(2 * row["l1"]["mean"], abs=1e-4) for row in rows.values())
+    assert rows["copy the photo"]["fid"] > 0 and rows["true frames"]["fid"] > 0          # the latter: other clips
+    assert len(asked) == 3 * 10                                             # 7 rows made, frames 1.., 0.., and B's: each once
+    assert run(given, "talk", "--clips", "2", "--networks", "nets", "--json", str(given / "o.json")) == 0
+    row = json.loads((given / "o.json").read_text())["pictures"]["ours"]
+    assert row["sync_d"]["mean"] > 0 and row["fid"] > 0
 
 
 @pytest.mark.parametrize("command, clips, words", [
