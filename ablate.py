@@ -1,7 +1,8 @@
-"""The paper's ablations (tables 5 to 7, figure 9) and four of our own choices, on the synthetic world, with no label.
+"""The paper's ablations (tables 5 to 7, figure 9) and choices of our own, on the synthetic world, without a label
+in any loss but that of the row which says so.
 
     python ablate.py                        train and measure what is missing in --out, then print all tables
-    python ablate.py --only width mask      some of them: width, count, mask, attention, prediction, past
+    python ablate.py --only width mask      some of them: width, count, mask, attention, prediction, label, past
     python ablate.py --png ablations.png    also draw the curves
 
 Every variant differs from `base` in one thing. Each is trained from every seed on the same people, in the same order, and
@@ -50,11 +51,13 @@ TABLES = {
     "mask": {"none": {"mask_max": 0.0}, "0 to 50%": {}, "0 to 90%": {"mask_max": 0.9}},
     "attention": {"reference cached": {}, "full, as in the paper": decoder(full_attention=True)},
     "prediction": {"x": {}, "v": decoder(predict="v")},
+    "label": {"none": {}, "known motion, fading": {"truth": 0.3}},
 }
 PASTS = {"none": 0.0, "0 to 20%": 0.2}                             # masks of the generator's past frames (stage 2)
 TITLES = {"width": "One token, its width (paper: table 5)", "count": "64 numbers in 1 to 8 tokens (paper: table 6)",
           "mask": "Masked patches in stage 1 (paper: table 7, figure 9)", "attention": "Who sees the target",
-          "prediction": "What the decoder predicts", "past": "Masked patches of the past frames in stage 2"}
+          "prediction": "What the decoder predicts", "label": "A label in the loss of stage 1, for 80% of the run",
+          "past": "Masked patches of the past frames in stage 2"}
 CLIPS = {"reconstruct": 12, "probe": 300, "talk": 12}
 # what is measured: title -> (file, path to the number, digits)
 MEASURES = {
