@@ -352,7 +352,7 @@ def plot(path, found, width=320, height=220):
     for k, (title, values) in enumerate(found.items()):
         xs, top = [math.log(x) for x in values], max(values.values()) * 1.1
         span = (xs[-1] - xs[0]) or 1
-        points = [(width * k + 45 + (x - xs[0]) / span * (width - 80), height - 40 - y / top * (height - 75))
+        points = [(width * k + 55 + (x - xs[0]) / span * (width - 95), height - 40 - y / top * (height - 75))
                   for x, y in zip(xs, values.values(), strict=True)]
         draw.rectangle((width * k + 35, 28, width * (k + 1) - 20, height - 38), outline="silver")
         draw.line(points, fill="navy", width=2)
