@@ -272,22 +272,19 @@ def csim(net, a, b, face=FACE):
 
 
 def fit(net, weights, path):
-    """Put weights by name into net; of BatchNorm, old files lack the count of steps. ValueError names the file."""
+    """Put all weights by name into net. ValueError names the file."""
     try:
-        missing, extra = net.load_state_dict(weights, strict=False)
+        net.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{path} holds weights of other shapes than its network's; get it anew") from error
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing or extra:
-        raise ValueError(f"{path} does not fit its network ({(missing + extra)[0]}); get it anew")
+        raise ValueError(f"{path} does not hold this network's weights; get it anew") from error
     return net.eval().requires_grad_(False)
 
 
 def read(path, device):
     """A published file: a state dict (only tensors are unpickled), or TorchScript. ValueError if it is neither."""
     try:
-        if path.suffix != ".pt":
-            return dict(torch.load(path, map_location="cpu", weights_only=True))     # alex.pth was saved on a GPU
+        if path.suffix != ".pt":                                                     # alex.pth was saved on a GPU
+            return dict(torch.load(path, map_location="cpu", weights_only=True))     # a plain dict may lack BatchNorm's counts
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                                          # TorchScript is deprecated, and published
             net = torch.jit.load(path, map_location=device).eval()
