@@ -274,9 +274,14 @@ def masked(args):
 
 
 def pictures_table(rows):
-    table(["", "PSNR", "", "SSIM", "L1", "face PSNR", "", "face SSIM", "face L1", "sharpness", "seams"],
-          [[name, *(text for k in row for text in cell(row[k], 4 if "l1" in k or "ssim" in k else 2, "psnr" in k))]
-           for name, row in rows.items()])
+    """L1 in brackets: on pictures from 0 to 255."""
+    def text(k, value):
+        if "l1" in k:
+            return [f"{value['mean']:.4f} ({255 * value['mean']:.1f})"]
+        return cell(value, 4 if "ssim" in k else 2, "psnr" in k)
+
+    table(["", "PSNR", "", "SSIM", "L1 (x 255)", "face PSNR", "", "face SSIM", "face L1", "sharpness", "seams"],
+          [[name, *(part for k in row for part in text(k, row[k]))] for name, row in rows.items()])
 
 
 def probe(args):
