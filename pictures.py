@@ -116,9 +116,8 @@ def principal(tokens, count):
 
 
 def survey(release):
-    """PCA of the tokens of many people in free motion, a frame each. Each direction points to where the factor that it
-    correlates with most grows -> mean, axes (k, D), deviations, shares (k,), scores (n, k) in deviations, motion (n, M),
-    correlations (k, M)."""
+    """PCA of tokens of many people in free motion, each direction pointing to where the factor grows that it correlates with
+    most -> mean, axes (k, D), deviations, shares (k,), scores (n, k) in deviations, motion (n, M), correlations (k, M)."""
     ids = HELD_OUT + 10_000 + torch.arange(FRAMES["survey"])
     motion = random_motion(ids)
     tokens = encode(release, show(identity(ids), motion, release.meta["size"])).cpu()
@@ -139,8 +138,8 @@ def directions(release, photo, found):
         rows.append([tile(x) for x in (*frames, difference(frames[0], frames[-1], GAIN / 2))])
         most = [f"{NAMES[j]} {near[j]:+.2f}" for j in near.abs().topk(2).indices.tolist()]
         side.append(f"{k + 1}: {found.shares[k]:.1%} of variance\n\n{most[0]}\n({most[1]})")
-    title = (f"A photo's token moved along each principal direction of the tokens of {len(found.motion)} unseen people (sd: standard\n"
-             "deviations). Left: the true motion factors that correlate most with the place along it, and how much.")
+    title = (f"A photo's token moved along each principal direction (sd: standard deviations) of the tokens of {len(found.motion)}\n"
+             "unseen synthetic people. Left: the true motion factors that correlate most with the place along it, and how much.")
     return sheet(title, [*(f"{x:+d} sd" if x else "as it is" for x in STEPS), f"change, first\nto last, x {GAIN / 2:g}"], rows, side)
 
 
@@ -148,14 +147,15 @@ def trajectories(release, found):
     """Left a clip's tokens along the directions of the factors SHOWN, over time; right all frames on the first two."""
     made, yaw = clip(torch.tensor([HELD_OUT]), FRAMES["speech"]), found.motion[:, NAMES.index("yaw")]
     true = made["motion"][0]                                                                                       # (F, M)
-    path = (encode(release, show(made["identity"][0], true, release.meta["size"])).cpu() - found.mean) @ found.axes.T / found.deviations
+    tokens = encode(release, show(made["identity"][0], true, release.meta["size"])).cpu()
+    path = (tokens - found.mean) @ found.axes.T / found.deviations                                                 # (F, k)
     seconds, widest = f"{len(path) / FPS:g} s", math.degrees(yaw.abs().max())
     image = Image.new("RGB", (1200, 640), "white")
     draw = ImageDraw.Draw(image)
-    texts = [(20, 10, f"An unseen person speaks for {seconds}: the tokens along the principal direction that carries\n"
-              "each factor, and the factor's true course (both scaled to mean 0 and deviation 1)", "black", "la"),
+    texts = [(20, 10, f"An unseen synthetic person speaks for {seconds}: the tokens along the principal direction that\n"
+              "carries each factor, and the factor's true course (both scaled to mean 0 and deviation 1)", "black", "la"),
              (20, 620, "0 s", "black", "ls"), (640, 620, seconds, "black", "rs"),
-             (670, 10, f"A frame each of {len(yaw)} unseen people on directions 1 (right) and 2 (up),\ncoloured by the true yaw. "
+             (670, 10, f"A frame each of {len(yaw)} synthetic people on directions 1 (right) and 2 (up),\ncoloured by the true yaw. "
               "Black: the speaking clip's way", "black", "la"),
              (670, 80, f"yaw -{widest:.0f} degrees", NAVY, "ls"), (1180, 80, f"yaw +{widest:.0f} degrees", ORANGE, "rs")]
     for n, name in enumerate(SHOWN):
