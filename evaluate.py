@@ -63,7 +63,7 @@ def open_release(args, *kinds):
     models, meta = load_release(args.ckpt, device)
     for kind in kinds:
         if kind not in models:
-            raise ValueError(f"{args.ckpt} holds no {kind}, only {', '.join(models)}; `evaluate.py {args.command}` needs one")
+            raise ValueError(f"{args.ckpt} holds no {kind}, only {', '.join(models)}; this command needs one")
     return SimpleNamespace(**models, space=load_latents(meta["latents"], meta.get("vae", SD), device), meta=meta, device=device)
 
 

@@ -1,0 +1,241 @@
+"""What a release has learned, drawn on people that training never saw: of the synthetic world, or real.
+
+    python pictures.py [--ckpt F] [--out DIR] [--data DIR] [--device auto]
+
+    errors.png        photo | driving frame | ours | error; then another person's photo doing the same
+    directions.png    principal directions of the token: one person's token moved along each, and what each has to do with
+    trajectories.png  a speaking clip's tokens along such directions, beside the true motion
+    attention.png     where on the face the motion token looks, in each layer of the encoder
+
+--data takes photos and driving frames from the test split of a folder of data.py prepare. What needs the true motion (the
+names of the directions, the trajectories) is of the synthetic world all the same.
+"""
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import metrics
+from evaluate import NAMES, WEIGHTS, depict, encode, open_release, show
+from media import InputError
+from synthetic import FPS, HELD_OUT, clip, identity, random_motion
+from training import replace
+
+FRAMES = {"clip": 100, "survey": 2000, "speech": 200}     # to choose a driving frame from, for the directions, trajectories
+PEOPLE, DIRECTIONS, STEPS, GAIN = 5, 8, (-2, -1, 0, 1, 2), 4                # steps in standard deviations; errors amplified
+SHOWN = ("yaw", "pitch", "jaw", "blink_l")                                  # factors whose trajectories are drawn
+FONT, LINE, GAP = ImageFont.load_default(14), 18, 8
+NAVY, ORANGE = (20, 40, 140), (235, 120, 0)
+
+
+# ---- drawing --------------------------------------------------------------------------------------------------------
+
+def tile(x, note=""):
+    """(3, H, W) in [-1, 1] -> picture, small ones enlarged to about 128 pixels, with a note in its corner."""
+    pixels = ((x.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    side = x.shape[-1] * max(1, 128 // x.shape[-1])
+    image = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+    ImageDraw.Draw(image).text((4, side - 4), note, "white", FONT, anchor="ls", stroke_width=1, stroke_fill="black")
+    return image
+
+
+def heat(x):
+    """(..., H, W) from 0 to 1 -> (..., 3, H, W) in [-1, 1]: black, red, yellow, white."""
+    return torch.stack([3 * x, 3 * x - 1, 3 * x - 2], -3).clamp(0, 1) * 2 - 1
+
+
+def difference(a, b, gain):
+    """Absolute difference of two pictures (3, H, W), mean over colours, `gain` times -> heat (3, H, W), white from 1 on."""
+    return heat(gain * (a - b).abs().mean(0) / 2)
+
+
+def sheet(title, head, rows, side=None):
+    """Rows of equal pictures under their titles `head`, texts `side` left of them -> one picture, as wide as all of it needs."""
+    cell, width = rows[0][0].width + 2, lambda text: max(math.ceil(FONT.getlength(line)) for line in text.split("\n"))
+    left, high = GAP + (GAP + max(map(width, side)) if side else 0), max(text.count("\n") + 1 for text in head) * LINE
+    top = 2 * GAP + (title.count("\n") + 1) * LINE + high
+    image = Image.new("RGB", (left + max(len(head) * cell, width(title)) + GAP, top + len(rows) * cell + GAP), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((left, GAP), title, "black", FONT)
+    for j, text in enumerate(head):
+        draw.text((left + j * cell + cell // 2, top - GAP // 2), text, "black", FONT, anchor="md", align="center")
+    for i, row in enumerate(rows):
+        if side:
+            draw.text((GAP, top + i * cell + cell // 2), side[i], "black", FONT, anchor="lm")
+        for j, picture in enumerate(row):
+            image.paste(picture, (left + j * cell, top + i * cell))
+    return image
+
+
+# ---- the four pictures ----------------------------------------------------------------------------------------------
+
+def unseen(args, size):
+    """People of the test split -> [(frames (F, 3, H, W), true motion (F, M) and identity (I,), or None)]."""
+    if args.data:
+        (people,) = data.load_sets([args.data], "test")
+        if len(people) < 2:
+            raise InputError(f"{args.data}: one person in the test split; re-enactment needs two")
+        return [(data.read_clip(people[name][0]["path"], size)[0][: FRAMES["clip"]], None, None) for name in sorted(people)[:PEOPLE]]
+    made = clip(HELD_OUT + torch.arange(PEOPLE), FRAMES["clip"])
+    return [(show(who, motion, size), motion, who) for motion, who in zip(made["motion"], made["identity"], strict=True)]
+
+
+def errors(release, clips):
+    """A clip's first frame is the photo, the frame least like it drives: this person, then the photo of the next one, B."""
+    def wrong(made, true):
+        return tile(difference(made, true, GAIN), f"{metrics.psnr(made[None], true[None]).item():.1f} dB")
+
+    rows = []
+    for (frames, motion, _), (photos, _, who) in zip(clips, clips[1:] + clips[:1], strict=True):
+        at = (frames - frames[:1]).abs().mean((1, 2, 3)).argmax()
+        token = encode(release, frames[at][None])
+        ours, other = (depict(release, photo, token, release.meta["steps"], 0)[0] for photo in (frames[0], photos[0]))
+        rows.append([*map(tile, (frames[0], frames[at], ours)), wrong(ours, frames[at]), tile(photos[0]), tile(other)])
+        if motion is not None:
+            true = show(who, motion[at][None], release.meta["size"])[0]
+            rows[-1] += [tile(true), wrong(other, true)]
+    error = f"error x {GAIN}\n(white: {100 / GAIN:.0f}%)"
+    head = ["photo of A", "driving frame", "ours", error, "photo of B", "ours: B as A", "true: B as A", error]
+    title = ("Unseen people: A's photo driven by the frame of A's clip that is least like it (left half), and the photo of another\n"
+             "person B driven by the same frame (right half). Error: absolute difference, and the frame's PSNR.")
+    return sheet(title, head[: len(rows[0])], rows)
+
+
+def principal(tokens, count):
+    """PCA of tokens (n, D) -> mean (D,), orthonormal directions (k, D), deviation along each (k,), share of variance (k,)."""
+    mean = tokens.mean(0)
+    _, s, axes = torch.linalg.svd(tokens - mean, full_matrices=False)
+    return mean, axes[:count], (s / (len(tokens) - 1) ** 0.5).clamp(min=1e-9)[:count], (s**2 / (s**2).sum())[:count]
+
+
+def survey(release):
+    """PCA of tokens of many people in free motion, each direction pointing to where the factor grows that it correlates with
+    most -> mean, axes (k, D), deviations, shares (k,), scores (n, k) in deviations, motion (n, M), correlations (k, M)."""
+    ids = HELD_OUT + 10_000 + torch.arange(FRAMES["survey"])
+    motion = random_motion(ids)
+    tokens = encode(release, show(identity(ids), motion, release.meta["size"])).cpu()
+    mean, axes, deviations, shares = principal(tokens, DIRECTIONS)
+    scores = (tokens - mean) @ axes.T / deviations
+    found = torch.stack([metrics.correlation(scores[:, k: k + 1].expand_as(motion), motion) for k in range(len(axes))])
+    sign = torch.where(found.gather(1, found.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)                    # (k, 1)
+    return SimpleNamespace(mean=mean, axes=sign * axes, deviations=deviations, shares=shares, scores=scores * sign.T,
+                           motion=motion, correlations=sign * found)
+
+
+def directions(release, photo, found):
+    """The token of photo (3, H, W) moved along each direction, painted."""
+    still, side, rows = encode(release, photo[None]), [], []
+    for k, near in enumerate(found.correlations):
+        moved = still + (torch.tensor(STEPS)[:, None] * found.deviations[k] * found.axes[k]).to(still)             # (n, L*D)
+        frames = depict(release, photo, moved, release.meta["steps"], 0)
+        rows.append([tile(x) for x in (*frames, difference(frames[0], frames[-1], GAIN / 2))])
+        most = [f"{NAMES[j]} {near[j]:+.2f}" for j in near.abs().topk(2).indices.tolist()]
+        side.append(f"{k + 1}: {found.shares[k]:.1%} of variance\n\n{most[0]}\n({most[1]})")
+    title = (f"A photo's token moved along each principal direction (sd: standard deviations) of the tokens of {len(found.motion)}\n"
+             "unseen synthetic people. Left: the true motion factors that correlate most with the place along it, and how much.")
+    return sheet(title, [*(f"{x:+d} sd" if x else "as it is" for x in STEPS), f"change, first\nto last, x {GAIN / 2:g}"], rows, side)
+
+
+def trajectories(release, found):
+    """Left a clip's tokens along the directions of the factors SHOWN, over time; right all frames on the first two."""
+    made, yaw = clip(torch.tensor([HELD_OUT]), FRAMES["speech"]), found.motion[:, NAMES.index("yaw")]
+    true = made["motion"][0]                                                                                       # (F, M)
+    tokens = encode(release, show(made["identity"][0], true, release.meta["size"])).cpu()
+    path = (tokens - found.mean) @ found.axes.T / found.deviations                                                 # (F, k)
+    seconds, widest = f"{len(path) / FPS:g} s", math.degrees(yaw.abs().max())
+    image = Image.new("RGB", (1200, 640), "white")
+    draw = ImageDraw.Draw(image)
+    texts = [(20, 10, f"An unseen synthetic person speaks for {seconds}: the tokens along the principal direction that\n"
+              "carries each factor, and the factor's true course (both scaled to mean 0 and deviation 1)", "black", "la"),
+             (20, 620, "0 s", "black", "ls"), (640, 620, seconds, "black", "rs"),
+             (670, 10, f"A frame each of {len(yaw)} synthetic people on directions 1 (right) and 2 (up),\ncoloured by the true yaw. "
+              "Black: the speaking clip's way", "black", "la"),
+             (670, 80, f"yaw -{widest:.0f} degrees", NAVY, "ls"), (1180, 80, f"yaw +{widest:.0f} degrees", ORANGE, "rs")]
+    for n, name in enumerate(SHOWN):
+        j, y = NAMES.index(name), 80 + 137 * n
+        k = found.correlations[:, j].abs().argmax().item()
+        pair = torch.stack([true[:, j], path[:, k] * found.correlations[k, j].sign()])                             # (2, F)
+        pair = (pair - pair.mean(1, keepdim=True)) / pair.std(1, keepdim=True).clamp(min=1e-6)
+        level = y + 95 - 76 * (pair - pair.min()) / (pair.max() - pair.min()).clamp(min=1e-6)
+        draw.rectangle((20, y + 14, 640, y + 100), outline="silver")
+        for values, colour in zip(level.tolist(), (ORANGE, NAVY), strict=True):
+            draw.line([(20 + 620 * t / (len(path) - 1), v) for t, v in enumerate(values)], colour, 2)
+        texts += [(20, y + 8, f"true {name}", ORANGE, "ls"), (150, y + 8, f"token, direction {k + 1}", NAVY, "ls"),
+                  (640, y + 8, f"correlation {metrics.correlation(*pair[:, :, None]).item():.2f}", "black", "rs")]
+    share = 0.5 + math.degrees(0.5) / widest * yaw[:, None]                                                        # (n, 1) in 0..1
+    shades = (torch.tensor(NAVY) + share * (torch.tensor(ORANGE) - torch.tensor(NAVY))).int().tolist()
+    places, way = ([(925 + 95 * x, 347 - 95 * y) for x, y in s[:, :2].clamp(-2.6, 2.6).tolist()] for s in (found.scores, path))
+    draw.rectangle((670, 94, 1180, 602), outline="silver")
+    for (x, y), shade in zip(places, shades, strict=True):
+        draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=tuple(shade))
+    draw.line(way, "black", 2)
+    for x, y, text, colour, anchor in texts:
+        draw.text((x, y), text, colour, FONT, anchor=anchor)
+    return image
+
+
+def looks(attention, x):
+    """Weights of an attention layer whose input is x (B, n, E) -> (B, heads, n, n); rows sum to one."""
+    q, k, _ = attention.project(x)
+    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+
+
+def seen(encoder, z):
+    """Pictures z (B, C, H, W) -> what each layer's motion token attends to, (B, depth, N+L): patches, then tokens. Mean over
+    heads (and motion tokens)."""
+    found, tokens = [], encoder.config.num_tokens
+    hooks = [block.attention.register_forward_hook(lambda layer, given, _: found.append(looks(layer, *given)[:, :, -tokens:]))
+             for block in encoder.blocks]
+    encoder(z)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([x.mean((1, 2)) for x in found], 1)
+
+
+def attention(release, frames):
+    """frames (n, 3, H, W), a row each: the frame, then each layer's attention laid over it."""
+    found, c = seen(release.encoder, release.space.encode(frames.to(release.device))).float().cpu(), release.encoder.config
+    maps = found[..., : -c.num_tokens].unflatten(2, (c.image_size // c.patch_size, -1))  # (n, depth, h, w)
+    smooth = F.interpolate(maps, size=frames.shape[-2:], mode="bicubic").clamp(min=0)
+    smooth = heat(smooth / smooth.amax((2, 3), keepdim=True))                                           # (n, depth, 3, H, W)
+    rows = [[tile(x), *(tile(0.45 * x + 0.55 * m + 0.1, f"{share:.0%}") for m, share in zip(*layers, strict=True))]
+            for x, *layers in zip(frames, smooth, maps.amax((2, 3)), strict=True)]
+    title = ("Where the motion token looks in each layer of the encoder: its attention to the\n"
+             "frame's patches, mean over heads. White: the patch that gets most, and its share.")
+    return sheet(title, ["frame", *(f"layer {k + 1}" for k in range(maps.shape[1]))], rows)
+
+
+def main(argv=None):
+    """-> exit status: 0, or 2 after one sentence about what cannot be used."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--ckpt", default=str(WEIGHTS / "semo-tiny.safetensors"), help="release (default: the embedded)")
+    p.add_argument("--out", default="pictures", help="folder for the four PNG files (default: %(default)s)")
+    p.add_argument("--data", help="a folder made by data.py prepare, its test split (default: the synthetic world)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+    args, began = p.parse_args(argv), time.time()
+    try:
+        with torch.inference_mode():
+            release = open_release(args, "encoder", "decoder")
+            clips = unseen(args, release.meta["size"])
+            found = survey(release)
+            made = {"errors": errors(release, clips), "directions": directions(release, clips[-2][0][0], found),
+                    "trajectories": trajectories(release, found),
+                    "attention": attention(release, torch.stack([frames[-1] for frames, *_ in clips]))}
+        for name, image in made.items():
+            replace(Path(args.out) / f"{name}.png", lambda path, image=image: image.save(path, format="PNG", optimize=True))
+    except (InputError, ValueError, OSError) as error:
+        print(f"pictures.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {', '.join(f'{name}.png' for name in made)}; {time.time() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""pictures.py: directions, names, attention and errors against planted cases whose answer is known; the command."""
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import data  # noqa: E402
+import pictures  # noqa: E402
+from decoder import Decoder, DecoderConfig  # noqa: E402
+from encoder import EncoderConfig, MotionEncoder  # noqa: E402
+from media import VideoWriter  # noqa: E402
+from pictures import GAP, NAMES, NAVY, ORANGE, SHOWN  # noqa: E402
+from training import save_release  # noqa: E402
+
+torch.set_num_threads(1)
+META = {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1}
+SHAPE = {"image_size": 32, "patch_size": 8, "width": 32, "heads": 2, "token_dim": 12}
+RELEASE = SimpleNamespace(meta=META, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A small untrained release, and its encoder alone."""
+    folder = tmp_path_factory.mktemp("given")
+    torch.manual_seed(0)
+    models = {"encoder": MotionEncoder(EncoderConfig(**SHAPE, depth=2)), "decoder": Decoder(DecoderConfig(**SHAPE, depth=1, expand=2))}
+    save_release(folder / "w.safetensors", models, META)
+    save_release(folder / "e.safetensors", {"encoder": models["encoder"]}, META)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(pictures, "FRAMES", {"clip": 6, "survey": 40, "speech": 20})
+
+
+@pytest.fixture
+def sheets(monkeypatch):
+    """What pictures.sheet was given."""
+    asked = []
+    monkeypatch.setattr(pictures, "sheet", lambda *args, real=pictures.sheet: asked.append(args) or real(*args))
+    return asked
+
+
+def pixels(image):
+    return torch.from_numpy(np.array(image.convert("RGB"))).int()                   # (H, W, 3)
+
+
+def has(image, colour):
+    return bool((pixels(image) == torch.tensor(colour).int()).all(2).any())
+
+
+def test_principal_directions_are_the_eigenvectors_of_the_covariance():
+    draw = torch.Generator().manual_seed(0)
+    tokens = (torch.randn(500, 10, generator=draw) * torch.arange(1, 11)) @ torch.randn(10, 10, generator=draw) + 7
+    mean, axes, deviations, shares = pictures.principal(tokens, 6)
+    assert torch.allclose(axes @ axes.T, torch.eye(6), atol=1e-5) and torch.allclose(mean, tokens.mean(0))
+    values, vectors = torch.linalg.eigh(torch.cov(tokens.T))
+    values, vectors = values.flip(0), vectors.flip(1)
+    assert torch.allclose(shares, (values / values.sum())[:6], atol=1e-4)
+    assert torch.allclose(deviations, values[:6].sqrt(), rtol=1e-4)
+    assert torch.allclose((axes @ vectors[:, :6]).abs(), torch.eye(6), atol=1e-3)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_planted_factor_names_its_direction_and_moves_the_token(monkeypatch, sheets, sign):
+    """The token is the jaw along one line, and a little noise; direction 1 must be that line, towards an open jaw, whichever
+    way the decomposition points."""
+    draw = torch.Generator().manual_seed(0)
+    line, moves, jaw = torch.nn.functional.normalize(torch.randn(12, generator=draw), dim=0), [], NAMES.index("jaw")
+    monkeypatch.setattr(pictures, "show", lambda people, motion, size: motion)
+
+    def either(tokens, count, real=pictures.principal):
+        mean, axes, *rest = real(tokens, count)
+        return mean, sign * axes, *rest
+
+    monkeypatch.setattr(pictures, "principal", either)
+    noise = 0.01 * torch.randn(40, 12, generator=draw)
+    monkeypatch.setattr(pictures, "encode", lambda release, x: 5 * x[:, jaw, None] * line + noise)
+    found = pictures.survey(RELEASE)
+    assert found.shares[0] > 0.99 and torch.allclose(found.axes[0], line, atol=0.02)
+    assert found.correlations[0].argmax() == jaw and found.correlations[0, jaw] > 0.999
+    assert (found.correlations.max(1).values >= found.correlations.min(1).values.abs()).all()
+    assert torch.allclose(found.scores.std(0), torch.ones(8), atol=1e-3)
+    assert torch.corrcoef(torch.stack([found.scores[:, 0], found.motion[:, jaw]]))[0, 1] > 0.999
+
+    monkeypatch.setattr(pictures, "encode", lambda release, x: torch.full((1, 12), 3.0))
+    monkeypatch.setattr(pictures, "depict", lambda release, photo, tokens, *_: moves.append(tokens) or photo.expand(5, -1, -1, -1))
+    pictures.directions(RELEASE, torch.zeros(3, 32, 32), found)
+    (_, head, rows, side), = sheets
+    assert "jaw +1.00" in side[0] and "100.0% of variance" in side[0] and "jaw +1.00" not in side[1]
+    assert len(side) == len(rows) == 8 and {len(row) for row in rows} == {len(head)} and head[2] == "as it is"
+    moved = (moves[0] - 3) @ line / (5 * found.motion[:, jaw].std())
+    assert torch.allclose(moved, torch.tensor([-2.0, -1, 0, 1, 2]), atol=0.01) and (moves[0][2] == 3).all()
+
+
+def test_recomputed_attention_is_that_of_the_layer():
+    torch.manual_seed(1)
+    encoder = MotionEncoder(EncoderConfig(**SHAPE, depth=3, num_tokens=2)).eval()
+    with torch.inference_mode():
+        for block in encoder.blocks:                                                # far from uniform, and heads unlike
+            block.attention.qkv.weight *= 6
+        layer, x = encoder.blocks[0].attention, torch.randn(2, 18, 32)
+        weights, (_, _, v) = pictures.looks(layer, x), layer.project(x)
+        assert torch.allclose(weights.sum(-1), torch.ones(2, 2, 18), atol=1e-5) and weights.amax() > 0.3
+        assert torch.allclose(layer.out((weights @ v).transpose(1, 2).flatten(2)), layer(x), atol=1e-5)
+
+        inputs = []                                                                 # the layers' inputs, seen from outside
+        for block in encoder.blocks:
+            block.norm1.register_forward_hook(lambda module, given, out: inputs.append(out))
+        z = torch.rand(2, 3, 32, 32) * 2 - 1
+        found = pictures.seen(encoder, z)
+        assert found.shape == (2, 3, 18) and torch.allclose(found.sum(-1), torch.ones(2, 3), atol=1e-5)
+        for k, block in enumerate(encoder.blocks):
+            direct = pictures.looks(block.attention, inputs[k])[:, :, 16:].mean((1, 2))
+            assert torch.allclose(found[:, k], direct, atol=1e-6)
+        assert not any(block.attention._forward_hooks for block in encoder.blocks)
+
+
+def test_the_overlay_glows_where_the_token_looks(monkeypatch, sheets):
+    planted = torch.full((1, 2, 17), 0.01)
+    planted[0, 0, 1 * 4 + 3], planted[0, 1, 16] = 0.5, 0.9                          # row 1, column 3; layer 2: the token itself
+    monkeypatch.setattr(pictures, "seen", lambda *given: planted)
+    release = SimpleNamespace(encoder=MotionEncoder(EncoderConfig(**SHAPE, depth=2)), space=SimpleNamespace(encode=lambda x: x),
+                              device=torch.device("cpu"))
+    pictures.attention(release, torch.zeros(1, 3, 32, 32))
+    frame, layer, even = (pixels(x).sum(2).float() for x in sheets[0][2][0])
+    layer[-24:, :48] = even[-24:, :48] = 0                                          # the notes
+    where = layer.argmax()
+    assert 32 <= where // 128 < 64 and 96 <= where % 128 < 128 and layer[48, 112] > layer[80, 48] + 200
+    assert even[:96].std() < 1 and (frame == frame[0, 0]).all()
+
+
+def test_errors_are_those_of_the_frame_least_like_the_photo(monkeypatch, sheets):
+    """Grey clips: frame 2 differs most and drives. A decoder that paints 0.2 too bright: x 4 is 40% of the scale."""
+    grey = torch.tensor([0.0, 0.1, 0.7, -0.3]).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    clips = [(grey - shift, torch.tensor([0, 0, 0.9, 0])[:, None], torch.zeros(32)) for shift in (0, 0.1)]
+    monkeypatch.setattr(pictures, "encode", lambda release, x: x[:, :1, 0, 0])
+    monkeypatch.setattr(pictures, "depict", lambda release, photo, tokens, *_: tokens.view(1, 1, 1, 1).expand(1, 3, 32, 32) + 0.2)
+    monkeypatch.setattr(pictures, "show", lambda who, motion, size: motion.view(1, 1, 1, 1).expand(1, 3, 32, 32))
+    noted = []
+    monkeypatch.setattr(pictures, "tile", lambda x, note="", real=pictures.tile: noted.append(note) or real(x, note))
+    pictures.errors(RELEASE, clips)
+    first, second = sheets[0][2]
+
+    def level(tile):
+        return (pixels(tile)[:64].float().mean((0, 1)) / 127.5 - 1).tolist()
+
+    assert [level(first[k])[0] for k in (0, 1, 2, 4, 5, 6)] == pytest.approx([0, 0.7, 0.9, -0.1, 0.9, 0.9], abs=0.01)
+    assert level(first[3]) == pytest.approx([1, -0.6, -1], abs=0.02)               # 0.4: red, a little yellow
+    assert level(first[7]) == pytest.approx([-1, -1, -1]) and level(second[7])[0] > -0.5
+    assert noted[3] == "20.0 dB"
+
+
+def test_trajectories_follow_where_the_token_is_the_factor(monkeypatch):
+    """The token is the motion itself: each curve covers the true one. Of a token of noise the true one stays to be seen."""
+    n, pick = len(SHOWN), [NAMES.index(name) for name in SHOWN]
+    eye, motion = torch.eye(len(NAMES))[pick], torch.zeros(3, len(NAMES))
+    motion[:, 0], scores = torch.tensor([-0.2, 0.2, 0.0]), torch.tensor([[-2.0, 2], [2, 2], [0, -2]])
+    monkeypatch.setattr(pictures, "show", lambda people, motion, size: motion)
+    monkeypatch.setattr(pictures, "encode", lambda release, x: x)
+    for sign in (1, -1):
+        found = SimpleNamespace(mean=torch.zeros(17), axes=sign * eye, deviations=torch.full((n,), 0.5), correlations=sign * eye,
+                                scores=scores, motion=motion)
+        image = pictures.trajectories(RELEASE, found)
+        boxes = [(21, 80 + 137 * k + 15, 639, 80 + 137 * k + 99) for k in range(n)]
+        assert all(has(image.crop(box), NAVY) and not has(image.crop(box), ORANGE) for box in boxes)
+        left, right = (image.getpixel((925 + x, 347 - 190)) for x in (-190, 190))
+        assert left == NAVY and right == ORANGE
+    monkeypatch.setattr(pictures, "encode", lambda release, x: torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
+    image = pictures.trajectories(RELEASE, found)
+    assert all(has(image.crop(box), ORANGE) for box in boxes)
+
+
+def test_no_label_is_cut_off_or_hidden():
+    """All ink of the texts on a sheet is there, and none within its margins."""
+    texts = ("a long title, longer than the single picture under it is wide,\nand then a second line of it", "head\nof two lines",
+             "a label at its left")
+    image = pictures.sheet(texts[0], [texts[1]], [[Image.new("RGB", (128, 128), "red")]], [texts[2]])
+    wide = Image.new("RGB", (2000, 200), "white")
+    for k, text in enumerate(texts):
+        ImageDraw.Draw(wide).text((10, 10 + 60 * k), text, "black", pictures.FONT, align="center")
+    ink, ground = 255 * 3 - pixels(wide).sum(2), pixels(image)
+    drawn = torch.where((ground == torch.tensor([255, 0, 0])).all(2), 0, 255 * 3 - ground.sum(2))
+    assert drawn.sum().item() == pytest.approx(ink.sum().item(), rel=0.02)
+    assert not drawn[:, -GAP + 2:].any() and not drawn[:, : GAP - 1].any() and not drawn[: GAP - 1].any()
+
+
+def test_the_command_draws_four_pictures(given, tmp_path, capsys, sheets):
+    assert pictures.main(["--ckpt", str(given / "w.safetensors"), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["attention.png", "directions.png", "errors.png", "trajectories.png"]
+    sizes = {name[:-4]: Image.open(tmp_path / "out" / name).size for name in os.listdir(tmp_path / "out")}
+    assert sizes["trajectories"] == (1200, 640)
+    for name, asked, columns, rows in zip(("errors", "directions", "attention"), sheets, (8, 6, 3), (5, 8, 5), strict=True):
+        assert len(asked[1]) == columns and len(asked[2]) == rows
+        assert sizes[name][0] >= 130 * columns and 0 < sizes[name][1] - 130 * rows < 100
+    assert "errors.png" in capsys.readouterr().out
+
+
+def test_of_real_people_only_what_is_known_is_shown(given, tmp_path, capsys, sheets):
+    (tmp_path / "clips").mkdir()
+    rows = []
+    for k, (who, split) in enumerate([("a", "train"), ("b", "test"), ("c", "test")]):
+        with VideoWriter(tmp_path / f"clips/{k}.mp4", 32) as video:
+            for n in range(8):
+                video.write(np.full((32, 32, 3), 80 * k + 6 * n, np.uint8))
+        rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": False})
+    data.write_lines(tmp_path / "manifest.jsonl", rows)
+    args = ["--ckpt", str(given / "w.safetensors"), "--device", "cpu", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert pictures.main(args) == 0 and len(os.listdir(tmp_path / "out")) == 4
+    errors = sheets[0]
+    assert len(errors[1]) == 6 and [len(row) for row in errors[2]] == [6, 6] and not any("true" in text for text in errors[1])
+    shown = [[pixels(row[k])[64, 64, 0].item() for k in (0, 1, 4)] for row in errors[2]]
+    assert np.abs(np.array(shown) - [[80, 110, 160], [160, 190, 80]]).max() < 6     # of 6 frames the last drives
+    data.write_lines(tmp_path / "manifest.jsonl", rows[:2])
+    refused(capsys, pictures.main(args), "one person")
+
+
+def refused(capsys, status, *words):
+    """Status 2, one line on stderr that holds the words."""
+    said = capsys.readouterr().err.splitlines()
+    assert status == 2 and len(said) == 1 and said[0].startswith("pictures.py: ")
+    assert all(word in said[0] for word in words), said
+
+
+def test_what_cannot_be_used_is_refused_and_leaves_nothing(given, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    (tmp_path / "bad").write_bytes((given / "w.safetensors").read_bytes()[:5000])
+    good = ["--ckpt", str(given / "w.safetensors"), *out]
+    refused(capsys, pictures.main(["--ckpt", str(tmp_path / "bad"), *out]), "bad", "not a readable")
+    refused(capsys, pictures.main(["--ckpt", str(given / "e.safetensors"), *out]), "no decoder")
+    refused(capsys, pictures.main([*good, "--device", "abacus"]), "abacus")
+    refused(capsys, pictures.main([*good, "--data", str(tmp_path)]), "manifest.jsonl")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("a file")
+    refused(capsys, pictures.main([*good, "--device", "cpu"]), "out")
+    assert sorted(os.listdir(tmp_path)) == ["bad", "out"]
