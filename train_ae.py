@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -298,8 +298,7 @@ def main(argv=None):
             pictures = args.accumulate * world * args.refs * (args.frames if args.frames > 1 else preset["targets"])
             training.log(files["log.jsonl"], step=step, loss=sum(recent) / len(recent), psnr=psnr, psnr_copy=copy,
                          pictures_per_second=pictures * (step - first) / (time.time() - began))
-            training.save_state(files["state.pt"], step=step, configs={k: asdict(c) for k, c in configs.items()},
-                                model=model.state_dict(), ema=ema.state_dict(), optimisers=[o.state_dict() for o in optimisers])
+            training.save_run(files["state.pt"], step, configs, model, ema, optimisers)
         if stop:
             break
     bar.close()

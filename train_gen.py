@@ -14,7 +14,7 @@ import hashlib
 import os
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -268,8 +268,7 @@ def main(argv=None):
             preview(os.path.join(args.out, f"step{step:06d}.mp4"), done, about, space, quiet, args, device)
             training.log(files["log.jsonl"], step=step, loss=loss.item(),
                          windows_per_second=(step - first) * world * args.windows / (time.time() - began))
-            training.save_state(files["state.pt"], step=step, configs={"generator": asdict(config)}, model=model.state_dict(),
-                                ema=ema.state_dict(), optimisers=[o.state_dict() for o in optimisers])
+            training.save_run(files["state.pt"], step, {"generator": config}, model, ema, optimisers)
         if stop:
             break
     bar.close()

@@ -202,6 +202,12 @@ def save_state(path, **state):
     replace(path, lambda name: torch.save(state, name))
 
 
+def save_run(path, step, configs, model, ema, optimisers):
+    """All that `resume` needs."""
+    save_state(path, step=step, configs={kind: asdict(config) for kind, config in configs.items()}, model=model.state_dict(),
+               ema=ema.state_dict(), optimisers=[optimiser.state_dict() for optimiser in optimisers])
+
+
 def resume(path, configs, model, ema, optimisers):
     """Go on from `path`, if it exists -> the number of steps done. Exits if the run there has other networks, or if only some
     processes see it: they would train different steps."""

@@ -185,8 +185,7 @@ def run_of(seed=0, frames=1, steps=2):
 
 
 def save(path, configs, model, ema, found):
-    training.save_state(path, step=2, configs={k: training.asdict(c) for k, c in configs.items()}, model=model.state_dict(),
-                        ema=ema.state_dict(), optimisers=[o.state_dict() for o in found])
+    training.save_run(path, 2, configs, model, ema, found)
 
 
 def test_resume_restores_everything(tmp_path):
