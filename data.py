@@ -26,7 +26,20 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from media import FPS, SAMPLE_RATE, InputError, VideoWriter, has_audio, load_audio, picture_stream, read_frames, square_box, whole_file
+from media import (
+    FPS,
+    SAMPLE_RATE,
+    InputError,
+    VideoWriter,
+    has_audio,
+    load_audio,
+    open_image,
+    picture_stream,
+    read_frames,
+    square_box,
+    to_tensor,
+    whole_file,
+)
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".ts", ".wmv", ".flv", ".3gp")
 SHORTEST, LONGEST = 1.0, 10.0    # seconds of a clip
@@ -103,10 +116,10 @@ def load_detector(path):
     try:
         import cv2
     except ImportError:
-        raise InputError("finding faces needs OpenCV: pip install opencv-python-headless, or give --crop centre") from None
+        raise InputError("finding faces needs OpenCV: pip install opencv-python-headless, or do without it (README)") from None
     if not os.path.isfile(path):
         raise InputError(f"{path} does not exist; give --detector the file {YUNET} of opencv/opencv_zoo "
-                         "(models/face_detection_yunet), or --crop centre")
+                         "(models/face_detection_yunet), or do without it (README)")
     cv2.setNumThreads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)      # version 5 warns of a setting of its own
     try:
@@ -125,6 +138,20 @@ def find_face(detector, image):
         return None
     x, y, w, h = max(faces, key=lambda face: face[2] * face[3])[:4] / scale
     return [float(x), float(y), float(x + w), float(y + h)]
+
+
+def load_face(path, size, detector):
+    """A picture file -> (3, size, size) float in [-1, 1]: the square round its largest face, framed as `prepare` frames clips. What
+    lies outside the picture repeats its edge. Raises InputError."""
+    image = open_image(path)
+    face = find_face(detector, image)
+    if face is None:
+        raise InputError(f"{path}: no face found; give a photo of one that looks at the camera, or leave out --detector")
+    left, top, right, bottom = face
+    side = max(2, round((bottom - top) / FACE))
+    x, y = round((left + right - side) / 2), round((top + bottom - side) / 2)
+    rows, columns = (np.arange(start, start + side).clip(0, most - 1) for start, most in ((y, image.height), (x, image.width)))
+    return to_tensor(Image.fromarray(np.asarray(image)[rows][:, columns]), size)
 
 
 def look(path, detector):

@@ -94,8 +94,9 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def load_image(path, size):
-    """A picture file -> (3, size, size) float in [-1, 1]: upright, opaque, square (square_box). Raises InputError."""
+def open_image(path, least=None):
+    """A picture file -> PIL picture, upright, opaque, RGB. Raises InputError. least: a jpeg larger than that is decoded at a half,
+    a quarter or an eighth of its size."""
     check_file(path, IMAGE_WANTED)
     try:
         with warnings.catch_warnings():
@@ -113,15 +114,21 @@ def load_image(path, size):
         raise InputError(f"{path} is {width}x{height} pixels; give a picture of at least {MIN_SIDE}x{MIN_SIDE}")
     with image:
         try:
-            image.draft("RGB", (2 * size, 2 * size))              # large jpegs decode at a half, a quarter, an eighth
+            if least:
+                image.draft("RGB", (least, least))
             image.load()
             try:
                 image = ImageOps.exif_transpose(image)
             except Exception:                                     # damaged EXIF says nothing about which way is up
                 pass
-            return to_tensor(to_rgb(image), size)
+            return to_rgb(image)
         except Exception:
             raise InputError(f"{path} is a damaged or cut-off picture; copy it again or give another") from None
+
+
+def load_image(path, size):
+    """A picture file -> (3, size, size) float in [-1, 1]: upright, opaque, square (square_box). Raises InputError."""
+    return to_tensor(open_image(path, 2 * size), size)
 
 
 # -------------------------------------------------------------------------------------------------------------- sound

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import audio
+import data
 import media
 from decoder import paint
 from generator import dream
@@ -133,6 +134,7 @@ def loudness(path):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--img", required=True, help="the photo: jpg, png or webp, one face")
+    parser.add_argument("--detector", help="OpenCV's YuNet, .onnx: cut the photo round its face as in training (default: its middle)")
     drive = parser.add_mutually_exclusive_group(required=True)
     drive.add_argument("--wav", help="the speech: wav, flac, ogg, mp3, m4a or a video with sound; -: raw from stdin, as it "
                                      "arrives (signed 16-bit little-endian PCM, mono, 16 kHz)")
@@ -216,7 +218,11 @@ def run(args):
     meta.update({name: given for name, given in (("vae", args.vae), ("whisper", args.whisper)) if given})
     if args.wav and "generator" not in models:
         raise media.InputError(f"{args.ckpt} holds no motion generator; give another, or --video in place of --wav")
-    frames, total, sound = frames_and_sound(args, models, meta, media.load_image(args.img, meta["size"]))
+    if args.detector:
+        image = data.load_face(args.img, meta["size"], data.load_detector(args.detector))
+    else:
+        image = media.load_image(args.img, meta["size"])
+    frames, total, sound = frames_and_sound(args, models, meta, image)
     out = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) if live else args.out
     start = time.perf_counter()
     with media.VideoWriter(out, meta["size"], sound) as video, tqdm(total=total, unit="frame", disable=None) as bar:

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import media
@@ -234,12 +235,14 @@ def test_faces_that_do_not_do_are_told(faces, word):
     assert word in data.face_square(faces, 400, 300, 100)
 
 
-def test_prepare_cuts_where_the_detector_says(tmp_path, monkeypatch):
-    """The detector replaced by one that finds the bright square: the crop has it in the middle, 0.6 of the side."""
-    def find(_, image):
-        where = np.argwhere(np.asarray(image)[..., 0] > 128)
-        return None if len(where) == 0 else [*where.min(0)[::-1].astype(float), *(where.max(0)[::-1] + 1.0)]
+def find(_, image):
+    """In place of the detector: the bright square is the face."""
+    where = np.argwhere(np.asarray(image)[..., 0] > 128)
+    return None if len(where) == 0 else [*where.min(0)[::-1].astype(float), *(where.max(0)[::-1] + 1.0)]
 
+
+def test_prepare_cuts_where_the_detector_says(tmp_path, monkeypatch):
+    """The crop has the face in the middle, 0.6 of the side."""
     def paint(k):
         picture = np.full((120, 160, 3), 30, np.uint8)
         picture[40:64, 90:114] = 220
@@ -256,6 +259,22 @@ def test_prepare_cuts_where_the_detector_says(tmp_path, monkeypatch):
     bright = (frames[0, 0] > 0.2).nonzero()
     assert bright.min(0).values.tolist() == pytest.approx([8, 8], abs=1)
     assert bright.max(0).values.tolist() == pytest.approx([31, 31], abs=1)
+
+
+@pytest.mark.parametrize("top, left", [(40, 90), (2, 130)])
+def test_a_photo_is_cut_as_the_clips_are(tmp_path, monkeypatch, top, left):
+    """Also near a corner, where the picture's edge is repeated."""
+    pixels = np.full((120, 160, 3), (30, 60, 90), np.uint8)
+    pixels[top: top + 24, left: left + 24] = 220
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    monkeypatch.setattr(data, "find_face", find)
+    image = data.load_face(str(tmp_path / "a.png"), 40, "some")
+    bright = (image[0] > 0.2).nonzero()
+    assert image.shape == (3, 40, 40) and bright.min(0).values.tolist() == [8, 8] and bright.max(0).values.tolist() == [31, 31]
+    assert torch.allclose(image[:, 35, 3], torch.tensor([30, 60, 90]) / 127.5 - 1, atol=0.02)
+    Image.fromarray(pixels // 2).save(tmp_path / "b.png")
+    with pytest.raises(media.InputError, match="b.png: no face found"):
+        data.load_face(str(tmp_path / "b.png"), 40, "some")
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import audio  # noqa: E402
+import data  # noqa: E402
 import media  # noqa: E402
 import sample  # noqa: E402
 from decoder import Decoder, DecoderConfig  # noqa: E402
@@ -78,6 +79,19 @@ def test_photo_and_speech_make_a_video(given, tmp_path, capsys):
     with av.open(str(tmp_path / "o.mp4")) as container:
         video, sound = container.streams.video[0], container.streams.audio[0]
         assert (video.frames, video.width, video.height, sound.rate, sound.channels) == (25, 32, 32, 22050, 2)
+    assert os.listdir(tmp_path) == ["o.mp4"]
+
+
+def test_with_a_detector_the_photo_is_cut_round_its_face(given, tmp_path, monkeypatch):
+    """The face found fills the photo: its square is larger, and what is beyond repeats the edge."""
+    seen, talk = [], sample.talk
+    monkeypatch.setattr(sample, "talk", lambda models, meta, image, *more: seen.append(image) or talk(models, meta, image, *more))
+    monkeypatch.setattr(data, "load_detector", lambda path: path)
+    monkeypatch.setattr(data, "find_face", lambda detector, image: [0.0, 0.0, *map(float, image.size)])
+    assert sample.main(command(given, tmp_path / "o.mp4", "--detector", "yunet.onnx")) == 0
+    assert seen[0].shape == (3, 32, 32) and (seen[0][:, :, 0] - seen[0][:, :, 1]).abs().max() < 0.02
+    monkeypatch.setattr(data, "find_face", lambda detector, image: None)
+    assert sample.main(command(given, tmp_path / "p.mp4", "--detector", "yunet.onnx")) == 2
     assert os.listdir(tmp_path) == ["o.mp4"]
 
 
