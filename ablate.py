@@ -164,7 +164,7 @@ def plot(path, found, tables, width=290, height=200):
                 return bottom - (value - low) / (high - low) * (bottom - top)
 
             draw.rectangle((left, top, right, bottom), outline="silver")
-            draw.text((left, top - 22), f"{name} by {table}", fill="black")
+            draw.text((left, top - 22), f"{name} by {table}".replace("²", "2"), fill="black")
             for value in (low, high):
                 draw.text((left - 42, at(value) - 6), f"{value:.3g}", fill="black")
                 draw.line((left, at(value), left + 4, at(value)), fill="black")
