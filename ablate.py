@@ -84,7 +84,7 @@ def slug(table, row):
 
 def runs(names):
     """What `names` ask for -> {folder: (preset of stage 1 or None, share of the past masked)}, the base once."""
-    found = {"base": (BASE, None)}
+    found = {"base": (BASE, None)} if set(names) & set(TABLES) else {}
     for table in names:
         for row, change in TABLES.get(table, {}).items():
             if change:
@@ -197,6 +197,8 @@ def main(argv=None):
     """-> exit status: 0, 130 if it was stopped and can go on, or 2 after one sentence about what cannot be used."""
     args, found = parse(argv), {}
     try:
+        if "past" in args.only:
+            training.load_release(args.ckpt)                        # refuse now what cannot be read hours later
         for seed in args.seeds:                                     # all variants of a seed first: a table early
             for name, (preset, share) in runs(args.only).items():
                 numbers = run(os.path.join(args.out, f"{name}-{seed}"), preset, share, seed, args)

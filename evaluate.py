@@ -438,6 +438,8 @@ def main(argv=None):
     """-> exit status: 0, or 2 after one sentence about what cannot be used."""
     args, began = parse(argv), time.time()
     try:
+        if args.networks and not Path(args.networks).is_dir():
+            raise ValueError(f"--networks {args.networks} is no folder; give one that holds published networks (README)")
         with torch.inference_mode():
             found = COMMANDS[args.command](args)
         if args.json:

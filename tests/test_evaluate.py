@@ -306,13 +306,13 @@ def test_networks_are_asked_about_every_row(given, monkeypatch, capsys):
     nets = {"lpips": lambda made, true: (made - true).abs().mean((1, 2, 3)), "inception": inception,
             "syncnet": lambda frames, wave, face: {"sync_c": frames.mean(), "sync_d": wave.abs().max(), "offset": 0}}
     monkeypatch.setattr(perceptual, "load", lambda folder, device: (nets, ["no FVD: get it there"]))
-    assert run(given, "reconstruct", "--clips", "3", "--networks", "nets", "--json", str(given / "o.json")) == 0
+    assert run(given, "reconstruct", "--clips", "3", "--networks", str(given), "--json", str(given / "o.json")) == 0
     said, rows = capsys.readouterr().out, json.loads((given / "o.json").read_text())["rows"]
     assert "no FVD: get it there" in said and "(n=3 clips: few)" in said and "(n=1 clips: few)" in said and "sync" not in said
     assert all(row["lpips"]["mean"] == pytest.approx(2 * row["l1"]["mean"], abs=1e-4) for row in rows.values())
     assert rows["copy the photo"]["fid"] > 0 and rows["true frames"]["fid"] > 0          # the latter: other clips
     assert len(asked) == 3 * 10                                             # 7 rows made, frames 1.., 0.., and B's: each once
-    assert run(given, "talk", "--clips", "2", "--networks", "nets", "--json", str(given / "o.json")) == 0
+    assert run(given, "talk", "--clips", "2", "--networks", str(given), "--json", str(given / "o.json")) == 0
     row = json.loads((given / "o.json").read_text())["pictures"]["ours"]
     assert row["sync_d"]["mean"] > 0 and row["fid"] > 0
 
@@ -370,6 +370,7 @@ def test_what_cannot_be_used_is_refused(given, tmp_path, capsys):
     refused(capsys, run(given, "reconstruct", "--reader", str(given / "w.safetensors")), "w.safetensors", "not a motion reader")
     refused(capsys, run(given, "reconstruct", "--reader", str(tmp_path / "no")), "python reader.py")
     refused(capsys, run(given, "probe", "--device", "abacus"), "abacus")
+    refused(capsys, run(given, "reconstruct", "--networks", str(tmp_path / "no")), "no folder")
     for bad in (["probe", "--clips", "3"], ["talk", "--steps", "0"], ["dance"]):
         with pytest.raises(SystemExit):
             evaluate.main(bad)
