@@ -11,7 +11,9 @@ brackets the lowest and the highest seed. --out keeps a folder for each run, wit
 """
 import argparse
 import contextlib
+import functools
 import json
+import operator
 import os
 import signal
 import sys
@@ -119,13 +121,8 @@ def run(folder, preset, share, seed, args):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if status:
         return None
-    found = {}
-    for name, (command, path, _) in measures.items():
-        value = measure(folder, command, args)
-        for key in path:
-            value = value[key]
-        found[name] = value
-    return found
+    said = {command: measure(folder, command, args) for command in dict.fromkeys(command for command, *_ in measures.values())}
+    return {name: functools.reduce(operator.getitem, path, said[command]) for name, (command, path, _) in measures.items()}
 
 
 def rows(table, found):

@@ -108,33 +108,32 @@ def unseen(args, size, sound=False):
             made = clip(torch.tensor([seed]), FRAMES[args.command])
             motion, person = made["motion"][0], made["identity"][0]
             yield SimpleNamespace(number=seed - HELD_OUT, id=seed, who=seed, images=show(person, motion, size),
-                                  box=metrics.face_box(person, motion, size), wave=made["wave"], motion=motion, face=None)
+                                  box=metrics.face_box(person, motion, size), wave=made["wave"], motion=motion, face=perceptual.FACE)
         return
     people, = data.load_sets([args.data], "test", sound=sound)
     rows = [row for who in sorted(people) for row in people[who]][:args.clips]
     for number, row in enumerate(tqdm(rows, unit="clip", disable=None)):
         images, wave = data.read_clip(row["path"], size)
         images = images[:FRAMES[args.command]]
-        left, top, right, bottom = (round(size * share) for share in row.get("face", (0.2, 0.2, 0.8, 0.8)))
+        face = row.get("face", perceptual.FACE)
+        left, top, right, bottom = (round(size * share) for share in face)
         box = torch.zeros(len(images), size, size)
         box[:, max(0, top):bottom, max(0, left):right] = 1
         wave = wave[None, : len(images) * audio.FRAME] if sound else None
         yield SimpleNamespace(number=number, id=row["file"], who=row["identity"], images=images, box=box, wave=wave, motion=None,
-                              face=row.get("face"))
+                              face=face)
 
 
 def training_frames(args, size, count=1000):
     """Frames that training may have seen, (count, 3, H, W) as bytes: of the synthetic world, or of a folder's train split."""
     if not args.data:
         ids = torch.arange(count)
-        images = show(identity(ids), random_motion(ids), size)
-    else:
-        people, = data.load_sets([args.data], "train")
-        rows = [row for who in sorted(people) for row in people[who]]
-        rows = rows[:: -(-len(rows) // (count // 5))]
-        frames = [data.read_clip(row["path"], size)[0] for row in tqdm(rows, desc="training frames", unit="clip", disable=None)]
-        images = torch.cat([x[:: -(-len(x) // 5)] for x in frames])
-    return ((images + 1) * 127.5).round().byte()
+        return perceptual.bytes_of(show(identity(ids), random_motion(ids), size)).byte()
+    people, = data.load_sets([args.data], "train")
+    rows = [row for who in sorted(people) for row in people[who]]
+    rows = tqdm(rows[:: -(-len(rows) // (count // 5))], desc="training frames", unit="clip", disable=None)
+    frames = [data.read_at(row["path"], range(0, row["frames"], -(-row["frames"] // 5)), size) for row in rows]
+    return torch.cat([torch.from_numpy(x).permute(0, 3, 1, 2) for x in frames])
 
 
 def nearest(bank, true):
@@ -145,7 +144,7 @@ def nearest(bank, true):
 
 def measure(args, release, rows_of, sound=False):
     """Pictures against true ones. rows_of(clip) -> {row: (made, true, box, motion)} of each unseen clip -> SimpleNamespace: rows
-    {row: measures}, read {row: [(n, M)]} and truth {row: [(n, M)]} where motion is known, ids of the clips."""
+    {row: measures}, read {row: [(n, M)]} and truth {row: [(n, M)]} where motion is known, ids of the clips, the reader."""
     found, judged, read, truth, ids, size = {}, {}, {}, {}, [], release.meta["size"]
     patch = release.decoder.config.patch_size * release.space.factor
     look = None if args.data else reader.load_reader(args.reader)
@@ -168,19 +167,19 @@ def measure(args, release, rows_of, sound=False):
         networks_table(judged, rows)
     print(PAPER.get(args.command, ""))
     print(*(absent or ["LPIPS, FID, FVD, Sync and CSIM need published networks: --networks DIR"] * (not nets)), sep="\n")
-    return SimpleNamespace(rows=rows, read=read, truth=truth, ids=ids)
+    return SimpleNamespace(rows=rows, read=read, truth=truth, ids=ids, look=look)
 
 
 def judge(nets, c, made, true, features, sound):
     """What the networks of perceptual.py say of a clip's pictures: {measure: number}, and the rows for Frechet distances.
     features: what the two that give rows said of pictures of this clip before."""
-    said, box = {}, [round(x, 3) for x in (c.face or perceptual.FACE)]
+    said = {}
     if "lpips" in nets:
         said["lpips"] = nets["lpips"](made, true).mean().item()
     if "csim" in nets:
-        said["csim"] = nets["csim"](true[:1], made, box).mean().item()
+        said["csim"] = nets["csim"](true[:1], made, c.face).mean().item()
     if "syncnet" in nets and sound:
-        said |= {k: v for k, v in nets["syncnet"](made, c.wave, box).items() if k != "offset"}
+        said |= {k: v for k, v in nets["syncnet"](made, c.wave, c.face).items() if k != "offset"}
     for name in {"inception", "i3d"} & nets.keys():
         keys = [(name, x.data_ptr(), x.stride(0), len(x)) for x in (made, true)]
         for key, x in zip(keys, (made, true), strict=True):
@@ -214,6 +213,16 @@ def networks_table(judged, rows):
     table(["", *({"inception": "FID", "i3d": "FVD"}.get(k, k) for k in measures)], lines)
 
 
+def follow(found, factors=NAMES):
+    """The motion read off a measurement's frames against the commanded, printed -> {row: {factor: correlation}}."""
+    rows = {name: dict(zip(NAMES, metrics.followed(x, found.truth[name]), strict=True)) for name, x in found.read.items()}
+    if rows:
+        ceiling = " (true frames: the reader's ceiling)" if "true frames" in rows else ""
+        print(f"\nmotion read off the frames, correlation with the commanded within clips{ceiling}")
+        table(["", *rows], [[factor, *(f"{row[factor]:.3f}" for row in rows.values())] for factor in factors])
+    return rows
+
+
 def paced(n):
     return f"{n} step{'s' * (n > 1)}"
 
@@ -245,11 +254,7 @@ def reconstruct(args):
                        "copy B's photo": (photo.expand_as(moved), moved, box, None)}
 
     found = measure(args, release, rows_of)
-    follow = {name: dict(zip(NAMES, metrics.followed(x, found.truth[name]), strict=True)) for name, x in found.read.items()}
-    if follow:
-        print("\nmotion read off the frames, correlation with the commanded within clips (true frames: the reader's ceiling)")
-        table(["", *follow], [[factor, *(f"{follow[row][factor]:.3f}" for row in follow)] for factor in NAMES])
-    return {"rows": found.rows, "motion_correlation": follow, "ids": found.ids}
+    return {"rows": found.rows, "motion_correlation": follow(found), "ids": found.ids}
 
 
 def masked(args):
@@ -266,11 +271,7 @@ def masked(args):
         return rows | {"copy the photo": (c.images[:1].expand_as(true), true, c.box[1:], None)}
 
     found = measure(args, release, rows_of)
-    follow = {name: dict(zip(NAMES, metrics.followed(x, found.truth[name]), strict=True)) for name, x in found.read.items()}
-    if follow:
-        print("motion read off the frames, correlation with the commanded within clips")
-        table(["", *follow], [[factor, *(f"{follow[row][factor]:.3f}" for row in follow)] for factor in ("yaw", "jaw", "blink_l")])
-    return {"rows": found.rows, "motion_correlation": follow, "ids": found.ids}
+    return {"rows": found.rows, "motion_correlation": follow(found, ("yaw", "jaw", "blink_l")), "ids": found.ids}
 
 
 def pictures_table(rows):
@@ -319,31 +320,34 @@ def spoken(release, photo, wave, gen_steps, steps, seed):
 def talk(args):
     """The photo is a clip's first frame, the sound the clip's; `other sound` is another clip's, against this one's truth."""
     release = open_release(args, "encoder", "decoder", "generator")
-    size, shut, last = release.meta["size"], {}, []
+    size, shut, last, photos = release.meta["size"], {}, [], []
     pace = args.steps or release.meta["gen_steps"], args.steps or release.meta["steps"]
     bank = training_frames(args, size)
 
     def rows_of(c):
+        def against_truth(made, motion=None):
+            n = min(len(made), len(c.images))                       # a file's sound may be shorter than its pictures
+            return made[:n], c.images[:n], c.box[:n], motion if motion is None else motion[:n]
+
+        photo = c.images[0]
         other = clip(torch.tensor([c.id + 1]), FRAMES["talk"])["wave"] if not args.data else last.pop() if last else None
         last.append(c.wave)
-        rows = {"true frames": (c.images, c.motion), "ours": (spoken(release, c.images[0], c.wave, *pace, c.number), c.motion)}
+        photos.append(photo)
+        rows = {"true frames": against_truth(c.images, c.motion),
+                "ours": against_truth(spoken(release, photo, c.wave, *pace, c.number), c.motion)}
         if other is not None:
-            rows["other sound"] = spoken(release, c.images[0], other, *pace, c.number), c.motion
-        rows |= {"copy the photo": (c.images[:1].expand_as(c.images), None), "nearest training frame": (nearest(bank, c.images), None)}
-        length = {name: min(len(x), len(c.images)) for name, (x, _) in rows.items()}
-        return {name: (x[:n], c.images[:n], c.box[:n], motion if motion is None else motion[:n])
-                for (name, (x, motion)), n in zip(rows.items(), length.values(), strict=True)}
+            rows["other sound"] = against_truth(spoken(release, photo, other, *pace, c.number), c.motion)
+        return rows | {"copy the photo": against_truth(photo.expand_as(c.images)),
+                       "nearest training frame": against_truth(nearest(bank, c.images))}
 
     found = measure(args, release, rows_of, sound=True)
     if args.data:
         return {"rows": {}, "pictures": found.rows, "ids": found.ids}
     mouth = {name: summary([metrics.sync(*pair) for pair in zip(x, found.truth[name], strict=True)]) for name, x in found.read.items()}
-    look = reader.load_reader(args.reader)
-    for number, seed in enumerate(found.ids):
-        made, noise = clip(torch.tensor([seed]), FRAMES["talk"]), torch.randn(1, 2 * audio.SAMPLE_RATE, generator=draws(4, 0, seed))
-        photo = show(made["identity"][0], made["motion"][0, :1], size)[0]
+    for number, (seed, photo) in enumerate(zip(found.ids, photos, strict=True)):
+        noise = torch.randn(1, 2 * audio.SAMPLE_RATE, generator=draws(4, 0, seed))
         for name, wave in (("digital silence", 0 * noise), ("noise at -60 dB", 1e-3 * noise)):
-            jaw = look(spoken(release, photo, wave, *pace, number))[FPS // 2:, NAMES.index("jaw")]
+            jaw = found.look(spoken(release, photo, wave, *pace, number))[FPS // 2:, NAMES.index("jaw")]
             shut.setdefault(name, []).append({"jaw_mean": jaw.mean().item()})         # after half a second to close the mouth
     shut = {name: summary(clips) for name, clips in shut.items()}
     print("\nmouth read off the frames against the true")
@@ -361,29 +365,26 @@ def steps(args):
     release, look = open_release(args, "encoder", "decoder", "generator"), reader.load_reader(args.reader)
     size, meta, mouth = release.meta["size"], release.meta, [NAMES.index(name) for name in ("jaw", "lip_width")]
     tokens_of, found = (release.decoder.config.num_tokens, release.decoder.config.token_dim), {}
-    for seed in tqdm(range(HELD_OUT, HELD_OUT + args.clips), unit="clip", disable=None):
-        made = clip(torch.tensor([seed]), FRAMES["steps"])
-        motion, person = made["motion"][0], made["identity"][0]
-        images = show(person, motion, size)
-        tokens, box = encode(release, images), metrics.face_box(person, motion, size)
+    for c in unseen(args, size):
+        tokens = encode(release, c.images)
         for n in STEPS:
-            frames = depict(release, images[0], tokens, n, seed)
-            follows = metrics.correlation(look(frames)[:, mouth], motion[:, mouth]).tolist()
-            says = metrics.sync(look(spoken(release, images[0], made["wave"], n, meta["steps"], seed)), motion)
+            frames = depict(release, c.images[0], tokens, n, c.id)
+            follows = metrics.correlation(look(frames)[:, mouth], c.motion[:, mouth]).tolist()
+            says = metrics.sync(look(spoken(release, c.images[0], c.wave, n, meta["steps"], c.id)), c.motion)
             found.setdefault(n, []).append({
-                "psnr": metrics.psnr(frames, images).mean().item(), "face_psnr": metrics.psnr(frames, images, box).mean().item(),
+                "psnr": metrics.psnr(frames, c.images).mean().item(), "face_psnr": metrics.psnr(frames, c.images, c.box).mean().item(),
                 "jaw": follows[0], "lip_width": follows[1], "talk_jaw": says["jaw"], "talk_lip_width": says["lip_width"],
                 "yaw_std": says["yaw_std"], "blinks": says["blinks_per_minute"]})
     with computing(release):                                        # the last clip's paths
-        z_r = release.space.encode(images[:1].to(release.device))
+        z_r = release.space.encode(c.images[:1].to(release.device))
         cache = release.decoder.reference(z_r, tokens[:1].unflatten(1, tokens_of))
         noise = torch.randn(len(tokens), *z_r.shape[1:], generator=draws(1, 0, 0)).to(release.device)
         bend = {"decoder": flow.bend(release.decoder, noise, m_t=tokens.unflatten(1, tokens_of), cache=cache).mean().item()}
-        c, rows = release.generator.config, audio.features(audio.level(made["wave"]), meta["audio"], meta.get("whisper"))[0]
-        noise = torch.randn(1, c.window, tokens.shape[1], generator=draws(1, 0, 1)).to(release.device)
+        g, rows = release.generator.config, audio.features(audio.level(c.wave), meta["audio"], meta.get("whisper"))[0]
+        noise = torch.randn(1, g.window, tokens.shape[1], generator=draws(1, 0, 1)).to(release.device)
         model = flow.guide(release.generator, meta["guidance"], {"audio": None})
-        heard = rows[: c.past + c.window + c.ahead][None].to(release.device)
-        bend["generator"] = flow.bend(model, noise, past=tokens[None, : c.past], reference=tokens[:1], audio=heard).mean().item()
+        heard = rows[: g.past + g.window + g.ahead][None].to(release.device)
+        bend["generator"] = flow.bend(model, noise, past=tokens[None, : g.past], reference=tokens[:1], audio=heard).mean().item()
     rows = {n: summary(clips) for n, clips in found.items()}
     print(f"{args.clips} unseen people and recordings of {FRAMES['steps'] / FPS:g} s, {size} px; correlations read off the frames")
     table(["steps", "decoder: PSNR", "face PSNR", "jaw", "lip width", "generator: jaw", "lip width", "yaw std", "blinks/min"],
