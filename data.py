@@ -1,347 +1,23 @@
-"""Real video: from folders of files as they come to clips that both stages train on.
+"""Prepared clips -> batches that both stages train on.
 
-    python data.py prepare --videos DIR [DIR ...] --out OUT
+    python data.py prepare --videos DIR [DIR ...] --out OUT          makes them (media/prepare.py)
 
-    videos --prepare--> OUT/clips/*.mp4 (a square round the face, 25 fps, 16 kHz mono), OUT/manifest.jsonl, OUT/dropped.jsonl
-    OUT    --Clips----> pairs of pictures, frames in a row, whole clips with sound; several folders drawn equally
-
-Every person of a manifest belongs to its train or its test split for ever: by the set's own list (--people), else by a
-hash of the name, so that preparing more videos moves nobody.
+    OUT --Clips--> pairs of pictures, frames in a row, whole clips with sound; several folders drawn equally
 """
-import argparse
-import hashlib
-import json
 import os
-import re
 import signal
 import sys
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 
 import av
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from media import (
-    FPS,
-    SAMPLE_RATE,
-    InputError,
-    VideoWriter,
-    has_audio,
-    load_audio,
-    open_image,
-    picture_stream,
-    read_frames,
-    square_box,
-    to_tensor,
-    whole_file,
-)
-
-VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".ts", ".wmv", ".flv", ".3gp")
-SHORTEST, LONGEST = 1.0, 10.0    # seconds of a clip
-CUT = 20                         # of 255: mean change from frame to frame of 16 x 16 averages that begins a new scene
-LOOK = 5                         # the detector looks at one frame in so many
-SEEN = 0.9                       # a face must be found in this share of those
-FACE = 0.6                       # height of the face by the side of the crop
-ENLARGE = 2.0                    # crops that would be enlarged more than this are dropped
-SILENT, CLIPPED, NOISY = -50.0, 0.005, 6.0    # dB of full scale; share of samples at the limit; dB from quiet to loud frames
-TEST_SHARE = 0.05                # of the people, where a set has no list of its own
-KEYFRAMES = 5                    # of the clips: any frame is at most four away from one that is coded by itself
-YUNET = "face_detection_yunet_2023mar.onnx"
-EMOTIONS = ("neutral", "angry", "contempt", "disgusted", "fear", "happy", "sad", "surprised")
-
-
-# ------------------------------------------------------------------------------------------------------------- people
-def who(path):
-    """What the names of known sets tell of a video, path relative to its folder -> dict with identity (and more for MEAD)."""
-    path = path.replace(os.sep, "/")
-    stem = os.path.splitext(path)[0]
-    mead = re.search(r"(?:^|[/_])([MW]\d{3})[/_](?:video[/_])?(front|down|top|left_30|left_60|right_30|right_60)"
-                     rf"[/_]({'|'.join(EMOTIONS)})[/_]level_(\d)", stem)
-    if mead:
-        actor, camera, emotion, level = mead.groups()
-        return {"identity": f"MEAD/{actor}", "camera": camera, "emotion": emotion, "level": int(level)}
-    vox = re.search(r"(?:^|/)(id\d{5})[/#]", stem)
-    if vox:
-        return {"identity": f"VoxCeleb/{vox[1]}"}
-    hdtf = re.search(r"(?:^|/)(?:(RD_Radio\d+)|((?:RD|WDA|WRA)_[A-Za-z]+))\d*(?:_\d+)*$", stem)
-    if hdtf:                                             # WDA_EricSwalwell1 and 0 are one person; RD_Radio1 and 2 are two
-        return {"identity": f"HDTF/{hdtf[1] or hdtf[2]}"}
-    celebv = re.search(r"(?:^|/)([\w-]{11})(?:_\d+){1,2}$", stem)
-    if celebv:                                           # one YouTube video may show several people; they stay together
-        return {"identity": f"CelebV-HQ/{celebv[1]}"}
-    return {"identity": os.path.dirname(path) or "."}
-
-
-def split_of(identity):
-    """'test' for TEST_SHARE of all names, decided by the name alone."""
-    return "test" if int(hashlib.sha256(identity.encode()).hexdigest()[:8], 16) < TEST_SHARE * 2**32 else "train"
-
-
-def read_lines(path):
-    """A .jsonl file -> list of dicts. Raises InputError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as lines of JSON: {error}") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path} holds lines that are not JSON objects")
-    return rows
-
-
-def write_lines(path, rows):
-    """dicts -> a .jsonl file, complete or absent."""
-    with whole_file(path, ".jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-# ------------------------------------------------------------------------------------------------------------ prepare
-def squares(path):
-    """Pictures of a video at 25 fps with square pixels, PIL."""
-    last, made = None, None
-    for image, aspect in read_frames(path):
-        if image is not last:
-            last = image
-            made = image if aspect == 1 else image.resize((max(1, round(image.width * aspect)), image.height))
-        yield made
-
-
-def load_detector(path):
-    """OpenCV's face detector YuNet. Raises InputError."""
-    try:
-        import cv2
-    except ImportError:
-        raise InputError("finding faces needs OpenCV: pip install opencv-python-headless, or do without it (README)") from None
-    if not os.path.isfile(path):
-        raise InputError(f"{path} does not exist; give --detector the file {YUNET} of opencv/opencv_zoo "
-                         "(models/face_detection_yunet), or do without it (README)")
-    cv2.setNumThreads(1)
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)      # version 5 warns of a setting of its own
-    try:
-        return cv2.FaceDetectorYN.create(path, "", (320, 320), score_threshold=0.7)
-    except cv2.error:
-        raise InputError(f"{path} is not a YuNet model that OpenCV can read; give {YUNET}") from None
-
-
-def find_face(detector, image):
-    """The largest face of a PIL picture as (left, top, right, bottom) in its pixels, or None."""
-    scale = min(1.0, 640 / max(image.size))
-    small = np.array(image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale)))))[:, :, ::-1]
-    detector.setInputSize((small.shape[1], small.shape[0]))
-    _, faces = detector.detect(np.ascontiguousarray(small))
-    if faces is None:
-        return None
-    x, y, w, h = max(faces, key=lambda face: face[2] * face[3])[:4] / scale
-    return [float(x), float(y), float(x + w), float(y + h)]
-
-
-def load_face(path, size, detector):
-    """A picture file -> (3, size, size) float in [-1, 1]: the square round its largest face, framed as `prepare` frames clips. What
-    lies outside the picture repeats its edge. Raises InputError."""
-    image = open_image(path)
-    face = find_face(detector, image)
-    if face is None:
-        raise InputError(f"{path}: no face found; give a photo of one that looks at the camera, or leave out --detector")
-    left, top, right, bottom = face
-    side = max(2, round((bottom - top) / FACE))
-    x, y = round((left + right - side) / 2), round((top + bottom - side) / 2)
-    rows, columns = (np.arange(start, start + side).clip(0, most - 1) for start, most in ((y, image.height), (x, image.width)))
-    return to_tensor(Image.fromarray(np.asarray(image)[rows][:, columns]), size)
-
-
-def look(path, detector):
-    """First pass -> frames, frame numbers where a new scene begins, face boxes {frame number: box or None}, frame size."""
-    before, cuts, boxes, size, n = None, [], {}, None, 0
-    for n, image in enumerate(squares(path), 1):
-        size, now = size or image.size, np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32)
-        if before is not None and np.abs(now - before).mean() > CUT:
-            cuts.append(n - 1)
-        if detector is not None and (n - 1) % LOOK == 0:
-            boxes[n - 1] = find_face(detector, image)
-        before = now
-    return n, cuts, boxes, size
-
-
-def pieces(frames, cuts):
-    """Scenes cut into equal parts of at most LONGEST seconds -> [(first frame, number of frames)]."""
-    made = []
-    for start, end in zip([0, *cuts], [*cuts, frames], strict=True):
-        parts = -(-(end - start) // round(LONGEST * FPS))
-        marks = [start + (end - start) * k // parts for k in range(parts + 1)]
-        made += [(a, b - a) for a, b in zip(marks, marks[1:], strict=False)]
-    return made
-
-
-def median_face(found):
-    """The usual one of a clip's face boxes (None where none was found): left, top, right, bottom."""
-    return np.median([box for box in found if box is not None], axis=0)
-
-
-def face_square(found, width, height, size):
-    """Boxes of a clip's faces (None where none was found) -> the square to cut (left, top, right, bottom), or the reason not to."""
-    boxes = [box for box in found if box is not None]
-    if len(boxes) < max(1, SEEN * len(found)):
-        return f"face found in {len(boxes)} of {len(found)} frames looked at"
-    left, top, right, bottom = median_face(found)
-    side = min((bottom - top) / FACE, width, height)
-    if side * ENLARGE < size:
-        return f"face too small: {bottom - top:.0f} pixels high"
-    centre = [(left + right) / 2, (top + bottom) / 2]
-    strayed = [box for box in boxes if max(abs((box[k] + box[k + 2]) / 2 - centre[k]) for k in (0, 1)) > 0.35 * side]
-    if len(strayed) > (1 - SEEN) * len(found):
-        return "face leaves the square"
-    x, y = (min(max(c - side / 2, 0), most - side) for c, most in zip(centre, (width, height), strict=True))
-    return [round(float(v), 1) for v in (x, y, x + side, y + side)]
-
-
-def sound_fault(wave):
-    """(S,) at 16 kHz -> why a talking clip cannot have this sound, or None."""
-    level = 10 * np.log10(np.square(wave).mean() + 1e-12)
-    if level < SILENT:
-        return f"silent: {level:.0f} dB"
-    clipped = (np.abs(wave) > 0.999).mean()
-    if clipped > CLIPPED:
-        return f"clipped: {clipped:.1%} of the samples"
-    rows = np.square(wave[: len(wave) // 320 * 320].reshape(-1, 320)).mean(1)            # 20 ms
-    quiet, loud = 10 * np.log10(np.percentile(rows, [10, 95]) + 1e-12)
-    return f"noisy: pauses only {loud - quiet:.0f} dB below speech" if loud - quiet < NOISY else None
-
-
-def prepare_one(path, source, about, out, size, detector):
-    """One video: its clips are written to out/clips -> {"kept": [manifest rows], "dropped": [rows with a reason]}."""
-    try:
-        face = None if detector is None else load_detector(detector)
-        frames, cuts, boxes, (width, height) = look(path, face)
-        wave = load_audio(path).numpy() if has_audio(path) else None
-        stem = re.sub(r"[^A-Za-z0-9-]+", "_", os.path.splitext(os.path.basename(path))[0])[:60]
-        name = f"{stem}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
-        kept, dropped, plan = [], [], {}
-        for number, (start, count) in enumerate(pieces(frames, cuts)):
-            heard = None
-            if wave is not None:
-                heard = wave[start * SAMPLE_RATE // FPS:(start + count) * SAMPLE_RATE // FPS]
-                heard = np.pad(heard, (0, count * SAMPLE_RATE // FPS - len(heard)))
-            found = [box for k, box in boxes.items() if start <= k < start + count]
-            box = square_box(width, height) if face is None else face_square(found, width, height, size)
-            if count < SHORTEST * FPS:
-                reason = f"shorter than {SHORTEST} s"
-            elif isinstance(box, str):
-                reason = box
-            elif face is None and min(width, height) * ENLARGE < size:
-                reason = f"picture too small: {width}x{height}"
-            else:
-                reason = None if heard is None else sound_fault(heard)
-            if reason:
-                dropped.append({"source": source, "start": start / FPS, "frames": count, "reason": reason})
-                continue
-            row = {"file": f"clips/{name}-{number:03d}.mp4", "source": source, **about, "start": start / FPS, "fps": FPS,
-                   "frames": count, "size": size, "crop": list(box), "sound": heard is not None}
-            if face is not None:                                 # where in the square the face is, as shares of its side
-                row["face"] = ((median_face(found) - (box[:2] * 2)) / (box[2] - box[0])).round(3).tolist()
-            kept.append(row)
-            plan[start] = row, heard
-        write_clips(path, plan, out, size)
-        return {"kept": kept, "dropped": dropped}
-    except InputError as error:
-        return {"kept": [], "dropped": [{"source": source, "reason": str(error).replace(os.fspath(path), source)}]}
-    except Exception as error:                                   # whatever libav makes of damage: a line in the report
-        return {"kept": [], "dropped": [{"source": source, "reason": f"{type(error).__name__}: {error}"}]}
-
-
-def write_clips(path, plan, out, size):
-    """Second pass: plan {first frame: (manifest row, its sound (S,) or None)}, one clip after the other."""
-    images, n = iter(squares(path) if plan else ()), 0
-    for start in sorted(plan):
-        row, heard = plan[start]
-        while n < start:
-            next(images)
-            n += 1
-        sound = None if heard is None else torch.from_numpy(heard)
-        comment = f"A part of {row['source']}, prepared for training."
-        with VideoWriter(os.path.join(out, row["file"]), size, sound, comment, KEYFRAMES) as video:
-            for _ in range(row["frames"]):
-                video.write(np.asarray(next(images).resize((size, size), Image.Resampling.LANCZOS, box=row["crop"])))
-        n += row["frames"]
-
-
-def sources(folders):
-    """All videos below the folders -> sorted [(path, name): folder's own name and the path in it]."""
-    found = []
-    for folder in folders:
-        if not os.path.isdir(folder):
-            raise InputError(f"{folder} is not a folder; give --videos folders that hold video files")
-        base = os.path.basename(os.path.abspath(folder))
-        for here, _, files in os.walk(folder, followlinks=True):
-            paths = [os.path.join(here, name) for name in files if name.lower().endswith(VIDEO_ENDINGS)]
-            found += [(path, f"{base}/{os.path.relpath(path, folder).replace(os.sep, '/')}") for path in paths]
-    if not found:
-        raise InputError(f"{', '.join(folders)}: no video file below; give folders that hold mp4, mov, mkv, webm or avi files")
-    names = Counter(name for _, name in found)
-    if max(names.values()) > 1:
-        raise InputError(f"--videos names two folders with the same last part and the same file in both: {names.most_common(1)[0][0]}")
-    return sorted(found, key=lambda pair: pair[1])
-
-
-def prepare(args):
-    """The command. Each video's outcome is kept in OUT/parts: started again, it goes on with those that lack one."""
-    todo, known = sources(args.videos), {}
-    if args.people:
-        base = os.path.dirname(os.path.abspath(args.people))
-        for row in read_lines(args.people):
-            name = row.get("identity", row.get("ident"))
-            if not isinstance(name, str) or not isinstance(row.get("file"), str) or row.get("split", "train") not in ("train", "test"):
-                raise InputError(f"{args.people}: each line needs file and identity, and may have split: train or test")
-            known[os.path.realpath(os.path.join(base, row["file"]))] = {"identity": name, "split": row.get("split") or split_of(name)}
-    detector = None
-    if args.crop == "face":
-        detector = args.detector
-        load_detector(detector)                                  # refuse now rather than once a video
-    for folder in ("clips", "parts"):
-        try:
-            os.makedirs(os.path.join(args.out, folder), exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {args.out} cannot be made: {error.strerror}") from None
-        for name in os.listdir(os.path.join(args.out, folder)):
-            if name.endswith(".part"):                           # left by a run that was killed
-                os.remove(os.path.join(args.out, folder, name))
-    settings = [{"size": args.size, "crop": args.crop}]
-    if os.path.exists(os.path.join(args.out, "settings.jsonl")):
-        if read_lines(os.path.join(args.out, "settings.jsonl")) != settings:
-            raise InputError(f"{args.out} was prepared with another --size or --crop; give another --out")
-    write_lines(os.path.join(args.out, "settings.jsonl"), settings)
-    parts, jobs = {}, {}
-    pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    with pool, tqdm(total=len(todo), unit="video", disable=None) as bar:
-        for path, source in todo:
-            parts[source] = os.path.join(args.out, "parts", hashlib.sha256(source.encode()).hexdigest()[:24] + ".jsonl")
-            if os.path.exists(parts[source]):
-                bar.update()
-                continue
-            about = who(source.split("/", 1)[1])
-            about["identity"] = about["identity"] if "/" in about["identity"] else f"{source.split('/')[0]}/{about['identity']}"
-            about = {**about, "split": split_of(about["identity"]), **known.get(os.path.realpath(path), {})}
-            jobs[pool.submit(prepare_one, path, source, about, args.out, args.size, detector)] = source
-        try:
-            for job in as_completed(jobs):
-                write_lines(parts[jobs[job]], [job.result()])
-                bar.update()
-        except BaseException:                                    # told to stop: finish the videos begun, no others
-            pool.shutdown(cancel_futures=True)
-            raise
-    done = [read_lines(parts[source])[0] for _, source in todo]
-    kept, dropped = ([row for part in done for row in part[kind]] for kind in ("kept", "dropped"))
-    write_lines(os.path.join(args.out, "dropped.jsonl"), dropped)
-    write_lines(os.path.join(args.out, "manifest.jsonl"), kept)
-    minutes, people = sum(row["frames"] for row in kept) / FPS / 60, len({row["identity"] for row in kept})
-    print(f"{len(kept)} clips, {minutes:.1f} minutes, {people} people in {args.out}/manifest.jsonl; "
-          f"{len(dropped)} dropped, each with its reason in {args.out}/dropped.jsonl")
-    if not kept:
-        raise InputError(f"no clip could be made; see the reasons in {args.out}/dropped.jsonl")
+from media import prepare
+from media.files import InputError, picture_stream, read_lines
+from media.image import from_uint8
+from media.prepare import KEYFRAMES
+from media.sound import FPS, SAMPLE_RATE, has_audio, load_audio
 
 
 # ----------------------------------------------------------------------------------------------------------- datasets
@@ -371,12 +47,7 @@ def read_clip(path, size):
         frames = [frame.reformat(size, size, "rgb24", src_colorspace="ITU709", interpolation="AREA").to_ndarray()
                   for frame in container.decode(picture_stream(container))]
     wave = load_audio(path)[: len(frames) * SAMPLE_RATE // FPS] if has_audio(path) else None
-    return to_float(np.stack(frames)), wave
-
-
-def to_float(frames):
-    """(..., H, W, 3) uint8 -> (..., 3, H, W) float in [-1, 1]."""
-    return torch.from_numpy(frames).movedim(-1, -3) / 127.5 - 1
+    return from_uint8(np.stack(frames)), wave
 
 
 def load_sets(folders, split, sound=False):
@@ -431,7 +102,7 @@ class Clips(Dataset):
         else:
             low, high = (max(0, first - FPS // 5), min(frames, first + FPS // 5 + 1)) if near else (0, frames)
             others = draw.integers(low, high, self.targets).tolist()
-        x = to_float(read_at(clip["path"], [first, *others], self.size))                 # (1+T, 3, H, W)
+        x = from_uint8(read_at(clip["path"], [first, *others], self.size))                 # (1+T, 3, H, W)
         x = x.flip(-1) if draw.random() < 0.5 else x
         gain, shift = (torch.from_numpy(draw.uniform(-self.jitter, self.jitter, 3).astype(np.float32)) for _ in range(2))
         return (x * (1 + gain[:, None, None]) + 0.5 * shift[:, None, None]).clamp(-1, 1)
@@ -452,36 +123,5 @@ def loader(clips, numbers, workers):
     return DataLoader(clips, batch_size=None, sampler=numbers, num_workers=workers, **ahead)
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(description="Real video, made ready to train on.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("prepare", help="video files -> square 25 fps clips and a manifest", allow_abbrev=False)
-    p.add_argument("--videos", nargs="+", required=True, metavar="DIR", help="folders, searched to any depth")
-    p.add_argument("--out", required=True, help="folder for clips/, manifest.jsonl, dropped.jsonl; run again to resume")
-    p.add_argument("--size", type=int, default=256, help="pixels a side")
-    p.add_argument("--crop", choices=("face", "centre"), default="face", help="a fixed square round the face, or the middle")
-    p.add_argument("--detector", default=YUNET, help=f"OpenCV's face detector (default: {YUNET} in this folder)")
-    p.add_argument("--people", metavar="FILE", help="lines of JSON: file (relative to FILE), identity, maybe split (train or test)")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    args = parser.parse_args(argv)
-    if args.size < 32 or args.size % 2 or args.jobs < 1:
-        parser.error("--size must be an even number from 32 on, --jobs positive")
-    return args
-
-
-def main(argv=None):
-    args = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        prepare(args)
-    except InputError as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("data.py: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(prepare.main())

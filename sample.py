@@ -23,26 +23,27 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
-import audio
-import data
-import media
-from decoder import paint
-from generator import dream
-from latents import SD, load_latents
-from training import fast_bf16, load_release
+from decoder import Decoder, DecoderConfig, paint
+from encoder import EncoderConfig, MotionEncoder
+from generator import Generator, GeneratorConfig, dream
+from media import audio_features
+from media.device import autocast, pick_device
+from media.face import load_detector, load_face
+from media.files import InputError, check_file
+from media.image import load_image, to_uint8
+from media.latents import SD, load_latents
+from media.sound import FPS, FRAME, audio_chunks, has_audio, pcm_chunks, rechunk
+from media.video import VideoWriter, read_video
+from media.weights import load_release
 
 BATCH = 16  # frames painted, or watched, at once
 DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "semo-tiny.safetensors")
+MODELS = {"encoder": (MotionEncoder, EncoderConfig), "decoder": (Decoder, DecoderConfig), "generator": (Generator, GeneratorConfig)}
 
 
-def pick_device(name="auto"):
-    """"auto" -> the best there is. Raises InputError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise media.InputError(f"--device {name} cannot be used here; give auto, cpu, cuda or mps") from error
+def load_models(path, device="cpu"):
+    """A release -> ({kind: model in eval mode}, meta). Raises InputError."""
+    return load_release(path, MODELS, device)
 
 
 def within(device, items, models=True):
@@ -50,7 +51,7 @@ def within(device, items, models=True):
     out of it. The context is left before an item is handed out, so it never leaks to the caller."""
     items = iter(items)
     while True:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=models and fast_bf16(device)):
+        with torch.inference_mode(), autocast(device, models):
             item = next(items, None)
         if item is None:
             return
@@ -61,7 +62,7 @@ def watch(encoder, space, video, device, still=None):
     """Motion of a video: iterator of (3, H, W) frames -> iterator of (n, L*D): as it is, or what has changed since its first
     frame added to still (1, L*D)."""
     begun = None
-    for frames in media.rechunk((frame[None] for frame in video), BATCH):
+    for frames in rechunk((frame[None] for frame in video), BATCH):
         motion = encoder(space.encode(frames.to(device))).flatten(1)
         begun = motion[:1] if begun is None else begun
         yield motion if still is None else still + motion - begun
@@ -70,7 +71,7 @@ def watch(encoder, space, video, device, still=None):
 def to_bytes(space, frames):
     """Latents (n, C, H, W) -> n arrays (H, W, 3) uint8."""
     with torch.inference_mode():
-        pixels = ((space.decode(frames) + 1) * 127.5).round().clamp(0, 255).byte()
+        pixels = to_uint8(space.decode(frames))
     return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
 
@@ -79,7 +80,7 @@ def begin(models, meta, image, seed):
     the frames' noise (1, C, H, W). Noise is drawn on the CPU, so that every device gets the same."""
     device = next(models["decoder"].parameters()).device
     space, source = load_latents(meta["latents"], meta.get("vae", SD), device), torch.Generator().manual_seed(seed)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
+    with torch.inference_mode(), autocast(device):
         z_r = space.encode(image[None].to(device))
         still = models["encoder"](z_r).flatten(1)
     return space, z_r, still, source, torch.randn(z_r.shape, generator=source).to(device)
@@ -89,7 +90,7 @@ def talk(models, meta, image, rows, seed=0, steps=None, guidance=None):
     """A photo speaks. image (3, H, W) in [-1, 1]; rows: iterator of (n, A) sound features -> (H, W, 3) uint8 frames,
     as many as rows, yielded as they are made. steps and guidance are the release's own (meta) where None."""
     space, z_r, still, source, noise = begin(models, meta, image, seed)
-    silence = audio.features(torch.zeros(1, audio.FRAME), meta["audio"], meta.get("whisper"))[0, 0]              # (A,)
+    silence = audio_features.features(torch.zeros(1, FRAME), meta["audio"], meta.get("whisper"))[0, 0]              # (A,)
     guidance = meta["guidance"] if guidance is None else guidance
     rows = within(z_r.device, rows, models=False)                                           # sound stays in fp32
     motions = dream(models["generator"], still, rows, source, silence, steps or meta["gen_steps"], guidance)
@@ -102,8 +103,8 @@ def stream(models, meta, image, chunks, seed=0, steps=None, guidance=None):
     arrives, any S -> (H, W, 3) uint8 frames, 25 a second, as soon as a window of sound and what it hears ahead are there
     (16 + 3 frames in the embedded release, 0.8 s; the 30 s of Whisper in a whisper release).
 
-    Differs from a file in one thing: its loudness is levelled by the past alone (audio.running_level)."""
-    rows = audio.stream_features(audio.running_level(chunks), meta["audio"], meta.get("whisper"))
+    Differs from a file in one thing: its loudness is levelled by the past alone (audio_features.running_level)."""
+    rows = audio_features.stream_features(audio_features.running_level(chunks), meta["audio"], meta.get("whisper"))
     return talk(models, meta, image, rows, seed, steps, guidance)
 
 
@@ -124,11 +125,11 @@ def loudness(path):
     sizes = []
 
     def counted():
-        for chunk in media.audio_chunks(path):
+        for chunk in audio_chunks(path):
             sizes.append(len(chunk))
             yield chunk
 
-    return audio.level_gain(counted()), audio.frames(sum(sizes))
+    return audio_features.level_gain(counted()), audio_features.frames(sum(sizes))
 
 
 def parse(argv):
@@ -159,19 +160,19 @@ def parse(argv):
 def frames_and_sound(args, models, meta, image):
     """What the arguments ask for -> iterator of frames, their number (None: not known yet), sound for VideoWriter."""
     if args.video:
-        frames = reenact(models, meta, image, media.read_video(args.video, meta["size"]), args.seed, args.steps, args.absolute)
-        return frames, None, args.video if media.has_audio(args.video) else None
+        frames = reenact(models, meta, image, read_video(args.video, meta["size"]), args.seed, args.steps, args.absolute)
+        return frames, None, args.video if has_audio(args.video) else None
     if args.wav == "-":
         heard = deque()                                           # from the sound's arrival to its frame
 
         def listen():
-            for chunk in media.pcm_chunks(sys.stdin.buffer):
+            for chunk in pcm_chunks(sys.stdin.buffer):
                 heard.append(chunk)
                 yield chunk
 
         return stream(models, meta, image, listen(), args.seed, args.steps, args.guidance), None, drain(heard)
     gain, total = loudness(args.wav)
-    rows = audio.stream_features((chunk * gain for chunk in media.audio_chunks(args.wav)), meta["audio"], meta.get("whisper"))
+    rows = audio_features.stream_features((chunk * gain for chunk in audio_chunks(args.wav)), meta["audio"], meta.get("whisper"))
     return talk(models, meta, image, rows, args.seed, args.steps, args.guidance), total, args.wav
 
 
@@ -207,28 +208,28 @@ def run(args):
     """The whole job, from names to a finished file. Raises InputError or ValueError for what cannot be used."""
     source, live = args.wav or args.video, args.out == "-"
     if live and sys.stdout.isatty():
-        raise media.InputError("--out - would print a video on the terminal; pipe it to a player or give a name that ends in .mp4")
+        raise InputError("--out - would print a video on the terminal; pipe it to a player or give a name that ends in .mp4")
     if args.wav == "-" and sys.stdin.isatty():
-        raise media.InputError("--wav - reads sound from a pipe, but stdin is the terminal; pipe 16-bit mono PCM of 16 kHz to it")
-    media.check_file(args.ckpt, "a .safetensors release, such as the embedded weights/semo-tiny.safetensors")
+        raise InputError("--wav - reads sound from a pipe, but stdin is the terminal; pipe 16-bit mono PCM of 16 kHz to it")
+    check_file(args.ckpt, "a .safetensors release, such as the embedded weights/semo-tiny.safetensors")
     for path in (args.img, source, args.ckpt):
         if not live and path != "-" and os.path.exists(path) and os.path.exists(args.out) and os.path.samefile(path, args.out):
-            raise media.InputError(f"--out {args.out} would overwrite an input; choose another name")
-    models, meta = load_release(args.ckpt, pick_device(args.device))
+            raise InputError(f"--out {args.out} would overwrite an input; choose another name")
+    models, meta = load_models(args.ckpt, pick_device(args.device))
     meta.update({name: given for name, given in (("vae", args.vae), ("whisper", args.whisper)) if given})
     if args.wav and "generator" not in models:
-        raise media.InputError(f"{args.ckpt} holds no motion generator; give another, or --video in place of --wav")
+        raise InputError(f"{args.ckpt} holds no motion generator; give another, or --video in place of --wav")
     if args.detector:
-        image = data.load_face(args.img, meta["size"], data.load_detector(args.detector))
+        image = load_face(args.img, meta["size"], load_detector(args.detector))
     else:
-        image = media.load_image(args.img, meta["size"])
+        image = load_image(args.img, meta["size"])
     frames, total, sound = frames_and_sound(args, models, meta, image)
     out = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) if live else args.out
     start = time.perf_counter()
-    with media.VideoWriter(out, meta["size"], sound) as video, tqdm(total=total, unit="frame", disable=None) as bar:
+    with VideoWriter(out, meta["size"], sound) as video, tqdm(total=total, unit="frame", disable=None) as bar:
         write_all(video, frames, bar.update)
     spent = time.perf_counter() - start
-    print(f"{args.out}: {video.frames} frames, {video.frames / media.FPS:.2f} s, made at {video.frames / spent:.1f} fps",
+    print(f"{args.out}: {video.frames} frames, {video.frames / FPS:.2f} s, made at {video.frames / spent:.1f} fps",
           file=sys.stderr if live else sys.stdout)
 
 
@@ -242,7 +243,7 @@ def main(argv=None):
         return 130
     except BrokenPipeError:
         return 1
-    except (media.InputError, ValueError) as error:
+    except (InputError, ValueError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     return 0

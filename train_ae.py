@@ -23,14 +23,18 @@ from tqdm import tqdm
 
 import data
 import flow
-import latents
-import synthetic
+import sample
 import training
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder, random_keep
-from media import InputError
+from media import latents
+from media.device import autocast
+from media.files import InputError
+from media.weights import save_release
+from world.people import HELD_OUT, clip, pairs
+from world.render import MOTION, render
 
-# refs: people a step and process; targets: pictures of each; near: share of people who hold still (synthetic.pairs,
+# refs: people a step and process; targets: pictures of each; near: share of people who hold still (pairs,
 # data.Clips); mask_max: masks drop a share of U(0, this) (paper: 0.9, too much for minutes of training); truth: weight of
 # the known motion in the loss, at the start of a run (AutoEncoder.forward); latents: the space (latents.py)
 PRESETS = {
@@ -51,7 +55,7 @@ PRESETS = {
 
 def unit(truth):
     """Motion factors (n, M), each at about unit variance."""
-    low, high = torch.tensor(list(synthetic.MOTION.values()), device=truth.device).unbind(1)
+    low, high = torch.tensor(list(MOTION.values()), device=truth.device).unbind(1)
     return (2 * (truth - low) / (high - low) - 1) * 3**0.5
 
 
@@ -61,7 +65,7 @@ class AutoEncoder(nn.Module):
     def __init__(self, encoder, decoder):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.factors = nn.Linear(encoder.config.num_tokens * encoder.config.token_dim, len(synthetic.MOTION))
+        self.factors = nn.Linear(encoder.config.num_tokens * encoder.config.token_dim, len(MOTION))
 
     def forward(self, reference, target, noise, t, keep, truth, hint, goal=None):
         """reference (R, C, H, W); target, noise (R*T, C, H, W); t (R*T,); keep (R + R*T, n) patches not masked -> loss.
@@ -127,7 +131,7 @@ def parse(argv):
 def clips(seeds, frames, size, draw):
     """The video stage's food: a frame of each of R clips and `frames` later ones in a row -> (R, 3, H, W), (R*F, 3, H, W),
     and as pairs() their motion."""
-    made = synthetic.clip(seeds, 2 * frames)
+    made = clip(seeds, 2 * frames)
     picked = torch.cat([made["motion"][:, :1], made["motion"][:, frames:]], dim=1)     # (R, 1+F, M)
     people = made["identity"].repeat_interleave(frames + 1, 0)
     images = draw(people, picked.flatten(0, 1), size).unflatten(0, (-1, frames + 1))
@@ -143,10 +147,10 @@ def batch(args, preset, number, draw, held_out=False):
     """The people of one forward pass, a function of its number alone: no two processes or steps get the same."""
     size = side(preset)
     seeds = (args.seed * 1_000_003 + number) * args.refs + torch.arange(args.refs)
-    seeds = seeds + synthetic.HELD_OUT if held_out else seeds % synthetic.HELD_OUT
+    seeds = seeds + HELD_OUT if held_out else seeds % HELD_OUT
     if args.frames > 1:
         return clips(seeds, args.frames, size, draw)
-    return synthetic.pairs(seeds, preset["targets"], preset["near"], size, draw)
+    return pairs(seeds, preset["targets"], preset["near"], size, draw)
 
 
 def real_clips(args, preset, split):
@@ -168,13 +172,13 @@ def feed(args, preset, real, numbers, draw):
 
     loaded = iter(data.loader(real, (number for number in numbers if is_real(number)), args.workers)) if real else None
     for number in numbers:
-        yield (*next(loaded), torch.zeros(0, len(synthetic.MOTION))) if is_real(number) else batch(args, preset, number, draw)
+        yield (*next(loaded), torch.zeros(0, len(MOTION))) if is_real(number) else batch(args, preset, number, draw)
 
 
 def held_out_batch(args, preset):
     """What the pictures show: held-out people, of the folders' test split where there is one."""
     if args.data == ["synthetic"]:
-        return batch(args, preset, 0, synthetic.render, held_out=True)
+        return batch(args, preset, 0, render, held_out=True)
     try:
         return real_clips(args, preset, "test")[0]
     except InputError:
@@ -250,14 +254,15 @@ def main(argv=None):
     training.seed_everything(args.seed)
     configs = {"encoder": preset["encoder"], "decoder": replace(preset["decoder"], frames=args.frames)}
     model, ema = (AutoEncoder(MotionEncoder(configs["encoder"]), Decoder(configs["decoder"])).to(device) for _ in range(2))
-    draw = torch.compile(synthetic.render, dynamic=False) if args.compile else synthetic.render
+    draw = torch.compile(render, dynamic=False) if args.compile else render
     kind = preset.get("latents", "pixel")
     try:
         space = latents.load_latents(kind, args.vae, device)
         real = real_clips(args, preset, "train")
-        teacher, about = training.load_release(args.reflow, device) if args.reflow else ({}, {})
+        teacher, about = sample.load_models(args.reflow, device) if args.reflow else ({}, {})
         if args.init or args.reflow:
-            training.init_from(args.init or args.reflow, encoder=model.encoder, decoder=model.decoder)
+            path = args.init or args.reflow
+            training.init_from(path, sample.load_models(path)[0], encoder=model.encoder, decoder=model.decoder)
     except (InputError, ValueError) as error:
         raise SystemExit(f"train_ae.py: {error}") from error
     ema.load_state_dict(model.state_dict())
@@ -275,7 +280,7 @@ def main(argv=None):
     if teacher:                                                     # tokens must stay what the generator writes
         model.encoder.requires_grad_(False).eval()
     loss_of = training.wrap(model, world, device)
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=training.fast_bf16(device))
+    bf16 = autocast(device)
     stopper, began, first = training.Stopper(), time.time(), step
     recent = deque(maxlen=100)                                      # losses, to print their mean
     numbers = [(later * args.accumulate + part) * world + rank for later in range(step, args.steps) for part in range(args.accumulate)]
@@ -294,7 +299,7 @@ def main(argv=None):
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             psnr, copy = picture(os.path.join(args.out, f"step{step:06d}.png"), ema, space, args, preset, device)
             about |= {"latents": kind, "vae": args.vae, "size": side(preset), "steps": 1, "trained_steps": step}
-            training.save_release(files["semo.safetensors"], {**teacher, "encoder": ema.encoder, "decoder": ema.decoder}, about)
+            save_release(files["semo.safetensors"], {**teacher, "encoder": ema.encoder, "decoder": ema.decoder}, about)
             pictures = args.accumulate * world * args.refs * (args.frames if args.frames > 1 else preset["targets"])
             training.log(files["log.jsonl"], step=step, loss=sum(recent) / len(recent), psnr=psnr, psnr_copy=copy,
                          pictures_per_second=pictures * (step - first) / (time.time() - began))

@@ -19,18 +19,25 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-import audio
 import data
 import flow
-import synthetic
+import sample
 import training
 from decoder import paint
 from encoder import random_keep
 from generator import Generator, GeneratorConfig, dream
-from latents import SD, load_latents
-from media import FPS, InputError, VideoWriter
+from media import audio_features
+from media.device import autocast
+from media.files import InputError
+from media.image import to_uint8
+from media.latents import SD, load_latents
+from media.sound import FPS, FRAME
+from media.video import VideoWriter
+from media.weights import save_release
+from world.people import HELD_OUT, clip
+from world.render import render
 
-# clips: of `seconds` each, encoded once a process; windows: drawn from them at each step; audio: kind of features (audio.py)
+# clips: of `seconds` each, encoded once a process; windows: drawn from them at each step; audio: kind of features
 PRESETS = {
     "nano": dict(generator=GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, ahead=1),
                  steps=20, windows=4, clips=2, seconds=1, lr=1e-3, muon_lr=0.02),
@@ -53,7 +60,8 @@ def parse(argv):
     p.add_argument("--teacher-steps", type=int, default=20, help="with --reflow: steps of the teacher (default: %(default)s)")
     p.add_argument("--data", nargs="+", metavar="DIR", default=["synthetic"], help="folders made by data.py prepare, drawn equally; "
                    "the word synthetic stands for the synthetic world (default)")
-    p.add_argument("--whisper", default=audio.WHISPER, help="preset paper: the Whisper model, hub id or folder (default: %(default)s)")
+    p.add_argument("--whisper", default=audio_features.WHISPER,
+                   help="preset paper: the Whisper model, hub id or folder (default: %(default)s)")
     p.add_argument("--steps", type=int, help="length of the run (default: the preset's)")
     p.add_argument("--clips", type=int, help="most clips of each set that each process encodes (default: the preset's)")
     p.add_argument("--windows", type=int, help="windows a step and process (default: the preset's)")
@@ -93,11 +101,11 @@ def encode_clip(encoder, space, parts, mask_max, draw, device, bf16):
 
 def drawn_speakers(args, preset, size, rank, world):
     """Clips of the synthetic world: (pictures in parts, sound (1, S))."""
-    render = torch.compile(synthetic.render, dynamic=False) if args.compile else synthetic.render
+    draw = torch.compile(render, dynamic=False) if args.compile else render
     for number in range(args.clips):
-        made = synthetic.clip(torch.tensor([((args.seed * 100_000 + number) * world + rank) % synthetic.HELD_OUT]),
+        made = clip(torch.tensor([((args.seed * 100_000 + number) * world + rank) % HELD_OUT]),
                               round(preset["seconds"] * FPS))
-        yield (render(made["identity"].expand(len(part), -1), part, size) for part in made["motion"][0].split(25)), made["wave"]
+        yield (draw(made["identity"].expand(len(part), -1), part, size) for part in made["motion"][0].split(25)), made["wave"]
 
 
 def real_speakers(args, folder, size, rank, world):
@@ -135,7 +143,7 @@ def clips(args, preset, encoder, space, size, rank, world, device, bf16):
         for parts, wave in tqdm(speakers, desc=f"encoding {name}", unit="clip", disable=rank > 0):
             draw = training.draws(args.seed, rank, number)
             motion, masked = encode_clip(encoder, space, parts, args.mask_max, draw, device, bf16)
-            rows = audio.features(audio.level(wave), preset.get("audio", "mel"), args.whisper)[0]      # (F, A)
+            rows = audio_features.features(audio_features.level(wave), preset.get("audio", "mel"), args.whisper)[0]      # (F, A)
             frames = min(len(motion), len(rows))
             number += 1
             if frames >= preset["generator"].window:
@@ -162,8 +170,8 @@ def windows(encoded, config, count, draw, quiet):
     sets = places[:, 2].bincount()                                                                    # clips of each
     kinds = sets.nonzero()[:, 0]
     kind = kinds[torch.randint(len(kinds), (count,), generator=draw)]
-    clip = (sets.cumsum(0) - sets)[kind] + (torch.rand(count, generator=draw) * sets[kind]).long()
-    first, frames = places[clip, 0], places[clip, 1]                                                  # (B,)
+    chosen = (sets.cumsum(0) - sets)[kind] + (torch.rand(count, generator=draw) * sets[kind]).long()
+    first, frames = places[chosen, 0], places[chosen, 1]                                                  # (B,)
     begin = (torch.rand(count, generator=draw) < 0.25) | (frames < P + K)
     later = P + (torch.rand(count, generator=draw) * (frames - K + 1 - P).clamp(min=1)).long()
     start = torch.where(begin, 0, later)                                                              # first new frame
@@ -179,24 +187,24 @@ def windows(encoded, config, count, draw, quiet):
 
 def silence(kind, whisper):
     """The speech features of no sound, (A,)."""
-    return audio.features(torch.zeros(1, audio.FRAME), kind, whisper)[0, 0]
+    return audio_features.features(torch.zeros(1, FRAME), kind, whisper)[0, 0]
 
 
 def preview(path, models, meta, space, quiet, args, device, seconds=3):
     """A held-out person of the synthetic world says held-out words: a short mp4 with sound, photo = the clip's first frame."""
     size = meta["size"]
-    made = synthetic.clip(torch.tensor([synthetic.HELD_OUT + args.seed]), seconds * FPS)
-    photo = space.encode(synthetic.render(made["identity"], made["motion"][:, 0], size).to(device))
-    wave = audio.level(made["wave"])
+    made = clip(torch.tensor([HELD_OUT + args.seed]), seconds * FPS)
+    photo = space.encode(render(made["identity"], made["motion"][:, 0], size).to(device))
+    wave = audio_features.level(made["wave"])
     with torch.inference_mode():
         still = models["encoder"](photo).flatten(1)
     draw = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(1, *photo.shape[1:], generator=draw).to(device)
-    rows = audio.features(wave, meta["audio"], args.whisper)[0]
+    rows = audio_features.features(wave, meta["audio"], args.whisper)[0]
     motions = dream(models["generator"], still, iter([rows]), draw, quiet)
     with VideoWriter(path, size, sound=wave[0]) as video:
         for frames in paint(models["decoder"], photo, still, motions, noise):
-            for frame in ((space.decode(frames) + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy():
+            for frame in to_uint8(space.decode(frames)).permute(0, 2, 3, 1).cpu().numpy():
                 video.write(frame)
 
 
@@ -207,7 +215,7 @@ def main(argv=None):
     training.seed_everything(args.seed)
     kind = preset.get("audio", "mel")
     try:
-        models, meta = training.load_release(args.ae, device)
+        models, meta = sample.load_models(args.ae, device)
         space = load_latents(meta["latents"], meta.get("vae", SD), device)
         quiet = silence(kind, args.whisper)
         for name in args.data:
@@ -222,7 +230,7 @@ def main(argv=None):
     teacher = None
     if args.reflow:
         try:
-            training.init_from(args.reflow, generator=model)
+            training.init_from(args.reflow, models, generator=model)
         except ValueError as error:
             raise SystemExit(f"train_gen.py: {error}") from error
         teacher = flow.guide(models["generator"].requires_grad_(False), meta["guidance"], null={"audio": None})
@@ -233,7 +241,7 @@ def main(argv=None):
     files = {name: os.path.join(args.out, name) for name in ("state.pt", "semo.safetensors", "log.jsonl")}
     os.makedirs(args.out, exist_ok=True)
     step = training.resume(files["state.pt"], {"generator": config}, model, ema, optimisers)
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=training.fast_bf16(device))
+    bf16 = autocast(device)
     encoded = clips(args, preset, encoder, space, meta["size"], rank, world, device, bf16)
     loss_of = training.wrap(model, world, device)
     stopper, began, first = training.Stopper(), time.time(), step
@@ -264,7 +272,7 @@ def main(argv=None):
             done = {"encoder": encoder, "decoder": models["decoder"], "generator": ema}
             pace = {"gen_steps": 1, "guidance": 1.0} if teacher else {"gen_steps": 4, "guidance": 1.5}
             about = {**meta, "audio": kind, "whisper": args.whisper, **pace}
-            training.save_release(files["semo.safetensors"], done, about)
+            save_release(files["semo.safetensors"], done, about)
             preview(os.path.join(args.out, f"step{step:06d}.mp4"), done, about, space, quiet, args, device)
             training.log(files["log.jsonl"], step=step, loss=loss.item(),
                          windows_per_second=(step - first) * world * args.windows / (time.time() - began))

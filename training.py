@@ -1,10 +1,9 @@
 """What both training scripts need: processes, random draws, optimisers, EMA, checkpoints, log. Plain functions; the loops
 themselves stand in train_ae.py and train_gen.py.
 
-Two kinds of file. `state.pt` (torch.save, loads under weights_only=True) holds what a run needs to go on: weights, EMA,
-optimisers, step. A release (`.safetensors`) holds what a user needs: half-precision EMA weights, and as JSON in its
-metadata the config of every model. Both are written to a temporary name and moved into place, so that a kill at any
-moment leaves a good file.
+`state.pt` (torch.save, loads under weights_only=True) holds what a run needs to go on: weights, EMA, optimisers, step.
+What a user needs is another file (media/weights.py). Both are written to a temporary name and moved into place, so that
+a kill at any moment leaves a good file.
 """
 import json
 import math
@@ -21,26 +20,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from decoder import Decoder, DecoderConfig
-from encoder import EncoderConfig, MotionEncoder
-from generator import Generator, GeneratorConfig
-
-KINDS = {"encoder": (MotionEncoder, EncoderConfig), "decoder": (Decoder, DecoderConfig),
-         "generator": (Generator, GeneratorConfig)}
-
+from media.device import pick_device
+from media.files import InputError, atomic_write
+from media.image import to_uint8
 
 # ---- processes and randomness ---------------------------------------------------------------------------------------
 
 def start(device="auto"):
     """Join the other processes, if torchrun started us -> (rank, world, device). NCCL on GPUs, gloo on CPUs."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(pick_device(device))
     if device == "cuda":
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
@@ -91,18 +83,6 @@ def checkpoint_activations(model):
 def draws(seed, rank, step):
     """The source of every random number of one step on one process: resuming needs nothing but the step."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4099 + rank)
-
-
-def fast_bf16(device):
-    """Whether bf16 is quicker than fp32 here: any recent GPU; a CPU only with AMX or AVX512-BF16."""
-    if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    try:
-        with open("/proc/cpuinfo") as f:
-            flags = f.read()
-        return "amx_bf16" in flags or "avx512_bf16" in flags
-    except OSError:
-        return False
 
 
 class Stopper:
@@ -183,23 +163,9 @@ def update_ema(ema, model, step, decay=0.999):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-def replace(path, write):
-    """Call write(temporary name), then move the finished file to `path`."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
 def save_state(path, **state):
-    replace(path, lambda name: torch.save(state, name))
+    with atomic_write(path, make_folder=True) as temporary:
+        torch.save(state, temporary)
 
 
 def save_run(path, step, configs, model, ema, optimisers):
@@ -226,56 +192,18 @@ def resume(path, configs, model, ema, optimisers):
     return state["step"]
 
 
-def init_from(path, **models):
-    """Start from a release's weights. What it lacks (the temporal blocks of a video model) keeps its first values."""
-    found, _ = load_release(path)
+def init_from(path, found, **models):
+    """Start from the models `found` in the release `path`. What they lack (the temporal blocks of a video model) keeps its
+    first values."""
     for kind, model in models.items():
         if kind not in found:
-            raise ValueError(f"{path} holds no {kind}, only {', '.join(found)}")
+            raise InputError(f"{path} holds no {kind}, only {', '.join(found)}")
         try:
             missing, unexpected = model.load_state_dict(found[kind].state_dict(), strict=False)
         except RuntimeError as error:
             missing, unexpected = [], [str(error)]
         if unexpected or any("temporal." not in name for name in missing):
-            raise ValueError(f"{path}: its {kind} has another shape; it needs the preset it was trained with")
-
-
-def save_release(path, models, meta, dtype=torch.float16):
-    """models {"encoder": ..., "decoder": ..., maybe "generator": ...}, each with a `config`; meta: plain JSON values."""
-    weights = {f"{kind}.{name}": value.detach().cpu().to(dtype if value.ndim > 1 else torch.float32).contiguous()
-               for kind, model in models.items() for name, value in model.state_dict().items()}
-    about = {"format": "semo-1", "configs": {kind: asdict(model.config) for kind, model in models.items()}, **meta}
-    replace(path, lambda name: save_file(weights, name, metadata={"semo": json.dumps(about)}))
-
-
-def load_release(path, device="cpu"):
-    """-> ({kind: model in eval mode}, meta). ValueError with one clear sentence if the file is not a sound release."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            meta = json.loads((f.metadata() or {}).get("semo", "null"))
-            weights = {name: f.get_tensor(name) for name in f.keys()} if meta else {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); "
-                         "give a SeMo release such as weights/semo-tiny.safetensors") from error
-    if not isinstance(meta, dict) or meta.get("format") != "semo-1":
-        raise ValueError(f"{path}: a safetensors file, but not a SeMo release; train_ae.py and train_gen.py write those")
-    bad = [name for name, value in weights.items() if not value.isfinite().all()]
-    if bad:
-        raise ValueError(f"{path}: {len(bad)} weights hold NaN or infinity, first {bad[0]}; the file is damaged or badly trained")
-    models = {}
-    for kind, config in meta.pop("configs", {}).items():
-        try:
-            make, make_config = KINDS[kind]
-            model = make(make_config(**config))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: its {kind} was made by another version of SeMo ({error})") from error
-        own = {name[len(kind) + 1:]: value.float() for name, value in weights.items() if name.startswith(kind + ".")}
-        try:
-            model.load_state_dict(own)
-        except RuntimeError as error:
-            raise ValueError(f"{path}: the {kind}'s weights do not fit its config ({str(error).splitlines()[-1].strip()})") from error
-        models[kind] = model.to(device).eval()
-    return models, meta
+            raise InputError(f"{path}: its {kind} has another shape; it needs the preset it was trained with")
 
 
 def log(path, **row):
@@ -287,8 +215,9 @@ def log(path, **row):
 def save_grid(path, rows):
     """rows: list of (n, 3, H, W) in [-1, 1] -> a PNG, one row of pictures each."""
     picture = torch.cat([torch.cat(list(row.float().cpu()), dim=2) for row in rows], dim=1)
-    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    replace(path, lambda name: Image.fromarray(np.ascontiguousarray(pixels)).save(name, format="PNG"))
+    pixels = to_uint8(picture).permute(1, 2, 0).numpy()
+    with atomic_write(path, make_folder=True) as temporary:
+        Image.fromarray(np.ascontiguousarray(pixels)).save(temporary, format="PNG")
 
 
 def seed_everything(seed):

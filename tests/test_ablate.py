@@ -2,20 +2,18 @@
 import json
 import os
 import signal
-import sys
 
 import pytest
 import torch
 from PIL import Image
 
+import train_ae
+from decoder import Decoder
+from encoder import MotionEncoder
+from measure import ablate, evaluate
+from sample import load_models
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-import ablate  # noqa: E402
-import evaluate  # noqa: E402
-import train_ae  # noqa: E402
-from decoder import Decoder  # noqa: E402
-from encoder import MotionEncoder  # noqa: E402
-from training import load_release  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -63,7 +61,7 @@ def test_the_tables_hold_what_the_runs_measured(quick, capsys):
     a, b = sorted(numbers["B as A"] for numbers in found["prediction-v"])
     assert f"{(a + b) / 2:.2f} [{a:.2f} {b:.2f}]" in next(line for line in said.splitlines() if line.startswith("| v |"))
     assert Image.open(quick / "curves.png").size == (4 * 290, 200)
-    _, meta = load_release(quick / "runs/base-0/semo.safetensors")
+    _, meta = load_models(quick / "runs/base-0/semo.safetensors")
     assert meta["trained_steps"] == 2
     before = os.stat(quick / "runs/base-0/reconstruct.json").st_mtime_ns
     assert ablate.main(words) == 0 and capsys.readouterr().out == said                    # again: nothing is done twice

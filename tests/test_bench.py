@@ -6,14 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-import bench
-import data
 import train_ae
-import training
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig
-from media import VideoWriter
+from measure import bench
+from media.files import write_lines
+from media.video import VideoWriter
+from media.weights import save_release
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def test_the_table_of_presets_and_what_waits(tmp_path, capsys):
         for k in range(30):
             video.write(np.full((32, 32, 3), 8 * k, np.uint8))
     row = {"file": "clips/a.mp4", "identity": "a", "split": "train", "frames": 30, "sound": False}
-    data.write_lines(tmp_path / "manifest.jsonl", [row])
+    write_lines(tmp_path / "manifest.jsonl", [row])
     words = ["train", "--presets", "nano", "--rounds", "1", "--workers", "0", "--device", "cpu", "--json", str(tmp_path / "out.json")]
     assert bench.main([*words, "--data", str(tmp_path)]) == 0
     found, told = json.loads((tmp_path / "out.json").read_text())["train"], capsys.readouterr().out
@@ -67,7 +67,7 @@ def release(tmp_path_factory):
               "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=8, past=4, ahead=1))}
     for p in models["decoder"].parameters():
         p.data += 0.05 * torch.randn_like(p)
-    training.save_release(path, models, {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2, "guidance": 1.5})
+    save_release(path, models, {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2, "guidance": 1.5})
     return str(path)
 
 

@@ -1,10 +1,9 @@
 """The spaces: pixels are themselves, Stable Diffusion's autoencoder is diffusers' own, its failures are explained."""
-
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from latents import load_latents
+from media.latents import load_latents
 
 torch.set_num_threads(1)
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1

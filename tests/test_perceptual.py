@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from measure import perceptual
+from measure.perceptual import frechet
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-import perceptual  # noqa: E402
-from perceptual import frechet  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -1,6 +1,5 @@
 """pictures.py: directions, names, attention and errors against planted cases whose answer is known; the command."""
 import os
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,15 +7,15 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from decoder import Decoder, DecoderConfig
+from encoder import EncoderConfig, MotionEncoder
+from measure import pictures
+from measure.pictures import GAP, NAMES, NAVY, ORANGE, SHOWN
+from media.files import write_lines
+from media.video import VideoWriter
+from media.weights import save_release
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-import data  # noqa: E402
-import pictures  # noqa: E402
-from decoder import Decoder, DecoderConfig  # noqa: E402
-from encoder import EncoderConfig, MotionEncoder  # noqa: E402
-from media import VideoWriter  # noqa: E402
-from pictures import GAP, NAMES, NAVY, ORANGE, SHOWN  # noqa: E402
-from training import save_release  # noqa: E402
 
 torch.set_num_threads(1)
 META = {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1}
@@ -211,21 +210,21 @@ def test_of_real_people_only_what_is_known_is_shown(given, tmp_path, capsys, she
             for n in range(8):
                 video.write(np.full((32, 32, 3), 80 * k + 6 * n, np.uint8))
         rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": False})
-    data.write_lines(tmp_path / "manifest.jsonl", rows)
+    write_lines(tmp_path / "manifest.jsonl", rows)
     args = ["--ckpt", str(given / "w.safetensors"), "--device", "cpu", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     assert pictures.main(args) == 0 and len(os.listdir(tmp_path / "out")) == 4
     errors = sheets[0]
     assert len(errors[1]) == 6 and [len(row) for row in errors[2]] == [6, 6] and not any("true" in text for text in errors[1])
     shown = [[pixels(row[k])[64, 64, 0].item() for k in (0, 1, 4)] for row in errors[2]]
     assert np.abs(np.array(shown) - [[80, 110, 160], [160, 190, 80]]).max() < 6     # of 6 frames the last drives
-    data.write_lines(tmp_path / "manifest.jsonl", rows[:2])
+    write_lines(tmp_path / "manifest.jsonl", rows[:2])
     refused(capsys, pictures.main(args), "one person")
 
 
 def refused(capsys, status, *words):
     """Status 2, one line on stderr that holds the words."""
     said = capsys.readouterr().err.splitlines()
-    assert status == 2 and len(said) == 1 and said[0].startswith("pictures.py: ")
+    assert status == 2 and len(said) == 1 and said[0].startswith("measure.pictures: ")
     assert all(word in said[0] for word in words), said
 
 

@@ -1,14 +1,11 @@
 """reader.py: the motion reader, its frames, its file, its training."""
 import os
-import sys
 
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-import reader  # noqa: E402
-import synthetic  # noqa: E402
-from synthetic import HELD_OUT, IDENTITY  # noqa: E402
+from measure import reader
+from world.people import HELD_OUT, random_motion
+from world.render import IDENTITY, identity, render
 
 torch.set_num_threads(1)
 
@@ -28,20 +25,20 @@ def test_the_reader_survives_its_file_and_any_picture_size(tmp_path):
 
 def test_a_mirrored_frame_has_mirrored_motion():
     """Where the world is symmetric: the head's place. Everything else that has a side changes sign with it."""
-    people = synthetic.identity(torch.arange(4))
+    people = identity(torch.arange(4))
     people[:, [IDENTITY.index(name) for name in ("parting", "back_dir", "back_wave", "hair_volume")]] = 0.5
-    images = synthetic.render(people, motion := synthetic.random_motion(torch.arange(4)))
+    images = render(people, motion := random_motion(torch.arange(4)))
     flipped, told = reader.mirror(images, motion)
-    near = (synthetic.render(people, told) - flipped).abs()[:, :, 20:110].mean()
-    wrong = (synthetic.render(people, motion) - flipped).abs()[:, :, 20:110].mean()
+    near = (render(people, told) - flipped).abs()[:, :, 20:110].mean()
+    wrong = (render(people, motion) - flipped).abs()[:, :, 20:110].mean()
     assert near < 0.35 * wrong and torch.equal(reader.mirror(flipped, told)[1], motion)
 
 
 def test_reader_frames_are_of_the_people_asked_for():
     images, motion = reader.true_frames(2, 8, HELD_OUT)
     ids = HELD_OUT + 16 + torch.arange(8)
-    assert torch.equal(images, synthetic.render(synthetic.identity(ids), motion))
-    free = synthetic.random_motion(ids)
+    assert torch.equal(images, render(identity(ids), motion))
+    free = random_motion(ids)
     assert torch.equal(motion[4:], free[4:]) and not torch.equal(motion[:4], free[:4])
 
 

@@ -17,16 +17,18 @@ import soundfile
 import torch
 from PIL import Image
 
+import data
+import sample
+from decoder import Decoder, DecoderConfig
+from encoder import EncoderConfig, MotionEncoder
+from generator import Generator, GeneratorConfig
+from media import audio_features
+from media.files import InputError
+from media.sound import has_audio, load_audio
+from media.video import VideoWriter, read_video
+from media.weights import save_release
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-import audio  # noqa: E402
-import data  # noqa: E402
-import media  # noqa: E402
-import sample  # noqa: E402
-from decoder import Decoder, DecoderConfig  # noqa: E402
-from encoder import EncoderConfig, MotionEncoder  # noqa: E402
-from generator import Generator, GeneratorConfig  # noqa: E402
-from training import save_release  # noqa: E402
 
 torch.set_num_threads(1)
 META = {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2, "guidance": 1.0}
@@ -53,7 +55,7 @@ def given(tmp_path_factory):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(folder / "x.png")
     soundfile.write(folder / "y.wav", 0.2 * rng.normal(size=(22050, 2)).clip(-3, 3), 22050)
-    with media.VideoWriter(folder / "d.mp4", 32, torch.from_numpy(rng.normal(0, 0.1, 16000)).float()) as video:
+    with VideoWriter(folder / "d.mp4", 32, torch.from_numpy(rng.normal(0, 0.1, 16000)).float()) as video:
         for _ in range(20):
             video.write(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
     return folder
@@ -102,24 +104,24 @@ def test_reenactment_keeps_frames_and_sound(given, tmp_path):
 
 
 def test_mute_driving_video_works(given, tmp_path):
-    with media.VideoWriter(tmp_path / "mute.mp4", 32) as video:
+    with VideoWriter(tmp_path / "mute.mp4", 32) as video:
         for k in range(3):
             video.write(np.full((32, 32, 3), 50 * k, np.uint8))
     assert sample.main(command(given, tmp_path / "o.mp4", "--video", str(tmp_path / "mute.mp4"), wav=None)) == 0
-    assert not media.has_audio(tmp_path / "o.mp4") and len(list(media.read_video(tmp_path / "o.mp4", 32))) == 3
+    assert not has_audio(tmp_path / "o.mp4") and len(list(read_video(tmp_path / "o.mp4", 32))) == 3
 
 
 @pytest.mark.parametrize("seconds, frames", [(0.1, 2), (0.001, 1), (0.64, 16), (0.66, 16), (1.5, 38)])
 def test_frames_are_as_many_as_the_sound_lasts(given, tmp_path, seconds, frames):
     soundfile.write(tmp_path / "y.wav", 0.1 * np.ones(round(16000 * seconds)), 16000)
     assert sample.main(command(given, tmp_path / "o.mp4", "--wav", str(tmp_path / "y.wav"), wav=None)) == 0
-    assert len(list(media.read_video(tmp_path / "o.mp4", 32))) == frames
+    assert len(list(read_video(tmp_path / "o.mp4", 32))) == frames
 
 
 def test_same_seed_same_frames_other_seed_other_take(given, tmp_path, monkeypatch):
     """The frames that reach the encoder: libx264 itself is not bit-exact from run to run at this size."""
-    takes, write = [], media.VideoWriter.write
-    monkeypatch.setattr(media.VideoWriter, "write", lambda self, x: (takes[-1].append(x.copy()), write(self, x)))
+    takes, write = [], VideoWriter.write
+    monkeypatch.setattr(VideoWriter, "write", lambda self, x: (takes[-1].append(x.copy()), write(self, x)))
     for seed in ("3", "3", "4"):
         takes.append([])
         assert sample.main(command(given, tmp_path / "o.mp4", "--seed", seed)) == 0
@@ -136,7 +138,7 @@ def test_it_runs_as_a_program(given, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- the parts
 def features(frames):
-    return torch.randn(frames, audio.FEATURE_DIM["mel"], generator=torch.Generator().manual_seed(frames))
+    return torch.randn(frames, audio_features.FEATURE_DIM["mel"], generator=torch.Generator().manual_seed(frames))
 
 
 @pytest.mark.parametrize("frames", [1, 8])
@@ -179,9 +181,9 @@ def test_early_frames_do_not_wait_for_late_sound():
 def test_live_sound_gives_the_frames_of_the_file(size, monkeypatch):
     """With the same gain, live frames are the file's; the running gain is all that differs."""
     models, image, wave = small_models(), torch.rand(3, 32, 32) * 2 - 1, 0.1 * torch.randn(30000)
-    want = np.stack(list(sample.talk(models, META, image, iter([audio.features(2 * wave[None])[0]]), 5)))
+    want = np.stack(list(sample.talk(models, META, image, iter([audio_features.features(2 * wave[None])[0]]), 5)))
     assert len(list(sample.stream(models, META, image, iter(wave.split(size)), 5))) == len(want) == 47
-    monkeypatch.setattr(audio, "running_level", lambda chunks: (2 * chunk for chunk in chunks))
+    monkeypatch.setattr(audio_features, "running_level", lambda chunks: (2 * chunk for chunk in chunks))
     live = np.stack(list(sample.stream(models, META, image, iter(wave.split(size)), 5)))
     assert np.abs(live.astype(int) - want.astype(int)).max() <= 1 and (live == want).mean() > 0.99
 
@@ -255,14 +257,14 @@ def test_no_more_than_a_batch_waits_for_the_encoder():
 
 @pytest.mark.parametrize("fails", [3, 24])
 def test_an_error_of_the_encoder_reaches_the_caller(given, tmp_path, monkeypatch, capsys, fails):
-    write = media.VideoWriter.write
+    write = VideoWriter.write
 
     def failing(self, frame):
         if self.frames == fails:
-            raise media.InputError("the disk is full")
+            raise InputError("the disk is full")
         write(self, frame)
 
-    monkeypatch.setattr(media.VideoWriter, "write", failing)
+    monkeypatch.setattr(VideoWriter, "write", failing)
     refused(capsys, command(given, tmp_path / "o.mp4"), "the disk is full")
     assert os.listdir(tmp_path) == []
 
@@ -313,8 +315,8 @@ def test_frames_leave_before_the_sound_has_ended(given):
 
 
 def test_pieces_of_stdin_do_not_matter(given, tmp_path, monkeypatch):
-    takes, write = [], media.VideoWriter.write
-    monkeypatch.setattr(media.VideoWriter, "write", lambda self, x: (takes[-1].append(x.copy()), write(self, x)))
+    takes, write = [], VideoWriter.write
+    monkeypatch.setattr(VideoWriter, "write", lambda self, x: (takes[-1].append(x.copy()), write(self, x)))
     for size in (333, 1280, 100000):
         data = io.BytesIO(raw(1.5))
         pipe = SimpleNamespace(read1=lambda n, data=data, size=size: data.read(size))
@@ -322,7 +324,7 @@ def test_pieces_of_stdin_do_not_matter(given, tmp_path, monkeypatch):
         takes.append([])
         assert sample.main(live(given, tmp_path / "o.mp4")) == 0
     assert len(takes[0]) == 38 and all(np.array_equal(takes[0], take) for take in takes[1:])
-    wave = media.load_audio(tmp_path / "o.mp4").numpy()[:24000]
+    wave = load_audio(tmp_path / "o.mp4").numpy()[:24000]
     assert np.corrcoef(wave, np.frombuffer(raw(1.5), "<i2")[:24000])[0, 1] > 0.8        # AAC of noise
 
 
@@ -421,9 +423,9 @@ def test_an_input_is_not_overwritten(given, capsys):
 def test_driving_video_that_breaks_off_leaves_no_file(given, tmp_path, capsys, monkeypatch):
     def broken(path, size):
         yield torch.zeros(3, size, size)
-        raise media.InputError(f"{path} is cut off")
+        raise InputError(f"{path} is cut off")
 
-    monkeypatch.setattr(media, "read_video", broken)
+    monkeypatch.setattr(sample, "read_video", broken)
     refused(capsys, command(given, tmp_path / "o.mp4", "--video", str(given / "d.mp4"), wav=None), "cut off")
     assert os.listdir(tmp_path) == []
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import speech
+from world import speech
 
 SEEDS = torch.arange(24)
 CLIPS = speech.speak(SEEDS, 75)

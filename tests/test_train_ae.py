@@ -19,21 +19,26 @@ import torch.distributed as dist
 from PIL import Image
 
 import data
-import synthetic
 import train_ae
 import training
 from decoder import Decoder
 from encoder import MotionEncoder, random_keep
 from generator import Generator, GeneratorConfig
-from latents import Pixel
-from media import VideoWriter
+from media.files import write_lines
+from media.latents import Pixel
+from media.video import VideoWriter
+from media.weights import save_release
+from sample import load_models
+from world import people as people_module
+from world.people import HELD_OUT, clip, random_motion
+from world.render import MOTION, identity, render
 
 torch.set_num_threads(1)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NANO = train_ae.PRESETS["nano"]
 CPU = torch.device("cpu")
-NONE = torch.zeros(0, len(synthetic.MOTION))                                 # nothing is known of the motion
-TRUTH = synthetic.random_motion(torch.arange(6))
+NONE = torch.zeros(0, len(MOTION))                                 # nothing is known of the motion
+TRUTH = random_motion(torch.arange(6))
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +84,8 @@ def auto_encoder(seed=0, nudge=0.05, depth=1, frames=1):
 @pytest.fixture
 def people(monkeypatch):
     """Every identity that is drawn, in order."""
-    seen, draw = [], synthetic.identity
-    monkeypatch.setattr(synthetic, "identity", lambda ids: seen.extend(ids.tolist()) or draw(ids))
+    seen, draw = [], identity
+    monkeypatch.setattr(people_module, "identity", lambda ids: seen.extend(ids.tolist()) or draw(ids))
     return seen
 
 
@@ -110,7 +115,7 @@ def test_no_two_steps_or_processes_draw_the_same_people(people):
     args, model = train_ae.parse(["--preset", "nano", "--accumulate", "2"]), auto_encoder()
     for rank in range(2):
         numbers = [(step * 2 + part) * 2 + rank for step in range(3) for part in range(2)]
-        batches = train_ae.feed(args, NANO, None, numbers, synthetic.render)
+        batches = train_ae.feed(args, NANO, None, numbers, render)
         for step in range(3):
             train_ae.train_step(args, NANO, model, batches, step, rank, 2, Pixel(), CPU, torch.autocast("cpu", enabled=False))
     assert len(set(people)) == 3 * 2 * 2 * args.refs                         # steps, ranks, passes, people of each
@@ -120,19 +125,19 @@ def test_no_two_steps_or_processes_draw_the_same_people(people):
 @pytest.mark.parametrize("frames", [1, 4])
 def test_held_out_people_are_never_trained_on(people, no_pictures, tmp_path, seed, frames):
     assert train(tmp_path, "--seed", str(seed), "--frames", str(frames), steps=2) == 0
-    assert len(set(people)) == 4 and max(people) < synthetic.HELD_OUT
+    assert len(set(people)) == 4 and max(people) < HELD_OUT
     args = train_ae.parse(["--preset", "nano", "--seed", str(seed), "--frames", str(frames)])
     people.clear()
-    train_ae.batch(args, NANO, 10**9 // 3, synthetic.render)                 # nor after a billion passes
-    assert max(people) < synthetic.HELD_OUT
+    train_ae.batch(args, NANO, 10**9 // 3, render)                 # nor after a billion passes
+    assert max(people) < HELD_OUT
     people.clear()
-    train_ae.batch(args, NANO, 0, synthetic.render, held_out=True)
-    assert min(people) >= synthetic.HELD_OUT
+    train_ae.batch(args, NANO, 0, render, held_out=True)
+    assert min(people) >= HELD_OUT
 
 
 def test_a_batch_depends_on_its_number_alone():
     args = train_ae.parse(["--preset", "nano"])
-    one, again, other = (train_ae.batch(args, NANO, number, synthetic.render) for number in (3, 3, 4))
+    one, again, other = (train_ae.batch(args, NANO, number, render) for number in (3, 3, 4))
     assert one[0].shape == (2, 3, 32, 32) and one[1].shape == (4, 3, 32, 32)
     assert same(list(one), list(again)) and not torch.equal(one[0], other[0])
 
@@ -144,7 +149,7 @@ def test_clips_are_frames_in_a_row_of_one_person():
 
     seeds = torch.tensor([5, 6])
     reference, target, _ = train_ae.clips(seeds, 3, 32, draw)
-    made = synthetic.clip(seeds, 6)
+    made = clip(seeds, 6)
     for k in range(2):
         want = torch.cat([made["identity"][k].expand(6, -1), made["motion"][k]], dim=1)[:, None, None]   # (6, 1, 1, I+M)
         assert torch.equal(reference[k], want[0]) and torch.equal(target[3 * k:3 * k + 3], want[3:])
@@ -208,7 +213,7 @@ def test_compiled_shapes_stand_still(no_pictures, monkeypatch, tmp_path):
 def given_batch():
     """Two people: reference (2, ...), target and noise (4, ...), t (4,), keep (6, 10)."""
     draw = torch.Generator().manual_seed(0)
-    reference, target, _ = train_ae.batch(train_ae.parse(["--preset", "nano"]), NANO, 0, synthetic.render)
+    reference, target, _ = train_ae.batch(train_ae.parse(["--preset", "nano"]), NANO, 0, render)
     target[3] = reference[1]                                                 # one that copying gets right
     return [reference, target, torch.randn(target.shape, generator=draw), torch.tensor([1, 0.8, 0.5, 0.2]),
             random_keep(6, 16, 0.4, draw)]
@@ -229,18 +234,18 @@ def test_known_motion_enters_with_its_weight_and_unknown_does_not():
     error = (told - train_ae.unit(TRUTH)).square().mean()
     assert model(*given, TRUTH, 0.7).item() == pytest.approx((plain + 0.7 * error).item(), rel=1e-4)
     assert not torch.equal(model(*given, TRUTH, 0.7), plain) and torch.equal(model(*given, TRUTH, 0.0), plain)
-    many = train_ae.unit(synthetic.random_motion(torch.arange(4000)))
-    assert many.shape == (4000, len(synthetic.MOTION)) and 0.4 < many.std(0).min() and many.std(0).max() < 1.7
+    many = train_ae.unit(random_motion(torch.arange(4000)))
+    assert many.shape == (4000, len(MOTION)) and 0.4 < many.std(0).min() and many.std(0).max() < 1.7
 
 
 def test_accumulated_gradients_are_the_mean_of_the_passes():
     args, model = train_ae.parse(["--preset", "nano", "--accumulate", "2"]), auto_encoder()
     other, plain = copy.deepcopy(model), torch.autocast("cpu", enabled=False)
-    batches = train_ae.feed(args, NANO, None, [6, 7], synthetic.render)
+    batches = train_ae.feed(args, NANO, None, [6, 7], render)
     loss = train_ae.train_step(args, NANO, model, batches, 3, 0, 1, Pixel(), CPU, plain)
     losses, want = [], {name: 0 for name, _ in other.named_parameters()}
     for number in (6, 7):                                                    # step 3 of 2 passes each
-        reference, target, truth = train_ae.batch(args, NANO, number, synthetic.render)
+        reference, target, truth = train_ae.batch(args, NANO, number, render)
         other.zero_grad()
         random = train_ae.randomness(args, NANO["encoder"], target.shape, number, 0, 3 / 20)
         losses.append(other(reference, target, *random, truth, 0.3 * 13 / 16))   # fades over 16 of 20 steps; 3 are gone
@@ -273,7 +278,7 @@ def test_only_the_last_pass_of_a_step_sends_gradients(alone):
 
     wrapped.register_comm_hook(None, hook)
     for loss_of in (wrapped, other):
-        batches = train_ae.feed(args, NANO, None, [12, 14, 16], synthetic.render)        # those of step 2, process 0 of 2
+        batches = train_ae.feed(args, NANO, None, [12, 14, 16], render)        # those of step 2, process 0 of 2
         train_ae.train_step(args, NANO, loss_of, batches, 2, 0, 2, Pixel(), CPU, plain)
     assert sum(sent) == sum(p.numel() for p in model.parameters())
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
@@ -282,7 +287,7 @@ def test_only_the_last_pass_of_a_step_sends_gradients(alone):
 
 def test_one_batch_is_learnt(monkeypatch, no_pictures, tmp_path):
     args, losses, work = train_ae.parse(["--preset", "nano"]), [], train_ae.train_step
-    data = train_ae.batch(args, NANO, 0, synthetic.render)
+    data = train_ae.batch(args, NANO, 0, render)
     luck = train_ae.randomness(args, NANO["encoder"], data[1].shape, 0, 0, progress=0)
     monkeypatch.setattr(train_ae, "batch", lambda *_: data)
     monkeypatch.setattr(train_ae, "randomness", lambda *_: luck)
@@ -363,7 +368,7 @@ def test_a_run_writes_its_files(tmp_path, capsys):
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert [row["step"] for row in rows] == [2, 4]
     assert all(math.isfinite(row[name]) for row in rows for name in ("loss", "psnr", "psnr_copy", "pictures_per_second"))
-    models, meta = training.load_release(tmp_path / "semo.safetensors")
+    models, meta = load_models(tmp_path / "semo.safetensors")
     assert list(models) == ["encoder", "decoder"] and (meta["trained_steps"], meta["size"]) == (4, 32)
     ema = state(tmp_path)["ema"]
     for name, value in {f"{kind}.{k}": v for kind, m in models.items() for k, v in m.state_dict().items()}.items():
@@ -374,7 +379,7 @@ def test_a_run_writes_its_files(tmp_path, capsys):
 def test_pictures_show_reference_target_and_output(tmp_path):
     model, args = auto_encoder(nudge=0), train_ae.parse(["--preset", "nano"])
     psnr, copied = train_ae.picture(tmp_path / "p.png", model, Pixel(), args, NANO, CPU)
-    reference, target, _ = train_ae.batch(args, NANO, 0, synthetic.render, held_out=True)
+    reference, target, _ = train_ae.batch(args, NANO, 0, render, held_out=True)
     reference = reference[[0, 0, 1, 1]]
     assert copied == pytest.approx(-10 * math.log10((reference - target).square().mean() / 4), abs=1e-3)
     assert psnr == pytest.approx(copied, abs=1e-3)                           # a fresh model copies
@@ -391,7 +396,7 @@ def test_stop_and_resume_give_the_same_run(monkeypatch, tmp_path):
         ask_to_stop_at(patch, 4)                                             # while the fifth step is computed
         assert train(tmp_path / "parts", steps=10) == 130
     assert state(tmp_path / "parts")["step"] == 5
-    training.load_release(tmp_path / "parts" / "semo.safetensors")
+    load_models(tmp_path / "parts" / "semo.safetensors")
     assert train(tmp_path / "parts", steps=10) == 0
     whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
     assert whole["step"] == 10 and len(whole["optimisers"]) == 2 and whole["optimisers"][1]["state"]
@@ -424,7 +429,7 @@ def test_a_kill_while_the_last_step_is_saved_costs_no_release(monkeypatch, tmp_p
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path)
     assert train(tmp_path) == 0                                              # the same command again
-    assert training.load_release(tmp_path / "semo.safetensors")[1]["trained_steps"] == 4
+    assert load_models(tmp_path / "semo.safetensors")[1]["trained_steps"] == 4
 
 
 def test_nan_stops_the_run_and_spares_the_state(monkeypatch, no_pictures, tmp_path):
@@ -443,7 +448,7 @@ def test_nan_stops_the_run_and_spares_the_state(monkeypatch, no_pictures, tmp_pa
     assert end.value.code not in (None, 0)
     held = state(out)
     assert held["step"] == 2 and all(v.isfinite().all() for kind in ("model", "ema") for v in held[kind].values())
-    training.load_release(out / "semo.safetensors")
+    load_models(out / "semo.safetensors")
     assert train(out, "--save-every", "2", steps=6) == 0                     # the same command again, without the fault
     assert same(state(out), state(tmp_path / "whole"))
 
@@ -457,7 +462,7 @@ def test_an_infinite_gradient_stops_the_run(monkeypatch, tmp_path):
 
 def test_the_video_stage_starts_from_the_image_release(monkeypatch, tmp_path):
     image = auto_encoder(seed=5)
-    training.save_release(tmp_path / "image.safetensors", {"encoder": image.encoder, "decoder": image.decoder}, {})
+    save_release(tmp_path / "image.safetensors", {"encoder": image.encoder, "decoder": image.decoder}, {})
     first = []
     make = training.optimisers
     monkeypatch.setattr(training, "optimisers", lambda model, *rates: first.append(copy.deepcopy(model)) or make(model, *rates))
@@ -466,7 +471,7 @@ def test_the_video_stage_starts_from_the_image_release(monkeypatch, tmp_path):
     for name, value in image.state_dict().items():
         if not name.startswith("factors."):                                  # of no use in a release
             torch.testing.assert_close(held[name], value, rtol=1e-3, atol=1e-6, msg=name)
-    models, _ = training.load_release(tmp_path / "video" / "semo.safetensors")
+    models, _ = load_models(tmp_path / "video" / "semo.safetensors")
     assert models["decoder"].config.frames == 4 and len(models["decoder"].temporal) == 1
     assert models["decoder"].temporal[0].attention.out.weight.any()          # it learns
     with pytest.raises(SystemExit, match="other sizes"):
@@ -508,7 +513,7 @@ def test_torchrun_with_two_processes(unbroken):
     assert sorted(os.listdir(unbroken)) == ["log.jsonl", "semo.safetensors", "state.pt", "step000012.png"]
     assert len(open(unbroken / "log.jsonl").readlines()) == 1                # one process writes
     assert state(unbroken)["step"] == 12
-    training.load_release(unbroken / "semo.safetensors")
+    load_models(unbroken / "semo.safetensors")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -585,7 +590,7 @@ def folder(tmp_path_factory):
                 video.write(picture)
     rows = [{"file": f"clips/{k}.mp4", "identity": str(k), "split": split, "frames": 30, "sound": False}
             for k, split in enumerate(("train", "test"))]
-    data.write_lines(made / "manifest.jsonl", rows)
+    write_lines(made / "manifest.jsonl", rows)
     return str(made)
 
 
@@ -602,7 +607,7 @@ def test_real_clips_train_and_resume_like_drawn_ones(folder, monkeypatch, tmp_pa
 def test_sets_share_the_batches_and_test_people_are_only_shown(folder):
     args = train_ae.parse(["--preset", "nano", "--data", folder, "synthetic", "--workers", "0"])
     real = train_ae.real_clips(args, NANO, "train")
-    grey = [(x[0][:, 0] - x[0][:, 1]).std().item() < 0.05 for x in train_ae.feed(args, NANO, real, range(40), synthetic.render)]
+    grey = [(x[0][:, 0] - x[0][:, 1]).std().item() < 0.05 for x in train_ae.feed(args, NANO, real, range(40), render)]
     assert 18 <= sum(grey) <= 22
     assert train_ae.held_out_batch(args, NANO)[0].median() > 0.3             # the test person
 
@@ -633,14 +638,14 @@ def teacher(tmp_path_factory):
     for p in model.decoder.parameters():
         p.data += 0.1 * torch.randn_like(p)
     generator = Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=4, past=4, ahead=1))
-    training.save_release(path, {"encoder": model.encoder, "decoder": model.decoder, "generator": generator},
+    save_release(path, {"encoder": model.encoder, "decoder": model.decoder, "generator": generator},
                           {"latents": "pixel", "size": 32, "steps": 20, "audio": "mel", "gen_steps": 2, "guidance": 1.5})
     return str(path)
 
 
 def test_reflow_pairs_are_what_the_teacher_paints(teacher):
-    models, _ = training.load_release(teacher)
-    reference, target, _ = train_ae.batch(train_ae.parse(["--preset", "nano"]), NANO, 0, synthetic.render)
+    models, _ = load_models(teacher)
+    reference, target, _ = train_ae.batch(train_ae.parse(["--preset", "nano"]), NANO, 0, render)
     noise = torch.randn(target.shape)
     goal = train_ae.couple(models, reference, target, noise, 3)
     with torch.no_grad():
@@ -661,13 +666,13 @@ def test_a_student_nears_its_teacher_in_one_step(teacher, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     words = ["--preset", "nano", "--reflow", teacher, "--teacher-steps", "4", "--steps", "200", "--device", "cpu"]
     assert train_ae.main([*words, *more]) == 0
-    student, meta = training.load_release(tmp_path / "runs/reflow_ae/semo.safetensors")
-    models, _ = training.load_release(teacher)
+    student, meta = load_models(tmp_path / "runs/reflow_ae/semo.safetensors")
+    models, _ = load_models(teacher)
     assert same(student["encoder"].state_dict(), models["encoder"].state_dict())
     assert same(student["generator"].state_dict(), models["generator"].state_dict())
     assert (meta["steps"], meta["gen_steps"], meta["guidance"]) == (1, 2, 1.5)
     args = train_ae.parse(["--preset", "nano"])
-    reference, target, _ = train_ae.batch(args, NANO, 0, synthetic.render, held_out=True)
+    reference, target, _ = train_ae.batch(args, NANO, 0, render, held_out=True)
     noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
     want = train_ae.couple(models, reference, target, noise, 4)
     before, after = ((train_ae.couple(m, reference, target, noise, 1) - want).square().mean() for m in (models, student))

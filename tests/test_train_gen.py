@@ -13,15 +13,19 @@ import torch
 import torch.distributed as dist
 from test_train_ae import same, state
 
-import audio
 import flow
-import media
-import synthetic
 import train_ae
 import train_gen
 import training
 from generator import Generator, GeneratorConfig
-from latents import Pixel
+from media import audio_features
+from media.latents import Pixel
+from media.sound import load_audio
+from media.video import read_video
+from media.weights import save_release
+from sample import load_models
+from world.people import HELD_OUT, clip
+from world.render import render
 
 torch.set_num_threads(1)
 NANO = train_gen.PRESETS["nano"]
@@ -135,20 +139,20 @@ def test_sets_are_drawn_equally_and_short_clips_from_their_start():
 
 
 def test_silence_is_the_row_of_a_silent_wave():
-    assert torch.equal(train_gen.silence("mel", None), audio.features(torch.zeros(1, 6400))[0, 5])
+    assert torch.equal(train_gen.silence("mel", None), audio_features.features(torch.zeros(1, 6400))[0, 5])
 
 
 # ---- clips ----------------------------------------------------------------------------------------------------------
 
 def test_a_clip_is_encoded_frame_by_frame(ae):
-    encoder = training.load_release(ae)[0]["encoder"]
+    encoder = load_models(ae)[0]["encoder"]
     draw, args = torch.Generator().manual_seed(0), train_gen.parse(command("", "", "--clips", "4"))
     parts, wave = list(train_gen.drawn_speakers(args, {"seconds": 1.2}, 32, 0, 1))[3]
     parts = list(parts)
     clear, masked = train_gen.encode_clip(encoder, Pixel(), parts, 0.6, draw, CPU, nullcontext())
-    made = synthetic.clip(torch.tensor([3]), 30)
+    made = clip(torch.tensor([3]), 30)
     with torch.no_grad():
-        want = encoder(synthetic.render(made["identity"].expand(30, -1), made["motion"][0], 32)).flatten(1)
+        want = encoder(render(made["identity"].expand(30, -1), made["motion"][0], 32)).flatten(1)
     torch.testing.assert_close(clear, want, atol=1e-5, rtol=1e-4)
     assert torch.equal(wave, made["wave"])
     assert masked.shape == clear.shape == (30, 8) and not torch.isclose(masked, clear).all(1).any()
@@ -157,33 +161,33 @@ def test_a_clip_is_encoded_frame_by_frame(ae):
 
 
 def test_processes_encode_different_clips_none_held_out(monkeypatch):
-    seen, make = [], synthetic.clip
-    monkeypatch.setattr(synthetic, "clip", lambda seeds, frames: seen.extend(seeds.tolist()) or make(seeds, 2))
+    seen, make = [], clip
+    monkeypatch.setattr(train_gen, "clip", lambda seeds, frames: seen.extend(seeds.tolist()) or make(seeds, 2))
     for seed in (0, 1, 9):
         for rank in range(2):
             args = train_gen.parse(command("", "", "--clips", "3", "--seed", str(seed)))
             assert len(list(train_gen.drawn_speakers(args, NANO, 32, rank, 2))) == 3
-    assert len(set(seen)) == 18 and 0 <= min(seen) and max(seen) < synthetic.HELD_OUT
+    assert len(set(seen)) == 18 and 0 <= min(seen) and max(seen) < HELD_OUT
     list(train_gen.drawn_speakers(train_gen.parse(command("", "", "--seed", "12345")), NANO, 32, 0, 1))
-    assert max(seen) < synthetic.HELD_OUT
+    assert max(seen) < HELD_OUT
 
 
 def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
     made, encode = [], train_gen.encode_clip
     monkeypatch.setattr(train_gen, "encode_clip", lambda *given: made.append(len(made)) or encode(*given))
-    models, meta = training.load_release(ae)
+    models, meta = load_models(ae)
 
     def get(path=ae, *more):
         made.clear()
         args = train_gen.parse(command(path, tmp_path, "--clips", "1", *more))
-        encoder = training.load_release(path)[0]["encoder"]
+        encoder = load_models(path)[0]["encoder"]
         return train_gen.clips(args, NANO, encoder, Pixel(), 32, 0, 1, CPU, nullcontext())
 
     first = get()
     assert made == [0] and [part.shape for part in first] == [(25, 8), (25, 8), (25, 320), (1, 3)]
     assert same(list(first), list(get())) and made == []                     # the second time from the disk
     models["encoder"].tokens.data += 1
-    training.save_release(tmp_path / "other.safetensors", models, meta)
+    save_release(tmp_path / "other.safetensors", models, meta)
     other = get(tmp_path / "other.safetensors")
     assert made == [0] and not torch.equal(other[0], first[0])               # another encoder
     assert same(list(get()), list(first)) and made == [0]                    # and back: the old ones are not confused
@@ -252,10 +256,10 @@ def test_a_run_writes_its_files(ae, tmp_path):
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert [row["step"] for row in rows] == [3, 4] and all(0 < row["loss"] < 100 for row in rows)
     assert hashlib.sha256(ae.read_bytes()).digest() == before
-    models, meta = training.load_release(tmp_path / "semo.safetensors")
+    models, meta = load_models(tmp_path / "semo.safetensors")
     assert list(models) == ["encoder", "decoder", "generator"] and models["generator"].config.window == 4
     assert {"audio": "mel", "gen_steps": 4, "guidance": 1.5, "latents": "pixel", "size": 32}.items() <= meta.items()
-    stage1, ema = training.load_release(ae)[0], state(tmp_path)["ema"]
+    stage1, ema = load_models(ae)[0], state(tmp_path)["ema"]
     for kind in ("encoder", "decoder"):
         assert same(dict(stage1[kind].state_dict()), dict(models[kind].state_dict()))    # frozen, statistics too
     for name, value in models["generator"].state_dict().items():
@@ -267,12 +271,12 @@ def test_the_preview_is_the_held_out_person_with_their_words(ae, tmp_path):
     path = str(tmp_path / "step000001.mp4")
     with av.open(path) as container:
         assert container.streams.video[0].average_rate == 25 and len(container.streams.audio) == 1
-    frames, sound = list(media.read_video(path, 32)), media.load_audio(path)
-    made = synthetic.clip(torch.tensor([synthetic.HELD_OUT]), 75)
-    photo = synthetic.render(made["identity"], made["motion"][:, 0], 32)[0]
+    frames, sound = list(read_video(path, 32)), load_audio(path)
+    made = clip(torch.tensor([HELD_OUT]), 75)
+    photo = render(made["identity"], made["motion"][:, 0], 32)[0]
     assert len(frames) == 75 and (frames[0] - photo).square().mean() < 0.05  # a fresh decoder copies the photo
     assert len(sound) == pytest.approx(3 * 16000, abs=1100)                  # AAC pads to whole blocks
-    wave = audio.level(made["wave"])[0]
+    wave = audio_features.level(made["wave"])[0]
     n = min(len(wave), len(sound))
     assert torch.corrcoef(torch.stack([wave[:n], sound[:n]]))[0, 1] > 0.9
 
@@ -291,7 +295,7 @@ def test_stop_and_resume_give_the_same_run(ae, tmp_path, monkeypatch, no_preview
         patch.setattr(train_gen, "windows", windows)
         assert train(ae, tmp_path / "parts", steps=10) == 130
         assert state(tmp_path / "parts")["step"] == 5
-        training.load_release(tmp_path / "parts" / "semo.safetensors")
+        load_models(tmp_path / "parts" / "semo.safetensors")
         assert train(ae, tmp_path / "parts", steps=10) == 0
     assert len(set(seeds)) == 10                                             # every step draws anew
     whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
@@ -341,7 +345,7 @@ def test_a_kill_while_the_last_step_is_saved_costs_no_release(ae, tmp_path, monk
         with pytest.raises(KeyboardInterrupt):
             train(ae, tmp_path)
     assert train(ae, tmp_path) == 0                                          # the same command again
-    assert "generator" in training.load_release(tmp_path / "semo.safetensors")[0]
+    assert "generator" in load_models(tmp_path / "semo.safetensors")[0]
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -377,18 +381,18 @@ def test_zero_is_refused(name):
 
 def test_a_student_says_in_one_step_what_its_teacher_says_in_many_with_guidance(ae, tmp_path, no_preview, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    models, meta = training.load_release(ae)
+    models, meta = load_models(ae)
     torch.manual_seed(3)
     teacher = Generator(replace(NANO["generator"], token_dim=8, audio_dim=320)).eval()
     for p in teacher.parameters():
         p.data += 0.2 * torch.randn_like(p)
-    training.save_release(tmp_path / "t.safetensors", {**models, "generator": teacher},
+    save_release(tmp_path / "t.safetensors", {**models, "generator": teacher},
                           {**meta, "audio": "mel", "gen_steps": 4, "guidance": 2.0})
     words = ["--preset", "nano", "--reflow", "t.safetensors", "--teacher-steps", "6", "--steps", "80", "--clips", "1",
              "--windows", "16"]
     assert train_gen.main([*words, "--device", "cpu"]) == 0
-    student, about = training.load_release(tmp_path / "runs/reflow_gen/semo.safetensors")
-    teacher = training.load_release(tmp_path / "t.safetensors")[0]["generator"]
+    student, about = load_models(tmp_path / "runs/reflow_gen/semo.safetensors")
+    teacher = load_models(tmp_path / "t.safetensors")[0]["generator"]
     assert (about["gen_steps"], about["guidance"]) == (1, 1.0)
     assert same(student["decoder"].state_dict(), models["decoder"].state_dict())
     kept = torch.load(tmp_path / "runs/reflow_gen/clips-0.pt", weights_only=True)

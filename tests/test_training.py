@@ -1,4 +1,4 @@
-"""training.py: draws, optimisers, schedule, EMA, and files that survive kills, other versions and damage."""
+"""training.py: draws, optimisers, schedule, EMA, and state that survives kills."""
 import copy
 import json
 import os
@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import training
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig
+from media.weights import save_release
+from sample import load_models
 
 torch.set_num_threads(1)
 SHAPE = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 1, "token_dim": 8}
@@ -30,20 +31,6 @@ def networks(seed=0, **decoder):
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.2)
     return models
-
-
-@pytest.fixture
-def release(tmp_path):
-    training.save_release(tmp_path / "w.safetensors", networks(), META)
-    return tmp_path / "w.safetensors"
-
-
-def rewrite(path, about=None, **weights):
-    """Change a release on the disk: its JSON and single weights (None: left out)."""
-    with training.safe_open(path, framework="pt") as f:
-        found = json.loads(f.metadata()["semo"])
-    held = {**load_file(path), **weights}
-    save_file({k: v for k, v in held.items() if v is not None}, path, {"semo": json.dumps({**found, **(about or {})})})
 
 
 # ---- processes and randomness ---------------------------------------------------------------------------------------
@@ -66,11 +53,6 @@ def test_start_alone(monkeypatch):
     model = nn.Linear(2, 2)
     assert training.wrap(model, 1, torch.device("cpu")) is model
     assert training.anyone(True, "cpu") is True and training.anyone(False, "cpu") is False
-
-
-def test_fast_bf16_is_yes_or_no():
-    assert training.fast_bf16(torch.device("cpu")) in (True, False)
-    assert training.fast_bf16(torch.device("mps")) is False
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -152,24 +134,6 @@ def test_ema_equals_the_formula(step, decay):
     assert torch.equal(old.position, new.position)
 
 
-# ---- state ----------------------------------------------------------------------------------------------------------
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "new folder" / "x.txt"
-    training.replace(path, lambda name: open(name, "w").write("old") and None)
-
-    def write(name):
-        with open(name, "w") as f:
-            f.write("half")
-        raise RuntimeError("power cut")
-
-    with pytest.raises(RuntimeError, match="power cut"):
-        training.replace(path, write)
-    assert path.read_text() == "old" and os.listdir(path.parent) == ["x.txt"]
-    training.replace(path, lambda name: open(name, "w").write("new") and None)
-    assert path.read_text() == "new" and os.listdir(path.parent) == ["x.txt"]
-
-
 def run_of(seed=0, frames=1, steps=2):
     """A model, its EMA and its optimisers after two steps on a made-up loss."""
     models = networks(seed, frames=frames)
@@ -222,84 +186,14 @@ def test_resume_refuses_other_networks(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in other[1].state_dict().items())
 
 
-# ---- releases -------------------------------------------------------------------------------------------------------
-
-def test_release_round_trip(release):
-    want, (got, meta) = networks(), training.load_release(str(release))
-    assert meta == {"format": "semo-1", **META} and list(got) == ["encoder", "decoder", "generator"]
-    for kind, model in want.items():
-        assert got[kind].config == model.config and not got[kind].training
-        for name, value in model.state_dict().items():
-            exact = value.ndim < 2                                           # vectors and statistics stay fp32
-            torch.testing.assert_close(got[kind].state_dict()[name], value, rtol=0 if exact else 2**-11, atol=0 if exact else 1e-7)
-    assert {v.dtype for v in load_file(release).values() if v.ndim > 1} == {torch.float16}
-
-
-def test_release_of_two_networks(tmp_path):
-    models = {kind: model for kind, model in networks(frames=4).items() if kind != "generator"}
-    training.save_release(tmp_path / "w.safetensors", models, META)
-    found, _ = training.load_release(tmp_path / "w.safetensors")
-    assert list(found) == ["encoder", "decoder"] and found["decoder"].config.frames == 4
-
-
-def refused(path, *words):
-    with pytest.raises(ValueError) as error:
-        training.load_release(path)
-    said = str(error.value)
-    assert str(path) in said and "\n" not in said and all(word in said for word in words), said
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 100, b"\xff" * 100, None])
-def test_what_is_no_safetensors_is_refused(tmp_path, content):
-    path = tmp_path / "w.safetensors"
-    if content is not None:                                                  # None: there is no such file
-        path.write_bytes(content)
-    refused(path, "not a readable safetensors file")
-
-
-def test_a_folder_and_half_a_file_are_refused(release):
-    refused(release.parent, "not a readable safetensors file")
-    release.write_bytes(release.read_bytes()[: release.stat().st_size // 2])
-    refused(release, "not a readable safetensors file")
-
-
-@pytest.mark.parametrize("metadata", [None, {"a": "b"}, {"semo": "[1]"}, {"semo": '{"format": "semo-2"}'}])
-def test_foreign_safetensors_are_refused(tmp_path, metadata):
-    save_file({"a": torch.ones(2)}, tmp_path / "w.safetensors", metadata)
-    refused(tmp_path / "w.safetensors", "not a SeMo release")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_weights_are_refused(release, value):
-    rewrite(release, **{"decoder.role": torch.full((2, 32), value)})
-    refused(release, "1 weights hold NaN", "decoder.role")
-
-
-@pytest.mark.parametrize("kind, change", [("encoder", {"colour": 3}), ("generator", {"heads": "two"}),
-                                          ("poser", {}), ("encoder", {"patch_size": 7})])
-def test_a_config_of_another_version_is_refused(release, kind, change):
-    configs = {name: training.asdict(model.config) for name, model in networks().items()}
-    configs[kind] = {**configs.get(kind, {}), **change}
-    rewrite(release, {"configs": configs})
-    refused(release, kind, "another version")
-
-
-def test_missing_surplus_and_misfit_weights_are_refused(release):
-    whole = release.read_bytes()
-    for change in ({"encoder.tokens": None}, {"encoder.other": torch.ones(2)}, {"encoder.tokens": torch.ones(2, 32)}):
-        release.write_bytes(whole)
-        rewrite(release, **change)
-        refused(release, "encoder", "do not fit")
-
-
 # ---- starting from a release ----------------------------------------------------------------------------------------
 
 def test_a_video_model_starts_as_the_image_model(release):
     image, video = networks()["decoder"], Decoder(DecoderConfig(**SHAPE, expand=2, frames=4))
-    training.init_from(release, decoder=video)
+    training.init_from(release, load_models(release)[0], decoder=video)
     for block in video.temporal:
         assert not block.attention.out.weight.any() and not block.attention.out.bias.any()
-    image = training.load_release(release)[0]["decoder"]
+    image = load_models(release)[0]["decoder"]
     z, m = torch.randn(5, 3, 32, 32), torch.randn(5, 1, 8)
     one, many = (model(z[1:], torch.full((4,), 0.7), m[1:], model.reference(z[:1], m[:1])) for model in (image, video))
     torch.testing.assert_close(many, one)
@@ -308,17 +202,18 @@ def test_a_video_model_starts_as_the_image_model(release):
 
 def test_init_from_says_what_is_wrong(tmp_path, release):
     with pytest.raises(ValueError, match="w.safetensors holds no poser, only encoder, decoder, generator"):
-        training.init_from(release, poser=nn.Linear(2, 2))
-    training.save_release(tmp_path / "video.safetensors", {"decoder": networks(frames=4)["decoder"]}, META)
+        training.init_from(release, load_models(release)[0], poser=nn.Linear(2, 2))
+    save_release(tmp_path / "video.safetensors", {"decoder": networks(frames=4)["decoder"]}, META)
     with pytest.raises(ValueError, match="video.safetensors: its decoder has another shape"):
-        training.init_from(tmp_path / "video.safetensors", decoder=networks()["decoder"])
+        path = tmp_path / "video.safetensors"
+        training.init_from(path, load_models(path)[0], decoder=networks()["decoder"])
     with pytest.raises(ValueError, match="w.safetensors: its encoder has another shape"):
-        training.init_from(release, encoder=MotionEncoder(EncoderConfig(**{**SHAPE, "depth": 2})))
+        training.init_from(release, load_models(release)[0], encoder=MotionEncoder(EncoderConfig(**{**SHAPE, "depth": 2})))
 
 
 def test_init_from_names_the_file_when_sizes_differ(release):
     with pytest.raises(ValueError, match="w.safetensors: its encoder has another shape"):
-        training.init_from(release, encoder=MotionEncoder(EncoderConfig(**{**SHAPE, "width": 64})))
+        training.init_from(release, load_models(release)[0], encoder=MotionEncoder(EncoderConfig(**{**SHAPE, "width": 64})))
 
 
 # ---- log and pictures -----------------------------------------------------------------------------------------------

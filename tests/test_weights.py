@@ -2,17 +2,23 @@
 
 A wrong weight name, a decoder that copies the photo, sound that is not used or a changed default falls below a floor.
 """
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_training import META, networks
 
-import audio
-import metrics
-import reader
 import sample
-from synthetic import HELD_OUT, MOTION, clip, render
-from training import load_release
+from measure import metrics, reader
+from media import audio_features
+from media.weights import save_release
+from sample import load_models
+from world.people import HELD_OUT, clip
+from world.render import MOTION, render
 
 torch.set_num_threads(1)
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -22,7 +28,7 @@ NAMES, CLIPS, FRAMES = list(MOTION), 2, 75
 @pytest.fixture(scope="module")
 def shipped():
     """Models and meta of the shipped weights, their motion reader, and held-out clips (frames, motion, wave)."""
-    models, meta = load_release(WEIGHTS / "semo-tiny.safetensors")
+    models, meta = load_models(WEIGHTS / "semo-tiny.safetensors")
     clips = []
     for seed in range(HELD_OUT, HELD_OUT + CLIPS):
         c = clip(torch.tensor([seed]), FRAMES)
@@ -43,7 +49,7 @@ def factor_correlation(motion_reader, frames, motion):
 
 
 def speak(models, meta, photo, wave):
-    rows = audio.features(audio.level(wave), meta["audio"], meta.get("whisper"))[0]
+    rows = audio_features.features(audio_features.level(wave), meta["audio"], meta.get("whisper"))[0]
     return tensor(sample.talk(models, meta, photo, iter([rows])))
 
 
@@ -92,3 +98,89 @@ def test_released_defaults(shipped):
     assert set(models) == {"encoder", "decoder", "generator"}
     assert (meta["steps"], meta["latents"], meta["audio"]) == (1, "pixel", "mel")
     assert (meta["gen_steps"], meta["guidance"], meta["size"]) == (4, 1.5, models["decoder"].config.image_size)
+
+
+# ---- the format ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def release(tmp_path):
+    save_release(tmp_path / "w.safetensors", networks(), META)
+    return tmp_path / "w.safetensors"
+
+
+def rewrite(path, about=None, **weights):
+    """Change a release on the disk: its JSON and single weights (None: left out)."""
+    with safe_open(path, framework="pt") as f:
+        found = json.loads(f.metadata()["semo"])
+    held = {**load_file(path), **weights}
+    save_file({k: v for k, v in held.items() if v is not None}, path, {"semo": json.dumps({**found, **(about or {})})})
+
+
+# ---- releases -------------------------------------------------------------------------------------------------------
+
+def test_release_round_trip(release):
+    want, (got, meta) = networks(), load_models(str(release))
+    assert meta == {"format": "semo-1", **META} and list(got) == ["encoder", "decoder", "generator"]
+    for kind, model in want.items():
+        assert got[kind].config == model.config and not got[kind].training
+        for name, value in model.state_dict().items():
+            exact = value.ndim < 2                                           # vectors and statistics stay fp32
+            torch.testing.assert_close(got[kind].state_dict()[name], value, rtol=0 if exact else 2**-11, atol=0 if exact else 1e-7)
+    assert {v.dtype for v in load_file(release).values() if v.ndim > 1} == {torch.float16}
+
+
+def test_release_of_two_networks(tmp_path):
+    models = {kind: model for kind, model in networks(frames=4).items() if kind != "generator"}
+    save_release(tmp_path / "w.safetensors", models, META)
+    found, _ = load_models(tmp_path / "w.safetensors")
+    assert list(found) == ["encoder", "decoder"] and found["decoder"].config.frames == 4
+
+
+def refused(path, *words):
+    with pytest.raises(ValueError) as error:
+        load_models(path)
+    said = str(error.value)
+    assert str(path) in said and "\n" not in said and all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 100, b"\xff" * 100, None])
+def test_what_is_no_safetensors_is_refused(tmp_path, content):
+    path = tmp_path / "w.safetensors"
+    if content is not None:                                                  # None: there is no such file
+        path.write_bytes(content)
+    refused(path, "not a readable safetensors file")
+
+
+def test_a_folder_and_half_a_file_are_refused(release):
+    refused(release.parent, "not a readable safetensors file")
+    release.write_bytes(release.read_bytes()[: release.stat().st_size // 2])
+    refused(release, "not a readable safetensors file")
+
+
+@pytest.mark.parametrize("metadata", [None, {"a": "b"}, {"semo": "[1]"}, {"semo": '{"format": "semo-2"}'}])
+def test_foreign_safetensors_are_refused(tmp_path, metadata):
+    save_file({"a": torch.ones(2)}, tmp_path / "w.safetensors", metadata)
+    refused(tmp_path / "w.safetensors", "not a SeMo release")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_weights_are_refused(release, value):
+    rewrite(release, **{"decoder.role": torch.full((2, 32), value)})
+    refused(release, "1 weights hold NaN", "decoder.role")
+
+
+@pytest.mark.parametrize("kind, change", [("encoder", {"colour": 3}), ("generator", {"heads": "two"}),
+                                          ("poser", {}), ("encoder", {"patch_size": 7})])
+def test_a_config_of_another_version_is_refused(release, kind, change):
+    configs = {name: asdict(model.config) for name, model in networks().items()}
+    configs[kind] = {**configs.get(kind, {}), **change}
+    rewrite(release, {"configs": configs})
+    refused(release, kind, "another version")
+
+
+def test_missing_surplus_and_misfit_weights_are_refused(release):
+    whole = release.read_bytes()
+    for change in ({"encoder.tokens": None}, {"encoder.other": torch.ones(2)}, {"encoder.tokens": torch.ones(2, 32)}):
+        release.write_bytes(whole)
+        rewrite(release, **change)
+        refused(release, "encoder", "do not fit")

@@ -8,7 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from synthetic import FPS, IDENTITY, MOTION
+from media.sound import FPS
+from world.render import IDENTITY, MOTION
 
 NAMES = list(MOTION)
 
@@ -90,26 +91,6 @@ def compare(made, true, box, patch):
         values[prefix + "l1"] = l1(made, true, where)
     values |= {"sharpness": sharpness(made, true, box), "seams": seams(made, true, patch)}
     return {name: value.mean().item() for name, value in values.items()}
-
-
-def face_box(people, motion, size):
-    """The upright box round the head, from the known factors (I,) or (n, I) and (n, M) -> mask (n, size, size).
-
-    The renderer's pose, forwards: the head's ellipse, nodded and turned, rolled about the neck, scaled, shifted.
-    """
-    p = dict(zip(IDENTITY, people.expand(len(motion), -1).unbind(1), strict=True))
-    m = dict(zip(NAMES, motion.unbind(1), strict=True))
-    wide, high = 0.45 + 0.09 * p["face_width"], 0.60 + 0.08 * p["face_height"]
-    cos, sin, zoom = torch.cos(m["roll"]), torch.sin(m["roll"]), 1.12 * (1 + 0.08 * m["scale"])
-    u = 0.10 * torch.sin(m["yaw"])
-    v = 0.05 * torch.sin(m["pitch"]) - 0.02 + 0.0375 * m["jaw"] - 0.47
-    high = high + 0.0375 * m["jaw"]                                                       # the chin goes down
-    x, y = zoom * (cos * u - sin * v) + 0.08 * m["shift_x"], zoom * (sin * u + cos * v) + 0.45 + 0.06 * m["shift_y"]
-    half_x, half_y = zoom * torch.hypot(wide * cos, high * sin), zoom * torch.hypot(wide * sin, high * cos)
-    axis = (torch.arange(size) + 0.5) * 2 / size - 1
-    across = (axis - x[:, None]).abs() <= half_x[:, None]                                 # (n, W)
-    down = (axis - y[:, None]).abs() <= half_y[:, None]                                   # (n, H)
-    return down[:, :, None] & across[:, None, :]                                          # (n, H, W)
 
 
 def correlation(a, b):

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from audio import FRAME
+from media.image import to_uint8
+from media.sound import FRAME
 
 CLIP = 16                                # frames of an FVD clip
 FEW = 50                                 # a Frechet distance of fewer clips says more about their number than about them
@@ -47,11 +48,6 @@ def check(x):
         raise ValueError(f"pictures from {low:.4g} to {high:.4g}; give them in [-1, 1]")
     if low >= 0 and len(x) > 2:
         raise ValueError(f"{len(x)} pictures and nothing below 0: they look like [0, 1]; give them in [-1, 1]")
-
-
-def bytes_of(x):
-    """[-1, 1] -> whole numbers 0..255, still floats."""
-    return ((x + 1) * 127.5).round().clamp(0, 255)
 
 
 def crop(x, face, size, wide=1.0):
@@ -115,7 +111,7 @@ def script(net, x, file, width, size, device, **options):
 def inception(net, x, device="cpu"):
     """Pictures -> (B, 2048). The file takes bytes of any size and resizes them itself, as the first FID did."""
     check(x)
-    return script(net, bytes_of(x).byte(), "inception-2015-12-05.pt", 2048, 32, device)
+    return script(net, to_uint8(x), "inception-2015-12-05.pt", 2048, 32, device)
 
 
 def cut(frames):
@@ -242,7 +238,7 @@ def syncnet(net, frames, wave, face=FACE, device="cpu"):
         raise ValueError(f"{len(frames)} frames and {wave.shape[-1]} samples are too short for lip sync; give at least 6 frames")
     if not wave.is_floating_point() or wave.numel() != wave.shape[-1] or not wave.abs().max() <= 1.05:
         raise ValueError(f"sound of shape {tuple(wave.shape)} and {wave.dtype}; give one channel of floats in [-1, 1] at 16 kHz")
-    seen = bytes_of(crop(frames.float(), face, 224, 1.4)).flip(1)                                    # BGR
+    seen = to_uint8(crop(frames.float(), face, 224, 1.4)).flip(1).float()                                    # BGR
     seen = seen.unfold(0, 5, 1)[:count].permute(0, 1, 4, 2, 3)                                       # (n, 3, 5, 224, 224)
     heard = mfcc(wave.flatten()).float().unfold(0, 20, 4)[:count, None]                              # (n, 1, 13, 20)
     return match(in_parts(net.lip, seen, 20, device), in_parts(net.sound, heard, 20, device))

@@ -17,7 +17,8 @@ import math
 
 import torch
 
-FPS, SAMPLE_RATE = 25, 16000
+from media.sound import FPS, SAMPLE_RATE
+
 HOP = 128  # samples per control step (8 ms): five steps are one video frame
 STEPS = SAMPLE_RATE // FPS // HOP
 WINDOW, FFT = 2 * HOP, 4 * HOP  # a filtered window of 256 samples rings for up to 256 more

@@ -1,33 +1,20 @@
-"""The synthetic world: factors in range and repeatable, each visible in its place, clips that agree with the voice."""
+"""world/people.py: factors in range and repeatable, clips that agree with the voice."""
 
 import av
 import numpy as np
 import pytest
 import soundfile
 import torch
-import torch.nn.functional as F
 
-import synthetic
-from media import read_video
-from speech import EMOTIONS, FPS, speak
-from synthetic import HELD_OUT, IDENTITY, MOTION, POSE, clip, identity, pairs, random_motion, render, render_clip
+from media.sound import FPS
+from media.video import read_video
+from world import people
+from world.people import HELD_OUT, clip, pairs, random_motion, render_clip
+from world.render import IDENTITY, MOTION, POSE, identity, render
+from world.speech import EMOTIONS, speak
 
 torch.set_num_threads(1)
 LOW, HIGH = torch.tensor(list(MOTION.values())).unbind(1)
-PEOPLE = identity(torch.arange(8))
-
-
-def rest(count=8, **factors):
-    """Motion (count, M): zero but for `factors`."""
-    motion = torch.zeros(count, len(MOTION))
-    for name, value in factors.items():
-        motion[:, list(MOTION).index(name)] = value
-    return motion
-
-
-def changed(people, a, b, size=64):
-    """How much each pixel differs between two motions: (B, H, W)."""
-    return (render(people, a, size) - render(people, b, size)).abs().amax(1)
 
 
 # ---- factors --------------------------------------------------------------------------------------------------------
@@ -63,88 +50,6 @@ def test_draws_depend_on_the_seed_alone(make):
     torch.testing.assert_close(torch.cat([make(seeds[:1]), make(seeds[1:])]), whole, atol=1e-6, rtol=0)
     torch.testing.assert_close(make(seeds.flip(0)), whole.flip(0), atol=1e-6, rtol=0)
     assert all((whole[i] - whole[j]).abs().max() > 0.1 for i in range(4) for j in range(i))
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("size", [32, 64, 128])
-def test_pictures_are_pictures(size):
-    images = render(identity(torch.arange(40, 50)), random_motion(torch.arange(10)), size)
-    assert images.shape == (10, 3, size, size) and images.isfinite().all() and images.abs().max() <= 1
-    assert (images.std((1, 2, 3)) > 0.15).all()
-
-
-def test_a_picture_depends_on_its_own_factors():
-    motion = random_motion(torch.arange(8))
-    whole = render(PEOPLE, motion, 32)
-    assert torch.equal(render(PEOPLE, motion, 32), whole)
-    parts = torch.cat([render(PEOPLE[:3], motion[:3], 32), render(PEOPLE[3:], motion[3:], 32)])
-    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("size", [32, 64])
-def test_small_pictures_are_large_ones_made_small(size):
-    motion = random_motion(torch.arange(8))
-    large = F.avg_pool2d(render(PEOPLE, motion, 2 * size), 2)
-    assert (large - render(PEOPLE, motion, size)).abs().mean((1, 2, 3)).max() < 0.02
-
-
-@pytest.mark.parametrize("name", MOTION)
-def test_every_motion_factor_shows_on_everyone(name):
-    other = {"light_x": {"light": 0.5}, "light": {"light_x": 1}}.get(name, {})
-    low, high = (rest(**{**other, name: value}) for value in MOTION[name])
-    middle = rest(**{**other, name: sum(MOTION[name]) / 2})
-    for a, b in ((low, high), (low, middle), (middle, high)):
-        assert changed(PEOPLE, a, b).amax((1, 2)).min() > 0.05
-
-
-@pytest.mark.parametrize("name", IDENTITY)
-def test_every_identity_factor_shows(name):
-    people = torch.full((2, len(IDENTITY)), 0.5)
-    ends = [0.0, 0.5] if "hue" in name else [0.1, 0.9]                       # hues are a circle
-    people[:, IDENTITY.index(name)] = torch.tensor(ends)
-    first, second = render(people, rest(2, jaw=0.2), 64)
-    assert (first - second).abs().max() > 0.05
-
-
-def test_a_shift_moves_the_face():
-    """At 200 pixels, shift_x = 1 is 5 pixels to the right and shift_y = 1 is 4 down: the same face, elsewhere."""
-    face = (slice(None), slice(None), slice(60, 140), slice(60, 140))
-    plain, right, down = (render(PEOPLE, rest(**m), 200) for m in ({}, {"shift_x": 1}, {"shift_y": 1}))
-    torch.testing.assert_close(right.roll(-5, 3)[face], plain[face], atol=2e-3, rtol=0)
-    torch.testing.assert_close(down.roll(-4, 2)[face], plain[face], atol=2e-3, rtol=0)
-
-
-def test_the_jaw_opens_in_the_lower_half_alone():
-    moved = changed(PEOPLE, rest(), rest(jaw=1)) > 0.01                      # (B, H, W)
-    assert not moved[:, :32].any() and (moved.sum((1, 2)) > 40).all()
-
-
-def test_the_wider_the_jaw_the_larger_the_opening():
-    quarter, half, wide = (changed(PEOPLE, rest(), rest(jaw=jaw)).sum((1, 2)) for jaw in (0.25, 0.5, 1))
-    assert (quarter > 0).all() and (half > 1.1 * quarter).all() and (wide > 1.1 * half).all()
-
-
-@pytest.mark.parametrize("eye, columns", [("blink_l", slice(32, 64)), ("blink_r", slice(0, 32))])
-def test_an_eye_blinks_on_its_side_of_the_picture(eye, columns):
-    moved = changed(PEOPLE, rest(), rest(**{eye: 1})) > 0.01
-    assert moved.any((1, 2)).all() and not moved[:, :, columns].any() and not moved[:, 40:].any()
-
-
-@pytest.mark.parametrize("gaze, axis", [("gaze_x", 2), ("gaze_y", 1)])
-def test_the_dark_of_the_eye_goes_where_it_looks(gaze, axis):
-    change = (render(PEOPLE, rest(**{gaze: 1}), 64) - render(PEOPLE, rest(**{gaze: -1}), 64)).mean(1)   # (B, H, W)
-    place = torch.arange(64.0).view(*((1, 1, 64) if axis == 2 else (1, 64, 1)))
-    darker, lighter = (part / part.sum((1, 2), keepdim=True) for part in ((-change).clamp(min=0), change.clamp(min=0)))
-    assert ((darker * place).sum((1, 2)) > (lighter * place).sum((1, 2))).all()
-
-
-def test_light_comes_from_its_side():
-    def cheeks(light_x):
-        image = render(PEOPLE, rest(light=1, light_x=light_x), 64).mean(1)[:, 34:40]
-        return image[:, :, 22:27].mean((1, 2)) - image[:, :, 37:42].mean((1, 2))                        # left - right
-
-    assert (cheeks(1) < cheeks(-1) - 0.02).all()
 
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------
@@ -195,8 +100,8 @@ def test_the_near_share_keeps_pose_and_light(near, count):
 def test_training_pairs_never_show_a_held_out_person(seed, monkeypatch):
     used = []
     for name in ("identity", "random_motion"):
-        made = getattr(synthetic, name)
-        monkeypatch.setattr(synthetic, name, lambda seeds, made=made: used.append(seeds) or made(seeds))
+        made = getattr(people, name)
+        monkeypatch.setattr(people, name, lambda seeds, made=made: used.append(seeds) or made(seeds))
     drawn([seed, seed], 3, 0)
     assert len(used) == 2 and all(((part >= HELD_OUT) == (seed >= HELD_OUT)).all() for part in used)
 
@@ -248,7 +153,7 @@ def test_a_longer_clip_starts_with_the_shorter():
 
 def test_emotions_show_on_the_face():
     seeds, mute, moods = torch.tensor([4]).expand(7), torch.zeros(7, 100), torch.eye(7)
-    shown = factor({"motion": synthetic.perform(seeds, mute, mute, moods)}, "lip_corner").mean(1)
+    shown = factor({"motion": people.perform(seeds, mute, mute, moods)}, "lip_corner").mean(1)
     corner = dict(zip(EMOTIONS, shown, strict=True))
     assert corner["happy"] > corner["neutral"] + 0.3 > corner["sad"] + 0.6
 
@@ -264,7 +169,7 @@ def test_clip_frames_are_the_rendered_ones():
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 def test_the_command_writes_clips_and_their_factors(tmp_path):
-    assert synthetic.main(f"--out {tmp_path}/made --clips 1 --seconds 0.4 --size 32 --seed 5".split()) == 0
+    assert people.main(f"--out {tmp_path}/made --clips 1 --seconds 0.4 --size 32 --seed 5".split()) == 0
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["000005.mp4", "000005.npz", "000005.wav"]
     true, stem = clip(torch.tensor([5]), 10), str(tmp_path / "made" / "000005")
     with np.load(stem + ".npz") as kept:                                     # no pickle inside
@@ -284,27 +189,27 @@ def test_the_command_writes_clips_and_their_factors(tmp_path):
 
 
 def test_the_command_counts_on_from_its_seed(tmp_path):
-    assert synthetic.main(f"--out {tmp_path} --clips 2 --seconds 0.04 --size 32 --seed {HELD_OUT}".split()) == 0
+    assert people.main(f"--out {tmp_path} --clips 2 --seconds 0.04 --size 32 --seed {HELD_OUT}".split()) == 0
     assert sorted(path.name for path in tmp_path.glob("*.npz")) == [f"{HELD_OUT}.npz", f"{HELD_OUT + 1}.npz"]
 
 
 @pytest.mark.parametrize("bad", ["--clips 0", "--seconds 0", "--seconds -1", "--seconds nan", "--seconds inf",
                                  "--size 0", "--size 33"])
 def test_bad_numbers_are_explained(bad, tmp_path, capsys):
-    assert synthetic.main(["--out", str(tmp_path), "--clips", "1", "--seconds", "0.04", *bad.split()]) == 2
+    assert people.main(["--out", str(tmp_path), "--clips", "1", "--seconds", "0.04", *bad.split()]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("synthetic.py: ") and bad.split()[0] in error
+    assert error.startswith("world.people: ") and bad.split()[0] in error
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_is_explained(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    assert synthetic.main(["--out", str(tmp_path / "file"), "--clips", "1", "--seconds", "0.04"]) == 2
+    assert people.main(["--out", str(tmp_path / "file"), "--clips", "1", "--seconds", "0.04"]) == 2
     assert "file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", ["--clip 1", "--clips many", "--what"])
 def test_unknown_arguments_are_refused(bad, capsys):
     with pytest.raises(SystemExit) as stop:
-        synthetic.main(bad.split())
+        people.main(bad.split())
     assert stop.value.code == 2

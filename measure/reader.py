@@ -1,6 +1,6 @@
 """The motion reader: a small network that reads the motion factors of the synthetic world off a picture.
 
-    python reader.py [--minutes 15]        train it again; its weights are embedded
+    python -m measure.reader [--minutes 15]        train it again; its weights are embedded
 
 It learns from true frames alone, before and apart from everything else, and is used for nothing but measuring: evaluate.py
 reads with it what generated frames show, and says beside every reading how well true frames are read (the ceiling).
@@ -19,11 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-import metrics
-from synthetic import HELD_OUT, MOTION, clip, identity, random_motion, render
-from training import fast_bf16, replace, update_ema
+from measure import metrics
+from media.device import autocast
+from media.files import atomic_write
+from media.image import to_uint8
+from training import update_ema
+from world.people import HELD_OUT, clip, random_motion
+from world.render import MOTION, identity, render
 
-WEIGHTS = Path(__file__).resolve().parent / "weights" / "motion-reader.safetensors"
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "motion-reader.safetensors"
 NAMES = list(MOTION)
 
 
@@ -87,7 +91,7 @@ def train_reader(path, minutes, batch=64, rate=2e-3, reuse=4, compiled=True):
     while spent < 60 * minutes:
         if step % reuse == 0:
             new, motion = true_frames(step // reuse, batch, draw=draw_frames)
-            images, motions = (images + [((new + 1) * 127.5).round().byte()])[-200:], (motions + [motion])[-200:]
+            images, motions = (images + [to_uint8(new)])[-200:], (motions + [motion])[-200:]
         a, b = torch.randint(len(images), (batch,), generator=draw), torch.randint(batch, (batch,), generator=draw)
         x = torch.stack([images[i][j] for i, j in zip(a, b, strict=True)]) / 127.5 - 1                # (B, 3, H, W)
         y = torch.stack([motions[i][j] for i, j in zip(a, b, strict=True)])                           # (B, M)
@@ -95,7 +99,7 @@ def train_reader(path, minutes, batch=64, rate=2e-3, reuse=4, compiled=True):
         x = degrade(x, draw)
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * spent / (60 * minutes)))
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16(torch.device("cpu"))):
+        with autocast(torch.device("cpu")):
             guess = reader(x)
         loss = F.smooth_l1_loss((guess - y) / reader.reach, torch.zeros_like(y), beta=0.2)
         optimiser.zero_grad()
@@ -121,7 +125,8 @@ def save_reader(path, reader, **about):
     """Half precision, and what it is in the metadata."""
     weights = {name: value.half().contiguous() if value.ndim > 1 else value for name, value in reader.state_dict().items()}
     about = json.dumps({"format": "semo-motion-reader-1", "factors": NAMES, **about})
-    replace(path, lambda name: save_file(weights, name, metadata={"semo": about}))
+    with atomic_write(path, make_folder=True) as temporary:
+        save_file(weights, temporary, metadata={"semo": about})
 
 
 def load_reader(path):
@@ -131,9 +136,9 @@ def load_reader(path):
             about = json.loads((f.metadata() or {}).get("semo", "{}"))
             weights = {name: f.get_tensor(name).float() for name in f.keys()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot read the motion reader; `python reader.py` trains it") from error
+        raise ValueError(f"{path}: cannot read the motion reader; `python -m measure.reader` trains it") from error
     if about.get("format") != "semo-motion-reader-1" or about.get("factors") != NAMES:
-        raise ValueError(f"{path}: not a motion reader of this synthetic world; `python reader.py` trains it")
+        raise ValueError(f"{path}: not a motion reader of this synthetic world; `python -m measure.reader` trains it")
     reader = MotionReader()
     reader.load_state_dict(weights)
     return reader.eval().requires_grad_(False)
@@ -141,7 +146,7 @@ def load_reader(path):
 
 def main(argv=None):
     """The reader, and how well it reads what it never saw."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(prog="python -m measure.reader", description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--out", default=str(WEIGHTS), help="its weights (default: the embedded, replaced)")
     p.add_argument("--minutes", type=float, default=15, help="processor time to train for (default: %(default)s)")
     args = p.parse_args(argv)

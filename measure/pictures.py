@@ -1,6 +1,6 @@
 """What a release has learned, drawn on people that training never saw: of the synthetic world, or real.
 
-    python pictures.py [--ckpt F] [--out DIR] [--data DIR] [--device auto]
+    python -m measure.pictures [--ckpt F] [--out DIR] [--data DIR] [--device auto]
 
     errors.png        photo | driving frame | ours | error; then another person's photo doing the same
     directions.png    principal directions of the token: one person's token moved along each, and what each has to do with
@@ -22,11 +22,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-import metrics
-from evaluate import NAMES, WEIGHTS, depict, encode, open_release, show
-from media import InputError
-from synthetic import FPS, HELD_OUT, clip, identity, random_motion
-from training import replace
+from measure import metrics
+from measure.checkpoint import WEIGHTS, depict, encode, open_release, show
+from measure.metrics import NAMES
+from media.files import InputError, atomic_write
+from media.image import to_uint8
+from media.sound import FPS
+from world.people import HELD_OUT, clip, random_motion
+from world.render import identity
 
 FRAMES = {"clip": 100, "survey": 2000, "speech": 200}     # to choose a driving frame from, for the directions, trajectories
 PEOPLE, DIRECTIONS, STEPS, GAIN = 5, 8, (-2, -1, 0, 1, 2), 4                # steps in standard deviations; errors amplified
@@ -39,7 +42,7 @@ NAVY, ORANGE = (20, 40, 140), (235, 120, 0)
 
 def tile(x, note=""):
     """(3, H, W) in [-1, 1] -> picture, small ones enlarged to about 128 pixels, with a note in its corner."""
-    pixels = ((x.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    pixels = to_uint8(x.cpu()).permute(1, 2, 0).numpy()
     side = x.shape[-1] * max(1, 128 // x.shape[-1])
     image = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
     ImageDraw.Draw(image).text((4, side - 4), note, "white", FONT, anchor="ls", stroke_width=1, stroke_fill="black")
@@ -214,7 +217,7 @@ def attention(release, frames):
 
 def main(argv=None):
     """-> exit status: 0, or 2 after one sentence about what cannot be used."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(prog="python -m measure.pictures", description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--ckpt", default=str(WEIGHTS / "semo-tiny.safetensors"), help="release (default: the embedded)")
     p.add_argument("--out", default="pictures", help="folder for the four PNG files (default: %(default)s)")
     p.add_argument("--data", help="a folder made by data.py prepare, its test split (default: the synthetic world)")
@@ -229,9 +232,10 @@ def main(argv=None):
                     "trajectories": trajectories(release, found),
                     "attention": attention(release, torch.stack([frames[-1] for frames, *_ in clips]))}
         for name, image in made.items():
-            replace(Path(args.out) / f"{name}.png", lambda path, image=image: image.save(path, format="PNG", optimize=True))
+            with atomic_write(Path(args.out) / f"{name}.png", make_folder=True) as temporary:
+                image.save(temporary, format="PNG", optimize=True)
     except (InputError, ValueError, OSError) as error:
-        print(f"pictures.py: {error}", file=sys.stderr)
+        print(f"measure.pictures: {error}", file=sys.stderr)
         return 2
     print(f"{args.out}: {', '.join(f'{name}.png' for name in made)}; {time.time() - began:.0f} s")
     return 0

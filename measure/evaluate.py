@@ -1,10 +1,10 @@
 """What the method can do, in numbers, on people and speech that were never trained on: of the synthetic world, or real.
 
-    python evaluate.py reconstruct [--ckpt F]     pictures from one photo and tokens (paper: table 2); person B doing what A does
-    python evaluate.py masked      [--ckpt F]     the same, the encoder seeing 100% to 10% of each frame (paper: figure 10)
-    python evaluate.py talk        [--ckpt F]     pictures from one photo and sound (paper: tables 3, 4); does the mouth say it?
-    python evaluate.py probe       [--ckpt F]     the token: how much motion, and how much identity, is linear in it
-    python evaluate.py steps       [--ckpt F]     what fewer sampling steps cost, and how far the paths bend
+    python -m measure.evaluate reconstruct [--ckpt F]     pictures from one photo and tokens (paper: table 2); B doing what A does
+    python -m measure.evaluate masked      [--ckpt F]     the same, the encoder seeing 100% to 10% of each frame (paper: figure 10)
+    python -m measure.evaluate talk        [--ckpt F]     pictures from photo and sound (paper: tables 3, 4); does the mouth say it?
+    python -m measure.evaluate probe       [--ckpt F]     the token: how much motion, and how much identity, is linear in it
+    python -m measure.evaluate steps       [--ckpt F]     what fewer sampling steps cost, and how far the paths bend
 
 --data DIR: reconstruct, masked and talk on real people, of the test split of a folder of data.py prepare. Each prints a
 table; --json FILE also writes its numbers and the clips they are of. All is measured on raw frames, before any video coding,
@@ -23,22 +23,20 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import audio
 import data
 import flow
-import metrics
-import perceptual
-import reader
-from decoder import paint
-from encoder import random_keep
 from generator import dream
-from latents import SD, load_latents
-from media import InputError
-from synthetic import FPS, HELD_OUT, MOTION, clip, identity, random_motion, render
-from training import draws, fast_bf16, load_release, replace
+from measure import metrics, perceptual, reader
+from measure.checkpoint import WEIGHTS, cell, computing, depict, encode, open_release, show, summary, table
+from measure.metrics import NAMES
+from media import audio_features
+from media.files import InputError, atomic_write
+from media.image import to_uint8
+from media.sound import FPS, FRAME, SAMPLE_RATE
+from training import draws
+from world.people import HELD_OUT, clip, random_motion
+from world.render import face_box, identity
 
-WEIGHTS = Path(__file__).resolve().parent / "weights"
-NAMES = list(MOTION)
 # --clips of each command (people, for probe), and the length of a clip in frames (of each person, for probe)
 CLIPS = {"reconstruct": 24, "masked": 12, "probe": 600, "talk": 12, "steps": 6}
 FRAMES = {"reconstruct": 50, "masked": 50, "probe": 8, "talk": 150, "steps": 100}
@@ -51,53 +49,6 @@ PAPER = {"reconstruct": "Paper, table 2 (256 px, other clips, L1 of an unknown s
                  "27.7, 206.5; HDTF 21.99, 0.739, 0.111, 26.9, 218.4, with Sync-C 6.147, Sync-D 8.574"}
 
 
-# ---- the release under test -----------------------------------------------------------------------------------------
-
-def open_release(args, *kinds):
-    """-> what a command needs: the networks `kinds`, the space they work in, meta, device. ValueError if one is missing."""
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here; give auto, cpu or cuda") from error
-    models, meta = load_release(args.ckpt, device)
-    for kind in kinds:
-        if kind not in models:
-            raise ValueError(f"{args.ckpt} holds no {kind}, only {', '.join(models)}; this command needs one")
-    return SimpleNamespace(**models, space=load_latents(meta["latents"], meta.get("vae", SD), device), meta=meta, device=device)
-
-
-def computing(release):
-    """bf16 where it is fast, as in use."""
-    return torch.autocast(release.device.type, torch.bfloat16, enabled=fast_bf16(release.device))
-
-
-def show(people, motion, size):
-    """Draw one person (I,) or one each (n, I) in motion (n, M) -> (n, 3, size, size)."""
-    people = people.expand(len(motion), -1)
-    return torch.cat([render(*part, size) for part in zip(people.split(25), motion.split(25), strict=True)])
-
-
-def encode(release, images, ratio=0.0, draw=None):
-    """Images (n, 3, H, W) -> motion tokens (n, L*D), a share `ratio` of the patches masked at random."""
-    c, tokens = release.encoder.config, []
-    for part in images.split(50):
-        keep = random_keep(len(part), (c.image_size // c.patch_size) ** 2, ratio, draw).to(release.device) if ratio else None
-        with computing(release):
-            tokens.append(release.encoder(release.space.encode(part.to(release.device)), keep).flatten(1).float())
-    return torch.cat(tokens)
-
-
-def depict(release, photo, motions, steps, seed, still=None):
-    """The decoder's frames of the person on photo (3, H, W) in motions (n, L*D) -> (n, 3, H, W). still: the photo's own."""
-    z_r = release.space.encode(photo[None].to(release.device))
-    noise = torch.randn(z_r.shape, generator=draws(1, 0, seed)).to(release.device)
-    still = encode(release, photo[None]) if still is None else still
-    with computing(release):
-        parts = list(paint(release.decoder, z_r, still, iter([motions]), noise, steps))
-    return torch.cat([release.space.decode(part.float()).clamp(-1, 1).cpu() for part in parts])
-
-
 # ---- clips, and the rows of a table of pictures ----------------------------------------------------------------------
 
 def unseen(args, size, sound=False):
@@ -108,7 +59,7 @@ def unseen(args, size, sound=False):
             made = clip(torch.tensor([seed]), FRAMES[args.command])
             motion, person = made["motion"][0], made["identity"][0]
             yield SimpleNamespace(number=seed - HELD_OUT, id=seed, who=seed, images=show(person, motion, size),
-                                  box=metrics.face_box(person, motion, size), wave=made["wave"], motion=motion, face=perceptual.FACE)
+                                  box=face_box(person, motion, size), wave=made["wave"], motion=motion, face=perceptual.FACE)
         return
     people, = data.load_sets([args.data], "test", sound=sound)
     rows = [row for who in sorted(people) for row in people[who]][:args.clips]
@@ -119,7 +70,7 @@ def unseen(args, size, sound=False):
         left, top, right, bottom = (round(size * share) for share in face)
         box = torch.zeros(len(images), size, size)
         box[:, max(0, top):bottom, max(0, left):right] = 1
-        wave = wave[None, : len(images) * audio.FRAME] if sound else None
+        wave = wave[None, : len(images) * FRAME] if sound else None
         yield SimpleNamespace(number=number, id=row["file"], who=row["identity"], images=images, box=box, wave=wave, motion=None,
                               face=face)
 
@@ -128,7 +79,7 @@ def training_frames(args, size, count=1000):
     """Frames that training may have seen, (count, 3, H, W) as bytes: of the synthetic world, or of a folder's train split."""
     if not args.data:
         ids = torch.arange(count)
-        return perceptual.bytes_of(show(identity(ids), random_motion(ids), size)).byte()
+        return to_uint8(show(identity(ids), random_motion(ids), size))
     people, = data.load_sets([args.data], "train")
     rows = [row for who in sorted(people) for row in people[who]]
     rows = tqdm(rows[:: -(-len(rows) // (count // 5))], desc="training frames", unit="clip", disable=None)
@@ -249,7 +200,7 @@ def reconstruct(args):
             return rows
         other = clip(torch.tensor([c.id + 1]), FRAMES["reconstruct"])
         b = other["identity"][0]
-        photo, moved, box = show(b, other["motion"][0, :1], size)[0], show(b, later, size), metrics.face_box(b, later, size)
+        photo, moved, box = show(b, other["motion"][0, :1], size)[0], show(b, later, size), face_box(b, later, size)
         return rows | {f"B as A, {paced(shipped)}": (depict(release, photo, tokens[1:], shipped, c.number), moved, box, later),
                        "copy B's photo": (photo.expand_as(moved), moved, box, None)}
 
@@ -309,8 +260,8 @@ def probe(args):
 def spoken(release, photo, wave, gen_steps, steps, seed):
     """The whole job on photo (3, H, W) and sound (1, S) -> frames (n, 3, H, W), before any video coding."""
     meta = release.meta
-    sounds = audio.level(wave), torch.zeros(1, audio.FRAME)
-    rows, silence = (audio.features(x, meta["audio"], meta.get("whisper"))[0] for x in sounds)           # (F, A)
+    sounds = audio_features.level(wave), torch.zeros(1, FRAME)
+    rows, silence = (audio_features.features(x, meta["audio"], meta.get("whisper"))[0] for x in sounds)           # (F, A)
     with computing(release):
         motions = list(dream(release.generator, encode(release, photo[None]), iter([rows]), draws(3, 0, seed), silence[0],
                              gen_steps, meta["guidance"]))
@@ -345,7 +296,7 @@ def talk(args):
         return {"rows": {}, "pictures": found.rows, "ids": found.ids}
     mouth = {name: summary([metrics.sync(*pair) for pair in zip(x, found.truth[name], strict=True)]) for name, x in found.read.items()}
     for number, (seed, photo) in enumerate(zip(found.ids, photos, strict=True)):
-        noise = torch.randn(1, 2 * audio.SAMPLE_RATE, generator=draws(4, 0, seed))
+        noise = torch.randn(1, 2 * SAMPLE_RATE, generator=draws(4, 0, seed))
         for name, wave in (("digital silence", 0 * noise), ("noise at -60 dB", 1e-3 * noise)):
             jaw = found.look(spoken(release, photo, wave, *pace, number))[FPS // 2:, NAMES.index("jaw")]
             shut.setdefault(name, []).append({"jaw_mean": jaw.mean().item()})         # after half a second to close the mouth
@@ -380,7 +331,8 @@ def steps(args):
         cache = release.decoder.reference(z_r, tokens[:1].unflatten(1, tokens_of))
         noise = torch.randn(len(tokens), *z_r.shape[1:], generator=draws(1, 0, 0)).to(release.device)
         bend = {"decoder": flow.bend(release.decoder, noise, m_t=tokens.unflatten(1, tokens_of), cache=cache).mean().item()}
-        g, rows = release.generator.config, audio.features(audio.level(c.wave), meta["audio"], meta.get("whisper"))[0]
+        g, wave = release.generator.config, audio_features.level(c.wave)
+        rows = audio_features.features(wave, meta["audio"], meta.get("whisper"))[0]
         noise = torch.randn(1, g.window, tokens.shape[1], generator=draws(1, 0, 1)).to(release.device)
         model = flow.guide(release.generator, meta["guidance"], {"audio": None})
         heard = rows[: g.past + g.window + g.ahead][None].to(release.device)
@@ -393,28 +345,11 @@ def steps(args):
     return {"rows": {str(n): r for n, r in rows.items()}, "bend": bend}
 
 
-def summary(clips):
-    """Measures of each clip, [{name: number}, ...] -> {name: its mean and the 95% interval of that}."""
-    return {name: metrics.interval([measured[name] for measured in clips]) for name in clips[0]}
-
-
-def cell(value, digits, bounds=False):
-    """Mean, and if wanted its interval -> list of texts."""
-    return [f"{value['mean']:.{digits}f}"] + [f"[{value['low']:.{digits}f} {value['high']:.{digits}f}]"] * bounds
-
-
-def table(head, rows):
-    """Columns aligned: the first (names) to the left, the rest to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in [head, *rows]:
-        print("  ".join(x.rjust(w) if k else x.ljust(w) for k, (x, w) in enumerate(zip(row, widths, strict=True))).rstrip())
-
-
 COMMANDS = {"reconstruct": reconstruct, "masked": masked, "talk": talk, "probe": probe, "steps": steps}
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(prog="python -m measure.evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("command", choices=COMMANDS)
     p.add_argument("--ckpt", default=str(WEIGHTS / "semo-tiny.safetensors"), help="release (default: the embedded)")
     p.add_argument("--steps", type=int, help="sampling steps (default: as released)")
@@ -445,9 +380,10 @@ def main(argv=None):
             found = COMMANDS[args.command](args)
         if args.json:
             about = {"command": args.command, "ckpt": args.ckpt, "clips": args.clips, "steps": args.steps, **found}
-            replace(args.json, lambda name: Path(name).write_text(json.dumps(about, indent=1) + "\n"))
+            with atomic_write(args.json, make_folder=True) as temporary:
+                Path(temporary).write_text(json.dumps(about, indent=1) + "\n")
     except (InputError, ValueError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
+        print(f"measure.evaluate: {error}", file=sys.stderr)
         return 2
     print(f"\n{time.time() - began:.0f} s")
     return 0

@@ -6,6 +6,8 @@ madebyollin/taesd) reads and paints the same latents in a fraction of the time, 
 """
 import torch
 
+from media.files import InputError
+
 SD = "stabilityai/sd-vae-ft-mse"
 
 
@@ -36,7 +38,7 @@ class StableDiffusion:
             kind = AutoencoderTiny if self.tiny else AutoencoderKL
             self.vae = kind.from_pretrained(source, torch_dtype=dtype).to(device).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load the autoencoder {source!r}: download it once on a machine with internet, or "
+            raise InputError(f"cannot load the autoencoder {source!r}: download it once on a machine with internet, or "
                              "give the path of a local folder that holds it") from error
         self.scale = self.vae.config.scaling_factor          # 0.18215; 1 of the twin, whose latents come scaled
         self.vae.enable_slicing()

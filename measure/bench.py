@@ -1,10 +1,10 @@
 """How fast it is on this machine, and what waits for what. Medians after a warm-up, with their spread.
 
-    python bench.py                      all of the following
-    python bench.py sample               photo and sound to mp4 with the embedded weights: each stage, then end to end
-    python bench.py variants             side by side, in turn: attention, cached reference, precision, compiled, batch
-    python bench.py train [--data DIR]   every preset: parameters, FLOPs, memory, speed; and what loading DIR gives
-    python bench.py scale [--png FILE]   longer sound, more frames at once, more training processes (minutes; not in "all")
+    python -m measure.bench                      all of the following
+    python -m measure.bench sample               photo and sound to mp4 with the embedded weights: each stage, then end to end
+    python -m measure.bench variants             side by side, in turn: attention, cached reference, precision, compiled, batch
+    python -m measure.bench train [--data DIR]   every preset: parameters, FLOPs, memory, speed; and what loading DIR gives
+    python -m measure.bench scale [--png FILE]   longer sound, more frames at once, more training processes (minutes; not in "all")
 
 FLOPs are those of forward and backward pass, as torch counts them: two for a multiplication and its addition. State is
 weights, gradients, their average and the optimisers'; MB a picture is what the forward pass keeps for the backward. MFU is
@@ -31,20 +31,26 @@ from PIL import Image, ImageDraw
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-import audio
 import data
 import flow
-import media
 import sample
-import speech
 import train_ae
 import train_gen
 import training
 from decoder import Decoder, paint
 from encoder import MotionEncoder, random_keep
-from evaluate import table
 from generator import Generator, dream
-from media import FPS
+from measure.checkpoint import table
+from media import audio_features
+from media.device import autocast, fast_bf16, pick_device
+from media.files import InputError, atomic_write
+from media.image import load_image
+from media.sound import FPS, FRAME, SAMPLE_RATE, audio_chunks, load_audio
+from media.video import VideoWriter
+from world import speech
+from world.render import MOTION
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def timed(work, device, rounds):
@@ -71,7 +77,7 @@ def side_by_side(works, device, rounds):
 def peak(device):
     """FLOP/s of a large matrix product, in the precision that training uses here."""
     n = 8192 if device.type == "cuda" else 2048
-    kind = torch.bfloat16 if training.fast_bf16(device) else torch.float32
+    kind = torch.bfloat16 if fast_bf16(device) else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
     return 2 * n**3 / timed(lambda: a @ b, device, 10)[0]
 
@@ -80,20 +86,20 @@ def peak(device):
 
 def spoken(seconds):
     """Speech of the synthetic world, levelled, (S,)."""
-    return audio.level(speech.speak(torch.arange(1), round(seconds * FPS))["wave"])[0]
+    return audio_features.level(speech.speak(torch.arange(1), round(seconds * FPS))["wave"])[0]
 
 
 def sampling(args, device):
     """What sample.py does, stage by stage and as a whole; imports and loading of weights not counted."""
-    models, meta = training.load_release(args.ckpt, device)
+    models, meta = sample.load_models(args.ckpt, device)
     frames, kind = round(args.seconds * FPS), (meta["audio"], meta.get("whisper"))
     with tempfile.TemporaryDirectory() as folder:
         wav, out = os.path.join(folder, "in.wav"), os.path.join(folder, "out.mp4")
-        soundfile.write(wav, spoken(args.seconds).numpy(), audio.SAMPLE_RATE)
-        image = media.load_image(args.img, meta["size"])
+        soundfile.write(wav, spoken(args.seconds).numpy(), SAMPLE_RATE)
+        image = load_image(args.img, meta["size"])
         space, z_r, still, source, noise = sample.begin(models, meta, image, 0)
-        wave = media.load_audio(wav)
-        rows, quiet = audio.features(wave[None], *kind)[0], audio.features(torch.zeros(1, audio.FRAME), *kind)[0, 0]
+        wave = load_audio(wav)
+        rows, quiet = audio_features.features(wave[None], *kind)[0], audio_features.features(torch.zeros(1, FRAME), *kind)[0, 0]
 
         def motion():
             made = dream(models["generator"], still, iter([rows]), source, quiet, meta["gen_steps"], meta["guidance"])
@@ -104,14 +110,14 @@ def sampling(args, device):
             return list(sample.within(device, made))
 
         def written():
-            with media.VideoWriter(out, meta["size"], wav) as video:
+            with VideoWriter(out, meta["size"], wav) as video:
                 for frame in arrays:
                     video.write(frame)
 
         def whole():
-            begun, rows = time.perf_counter(), audio.stream_features(media.audio_chunks(wav), *kind)
-            with media.VideoWriter(out, meta["size"], wav) as video:
-                for frame in sample.talk(models, meta, media.load_image(args.img, meta["size"]), rows):
+            begun, rows = time.perf_counter(), audio_features.stream_features(audio_chunks(wav), *kind)
+            with VideoWriter(out, meta["size"], wav) as video:
+                for frame in sample.talk(models, meta, load_image(args.img, meta["size"]), rows):
                     if not video.frames:
                         first.append(time.perf_counter() - begun)
                     video.write(frame)
@@ -120,9 +126,9 @@ def sampling(args, device):
         pictures = painted()
         arrays = [frame for part in pictures for frame in sample.to_bytes(space, part)]
         spent = {name: timed(work, device, args.rounds) for name, work in {
-            "read the photo": lambda: media.load_image(args.img, meta["size"]),
-            "read the sound, twice": lambda: [sample.loudness(wav), list(media.audio_chunks(wav))],
-            "audio features": lambda: audio.features(wave[None], *kind),
+            "read the photo": lambda: load_image(args.img, meta["size"]),
+            "read the sound, twice": lambda: [sample.loudness(wav), list(audio_chunks(wav))],
+            "audio features": lambda: audio_features.features(wave[None], *kind),
             "motion generator": motion, "decoder": painted,
             "pixels to bytes": lambda: [sample.to_bytes(space, part) for part in pictures],
             "H.264, AAC, mp4": written, "end to end": whole}.items()}
@@ -144,11 +150,11 @@ def sampling(args, device):
 @torch.inference_mode()
 def variants(args, device):
     """One thing changed at a time, on the released decoder painting 16 frames of --img in one step."""
-    models, meta = training.load_release(args.ckpt, device)
-    decoder, fast, n = models["decoder"], training.fast_bf16(device), 16
+    models, meta = sample.load_models(args.ckpt, device)
+    decoder, fast, n = models["decoder"], fast_bf16(device), 16
     c = decoder.config
-    _, photo, still, source, noise = sample.begin(models, meta, media.load_image(args.img, meta["size"]), 0)
-    rows, quiet = (audio.features(x[None], meta["audio"], meta.get("whisper"))[0] for x in (spoken(2), torch.zeros(audio.FRAME)))
+    _, photo, still, source, noise = sample.begin(models, meta, load_image(args.img, meta["size"]), 0)
+    rows, quiet = (audio_features.features(x[None], meta["audio"], meta.get("whisper"))[0] for x in (spoken(2), torch.zeros(FRAME)))
     made = dream(models["generator"], still, iter([rows]), source, quiet[0], meta["gen_steps"], meta["guidance"])
     moved = torch.cat(list(sample.within(device, made)))[-n:]                                            # (n, L*D)
     moved, still = (x.unflatten(1, (c.num_tokens, c.token_dim)) for x in (moved, still))
@@ -202,7 +208,7 @@ def stage_1(name, people, device):
     count = people * preset["targets"]
     model = train_ae.AutoEncoder(MotionEncoder(e), Decoder(preset["decoder"])).to(device)
     reference, target, noise = (torch.randn(n, e.channels, e.image_size, e.image_size, device=device) for n in (people, count, count))
-    t, unknown = torch.ones(count, device=device), torch.zeros(0, len(train_ae.synthetic.MOTION), device=device)
+    t, unknown = torch.ones(count, device=device), torch.zeros(0, len(MOTION), device=device)
     keep = random_keep(people + count, (e.image_size // e.patch_size) ** 2, preset["mask_max"] / 2, device=device)
     return model, lambda: model(reference, target, noise, t, keep, unknown, 0.0), count
 
@@ -211,7 +217,7 @@ def stage_2(name, windows, device):
     """-> Generator of a preset, a function that makes its loss on random windows, frames of video a pass."""
     preset, tokens = train_gen.PRESETS[name], train_ae.PRESETS[name]["encoder"]
     c = replace(preset["generator"], num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
-                audio_dim=audio.FEATURE_DIM[preset.get("audio", "mel")])
+                audio_dim=audio_features.FEATURE_DIM[preset.get("audio", "mel")])
     model, n = Generator(c).to(device), windows or preset["windows"]
     motion, past, heard = (torch.randn(n, rows, width, device=device) for rows, width in (
         (c.window, c.token_dim), (c.past, c.token_dim), (c.past + c.window + c.ahead, c.audio_dim)))
@@ -223,7 +229,7 @@ def stage_2(name, windows, device):
 def measure(made, loss_of, count, device, rounds):
     """One pass and step as the training scripts take it -> what it costs."""
     optimisers, saved, seen = training.optimisers(made, 1e-4, 1e-3), [], set()
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=training.fast_bf16(device))
+    bf16 = autocast(device)
 
     def keep(x):                                                    # what the backward pass needs, each storage once
         if x.untyped_storage().data_ptr() not in seen:
@@ -278,7 +284,7 @@ def presets(args, device):
             found[f"{name}, {stage}"] = r
             rows.append([f"{name}, {stage}", f"{r['parameters'] / 1e6:.2f}", f"{r['flops'] / 1e9:.3g}", f"{r['state_gb']:.2f}",
                          f"{r['kept_mb']:.3g}", f"{r['speed']:.1f}", f"{r['speed_low']:.1f}-{r['speed_high']:.1f}", f"{r['mfu']:.0%}"])
-    precision = "bf16" if training.fast_bf16(device) else "fp32"
+    precision = "bf16" if fast_bf16(device) else "fp32"
     print(f"{precision} matrix products reach {best / 1e12:.3g} TFLOP/s")
     table(["training", "M parameters", "GFLOP a picture", "GB of state", "MB a picture", "pictures/s", "spread", "MFU"], rows)
     for name in args.presets if args.data else ():
@@ -297,7 +303,7 @@ def scaling(args, device):
     with tempfile.TemporaryDirectory() as folder:
         wav, out = os.path.join(folder, "in.wav"), os.path.join(folder, "out.mp4")
         for seconds in args.lengths:
-            soundfile.write(wav, spoken(20).repeat(-(-seconds // 20))[: seconds * audio.SAMPLE_RATE].numpy(), audio.SAMPLE_RATE)
+            soundfile.write(wav, spoken(20).repeat(-(-seconds // 20))[: seconds * SAMPLE_RATE].numpy(), SAMPLE_RATE)
             words = ["sample.py", "--img", args.img, "--wav", wav, "--out", out, "--ckpt", args.ckpt, "--device", args.device]
             said, usage = child([sys.executable, *words], folder)
             found["seconds of sound"][seconds] = float(said.split("made at ")[1].split(" fps")[0])
@@ -308,7 +314,7 @@ def scaling(args, device):
             child([sys.executable, *words], folder, threads="1")
             with open(os.path.join(folder, str(count), "log.jsonl")) as log:
                 found["training processes"][count] = json.loads(log.readlines()[-1])["pictures_per_second"]
-    release = training.load_release(args.ckpt, device)[0]["decoder"]
+    release = sample.load_models(args.ckpt, device)[0]["decoder"]
     found["frames at once"] = batches(release, device, args.rounds)
     for title, values in found.items():
         unit = {"peak MB": "MB by seconds of sound", "training processes": "pictures/s by processes, a thread each"}.get(title)
@@ -322,7 +328,7 @@ def child(words, folder, threads=None):
     """Run a command of this repository to its end -> what it printed, its resource usage. Raises ValueError if it fails."""
     env = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
     with open(os.path.join(folder, "said"), "w+") as said:
-        work = subprocess.Popen(words, cwd=os.path.dirname(os.path.abspath(__file__)), env=env, stdout=said, stderr=said)
+        work = subprocess.Popen(words, cwd=ROOT, env=env, stdout=said, stderr=said)
         _, status, usage = os.wait4(work.pid, 0)
         said.seek(0)
         text = said.read()
@@ -338,7 +344,7 @@ def batches(decoder, device, rounds):
     for n in (1, 2, 4, 8, 16, 32):
         z = torch.randn(n, c.channels, c.image_size, c.image_size, device=device)
         m = torch.randn(n, c.num_tokens, c.token_dim, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=training.fast_bf16(device)):
+        with autocast(device):
             cache = decoder.reference(z[:1], m[:1])
             spent = timed(lambda z=z, m=m, cache=cache: flow.sample(decoder, z, 1, m_t=m, cache=cache), device, rounds)[0]
         found[n] = n / spent
@@ -362,17 +368,18 @@ def plot(path, found, width=320, height=220):
             draw.text((x - 10, y - 16), f"{value:.0f}", fill="black")
         draw.text((width * k + 40, 8), {"peak MB": "peak MB by seconds of sound", "training processes": "pictures/s by processes"}.get(
             title, f"frames/s by {title}"), fill="black")
-    training.replace(path, lambda name: image.save(name, format="PNG"))
+    with atomic_write(path, make_folder=True) as temporary:
+        image.save(temporary, format="PNG")
 
 
 PARTS = {"sample": sampling, "variants": variants, "train": presets, "scale": scaling}
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(prog="python -m measure.bench", description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("parts", nargs="*", metavar="part", help="sample, variants, train, scale (default: all but scale)")
     p.add_argument("--ckpt", default=sample.DEFAULT, help="sample, variants: released weights (default: the embedded ones)")
-    p.add_argument("--img", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "portrait.png"))
+    p.add_argument("--img", default=str(ROOT / "examples" / "portrait.png"))
     p.add_argument("--seconds", type=float, default=20, help="sample: length of the sound (default: %(default)s)")
     p.add_argument("--compile", action="store_true", help="variants: also torch.compile (a minute or two)")
     p.add_argument("--presets", nargs="+", choices=train_ae.PRESETS, default=["tiny", "small", "paper"])
@@ -398,14 +405,15 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     try:
-        device = sample.pick_device(args.device)
+        device = pick_device(args.device)
         print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
         found = {name: PARTS[name](args, device) for name in args.parts or ("sample", "variants", "train")}
-    except (media.InputError, ValueError, OSError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
+    except (InputError, ValueError, OSError) as error:
+        print(f"measure.bench: {error}", file=sys.stderr)
         return 2
     if args.json:
-        training.replace(args.json, lambda name: Path(name).write_text(json.dumps(found, indent=1) + "\n"))
+        with atomic_write(args.json, make_folder=True) as temporary:
+            Path(temporary).write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

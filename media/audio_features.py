@@ -17,8 +17,9 @@ from array import array
 import torch
 import torch.nn.functional as F
 
-SAMPLE_RATE = 16000
-FRAME = 640  # samples per video frame, 25 frames per second
+from media.files import InputError
+from media.sound import FRAME, SAMPLE_RATE
+
 BINS, N_FFT, STEP = 80, 400, 160  # mel bins, window of 25 ms, hop of 10 ms
 CONTEXT = N_FFT // 2 - STEP // 2  # samples that a frame's mel windows reach beyond the frame, on either side
 MEL_FLOOR, MEL_MEAN, MEL_STD = 1e-4, -1.9, 1.5  # of log10 mel power: measured once, on levelled speech
@@ -132,7 +133,7 @@ def load_whisper(name=WHISPER):
     try:
         return WhisperModel.from_pretrained(name).encoder.eval().requires_grad_(False)
     except OSError as error:
-        raise ValueError(f"cannot load the Whisper model {name!r}: it is neither a folder with config.json and model.safetensors "
+        raise InputError(f"cannot load the Whisper model {name!r}: it is neither a folder with config.json and model.safetensors "
                          "nor reachable on the hub; to work offline, download it elsewhere and pass the folder's path instead of "
                          "the id") from error
 

@@ -1,9 +1,9 @@
 """The paper's ablations (tables 5 to 7, figure 9) and choices of our own, on the synthetic world, without a label
 in any loss but that of the row which says so.
 
-    python ablate.py                        train and measure what is missing in --out, then print all tables
-    python ablate.py --only width mask      some of them: width, count, mask, attention, prediction, label, past
-    python ablate.py --png ablations.png    also draw the curves
+    python -m measure.ablate                        train and measure what is missing in --out, then print all tables
+    python -m measure.ablate --only width mask      some of them: width, count, mask, attention, prediction, label, past
+    python -m measure.ablate --png ablations.png    also draw the curves
 
 Every variant differs from `base` in one thing. Each is trained from every seed on the same people, in the same order, and
 measured on unseen ones by evaluate.py. Ctrl-C saves; the same command goes on. Tables are Markdown: mean over seeds, and in
@@ -22,13 +22,14 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-import evaluate
+import sample
 import train_ae
 import train_gen
-import training
 from decoder import DecoderConfig
 from encoder import EncoderConfig
 from generator import GeneratorConfig
+from measure import evaluate
+from media.files import atomic_write
 
 SHAPE = dict(image_size=32, patch_size=8, num_tokens=1, token_dim=64)
 BASE = dict(encoder=EncoderConfig(**SHAPE, width=96, depth=3, heads=2), decoder=DecoderConfig(**SHAPE, width=128, depth=3, heads=2),
@@ -171,11 +172,12 @@ def plot(path, found, tables, width=290, height=200):
                 draw.text((x - 3 * len(row), bottom + 6), row, fill="black")
                 for value in values:
                     draw.ellipse((x - 3, at(value) - 3, x + 3, at(value) + 3), fill="navy")
-    training.replace(path, lambda name: image.save(name, format="PNG"))
+    with atomic_write(path, make_folder=True) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(prog="python -m measure.ablate", description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--out", default="runs/ablate", help="folder of all runs (default: %(default)s)")
     p.add_argument("--only", nargs="+", choices=TITLES, default=list(TITLES), help="tables (default: all)")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="(default: 0 1)")
@@ -195,7 +197,7 @@ def main(argv=None):
     args, found = parse(argv), {}
     try:
         if "past" in args.only:
-            training.load_release(args.ckpt)                        # refuse now what cannot be read hours later
+            sample.load_models(args.ckpt)                        # refuse now what cannot be read hours later
         for seed in args.seeds:                                     # all variants of a seed first: a table early
             for name, (preset, share) in runs(args.only).items():
                 numbers = run(os.path.join(args.out, f"{name}-{seed}"), preset, share, seed, args)
@@ -207,9 +209,10 @@ def main(argv=None):
         if args.png:
             plot(args.png, found, [table for table in args.only if table != "past"])
         if args.json:
-            training.replace(args.json, lambda name: Path(name).write_text(json.dumps(found, indent=1) + "\n"))
+            with atomic_write(args.json, make_folder=True) as temporary:
+                Path(temporary).write_text(json.dumps(found, indent=1) + "\n")
     except (ValueError, OSError) as error:
-        print(f"ablate.py: {error}", file=sys.stderr)
+        print(f"measure.ablate: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,0 +1,1 @@
+"""Everything that judges: metrics, evaluation, real and synthetic mouths, speed, ablations, pictures."""

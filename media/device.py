@@ -1,0 +1,31 @@
+"""Where tensors live: the one choice of device, and of precision on it."""
+import torch
+
+from media.files import InputError
+
+
+def pick_device(name="auto"):
+    """"auto" -> the best there is. Raises InputError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used here; give auto, cpu, cuda or mps") from error
+
+
+def fast_bf16(device):
+    """Whether bf16 is quicker than fp32 here: any recent GPU; a CPU only with AMX or AVX512-BF16."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    try:
+        with open("/proc/cpuinfo") as f:
+            flags = f.read()
+        return "amx_bf16" in flags or "avx512_bf16" in flags
+    except OSError:
+        return False
+
+
+def autocast(device, enabled=True):
+    """bf16 where it is fast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and fast_bf16(device))

@@ -1,0 +1,132 @@
+"""Files: what may be opened, how they are written without ever leaving half of one, and lists of JSON lines.
+
+Whatever is wrong with a user's file ends in InputError: one sentence that names the file, what is wrong and what would be
+right.
+"""
+import json
+import os
+from contextlib import contextmanager
+
+import av
+
+MAX_GAP = 60.0             # seconds without a frame; a longer jump of timestamps is damage, not a pause
+# Containers that libav may open. Playlists (which name other files), pictures and text are not among them.
+MEDIA_FORMATS = ("wav,w64,aiff,caf,au,flac,ogg,mp3,aac,ac3,eac3,amr,wv,ape,tta,mov,mp4,m4a,3gp,matroska,webm,avi,asf,"
+                 "flv,mpeg,mpegts,mxf,gif")
+SOUND_WANTED = "a wav, flac, ogg, mp3 or m4a file, or a video with sound"
+VIDEO_WANTED = "a video file such as mp4, mov, webm or mkv"
+
+
+class InputError(ValueError):
+    """Something is wrong with what the user gave; the message is the one sentence to print."""
+
+
+def check_file(path, wanted):
+    """Refuse what is not a readable, non-empty regular file; `wanted` ends the sentence."""
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; give {wanted}")
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist; give {wanted}")
+    if not os.path.isfile(path):
+        raise InputError(f"{path} is not a regular file; give {wanted}")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} may not be read; change its permissions or give {wanted}")
+    if os.path.getsize(path) == 0:
+        raise InputError(f"{path} is empty (0 bytes); give {wanted}")
+
+
+# -------------------------------------------------------------------------------------------------------------- sound
+@contextmanager
+def open_media(path, wanted):
+    """libav on a local file; nothing but MEDIA_FORMATS in files may be opened by it. Raises InputError."""
+    check_file(path, wanted)
+    try:
+        options = {"format_whitelist": MEDIA_FORMATS, "protocol_whitelist": "file"}
+        container = av.open("file:" + os.fspath(path), container_options=options, metadata_errors="replace")
+    except (av.FFmpegError, ValueError):
+        raise InputError(f"{path} is not a sound or video that can be read; give {wanted}") from None
+    with container:
+        yield container
+
+
+def picture_stream(container):
+    """The first real video stream, or None; the cover picture of a song is no video."""
+    covers = av.stream.Disposition.attached_pic
+    return next((stream for stream in container.streams.video if not stream.disposition & covers), None)
+
+
+def decode(container, stream):
+    """Frames of a stream in order. What is damaged is skipped; check_whole tells how much was lost."""
+    try:
+        for packet in container.demux(stream):
+            try:
+                yield from packet.decode()
+            except av.error.InvalidDataError:
+                continue
+    except (av.FFmpegError, OSError):                             # the file breaks off here
+        return
+
+
+def check_whole(path, container, stream, seconds):
+    """Refuse a file of which clearly less than its header promises could be read."""
+    name, promised = container.format.name, float((stream.duration or 0) * stream.time_base)
+    if name == "wav":                                             # libav looks at the file's size, not at its header
+        with open(path, "rb") as file:
+            head = file.read(8)
+        size = int.from_bytes(head[4:], "little") if head[:4] == b"RIFF" else 0
+        promised *= size / os.path.getsize(path) if size < 0x7FFF0000 else 0    # endless streams write such numbers
+    if name.startswith(("wav", "flac", "mov")) and seconds < 0.9 * promised - 0.1:
+        raise InputError(f"{path} is cut off: only {seconds:.1f} s of {promised:.1f} s can be read; copy it again")
+
+
+@contextmanager
+def atomic_write(path, suffix="", make_folder=False):
+    """A temporary file beside `path`, moved to it at the end of `with`. After an exception it is removed and
+    `path` keeps what it held. An output that cannot be written is refused before any work: InputError.
+
+    suffix: how the name must end. make_folder: make the folder it is in, if there is none."""
+    path = os.fspath(path)
+    folder, name = os.path.split(os.path.abspath(path))
+    if not name.lower().endswith(suffix):
+        raise InputError(f"{path} cannot be written: give a name that ends in {suffix}")
+    if make_folder:
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+    if not os.path.isdir(folder):
+        raise InputError(f"{path} cannot be written: there is no folder {folder}; make it first or choose another")
+    if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
+        raise InputError(f"{path} cannot be written: it is a folder or protected; choose another name")
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.part")
+    try:
+        open(temporary, "xb").close()
+        mode = os.stat(temporary).st_mode
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode)                                 # safetensors writes files that only their owner reads
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def read_lines(path):
+    """A .jsonl file -> list of dicts. Raises InputError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as lines of JSON: {error}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path} holds lines that are not JSON objects")
+    return rows
+
+
+def write_lines(path, rows):
+    """dicts -> a .jsonl file, complete or absent."""
+    with atomic_write(path, ".jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

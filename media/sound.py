@@ -1,0 +1,142 @@
+"""Sound: any file or pipe -> 16 kHz mono.
+
+    sound --pcm--> blocks at the file's own rate --resample--> 16 kHz mono: audio_chunks (streamed), load_audio (whole)
+    raw PCM on a pipe --pcm_chunks--> (S,) pieces as they arrive
+
+Frames and sound of one file share time zero: its first picture.
+"""
+from fractions import Fraction
+from itertools import chain
+
+import av
+import numpy as np
+import torch
+
+from media.files import MAX_GAP, SOUND_WANTED, VIDEO_WANTED, InputError, check_whole, decode, open_media, picture_stream
+
+FPS = 25                                   # frames per second of every video here
+SAMPLE_RATE = 16000                        # samples per second of every sound here
+FRAME = SAMPLE_RATE // FPS                 # samples per video frame
+LAYOUTS = {1: "mono", 2: "stereo"}
+
+
+def has_audio(path):
+    """Whether a sound or video file holds any sound."""
+    with open_media(path, VIDEO_WANTED) as container:
+        return len(container.streams.audio) > 0
+
+
+def to_float(frame):
+    """A decoded frame in any sample format -> (channels, n) float32; full scale is 1."""
+    x = frame.to_ndarray()
+    if not frame.format.is_planar:
+        x = x.reshape(-1, frame.layout.nb_channels).T                                       # (C, n)
+    if x.dtype.kind in "iu":
+        x = (x - 128.0 * (x.dtype.kind == "u")) / 2.0 ** (8 * x.itemsize - 1)               # 8-bit sound is unsigned
+    with np.errstate(over="ignore"):
+        return x.astype(np.float32)
+
+
+def pcm(path):
+    """Sound of a file, in blocks: yields ((channels, n) float32, rate). Raises InputError, at the end at the latest.
+
+    In a video, silence fills what its timestamps leave open, so that sample 0 belongs to the first picture.
+    """
+    with open_media(path, SOUND_WANTED) as container:
+        if not container.streams.audio:
+            raise InputError(f"{path} has no sound; give {SOUND_WANTED}")
+        stream, picture = container.streams.audio[0], picture_stream(container)
+        zero = picture.start_time * picture.time_base if picture and picture.start_time is not None else None
+        given, drop, seconds = 0, None, 0.0                       # samples yielded; those before time zero, to drop
+        for frame in decode(container, stream):
+            x, rate = to_float(frame), frame.sample_rate
+            if not np.isfinite(x).all():
+                raise InputError(f"{path} holds NaN or infinite samples; export it again as 16-bit wav")
+            late = 0 if zero is None or frame.time is None else round((frame.time - float(zero)) * rate) - given
+            drop = max(0, -late) if drop is None else drop
+            if 0 < late < MAX_GAP * rate and (given == 0 or late > 0.1 * rate):   # less is jitter of the timestamps
+                yield np.zeros((len(x), late), np.float32), rate
+                given += late
+            cut = min(drop, x.shape[1])
+            drop, given, seconds = drop - cut, given + x.shape[1] - cut, seconds + x.shape[1] / rate
+            if cut < x.shape[1]:
+                yield x[:, cut:], rate
+        check_whole(path, container, stream, seconds)
+        if given == 0:
+            raise InputError(f"{path} holds no sound that can be decoded; give {SOUND_WANTED}")
+
+
+def resample(blocks, rate, channels):
+    """Blocks of ((C, n), their rate) -> tensors (m, channels) at `rate`; other channel counts become their mean."""
+    source, resampler = None, None
+    for x, new in chain(blocks, [(None, None)]):
+        frames = []
+        if resampler and new != source:                           # at the end, or where a chained file changes its rate
+            frames += resampler.resample(None)
+        if new != source:
+            source, resampler = new, av.AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
+        if x is not None:
+            x = x if len(x) == channels else np.repeat(x.mean(0, keepdims=True), channels, 0)           # (channels, n)
+            frames += resampler.resample(sound_frame(x, new))
+        yield from (torch.from_numpy(frame.to_ndarray().T.copy()) for frame in frames)                  # (m, channels)
+
+
+def sound_frame(x, rate, pts=None):
+    """(1 or 2, n) float32 -> libav's frame."""
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(x), format="fltp", layout=LAYOUTS[len(x)])
+    frame.sample_rate, frame.pts, frame.time_base = rate, pts, Fraction(1, rate)
+    return frame
+
+
+def rechunk(blocks, n):
+    """Iterable of tensors (any, ...) -> iterator of (n, ...), cut and joined in order; the last is shorter."""
+    held = None
+    for block in blocks:
+        held = block if held is None else torch.cat([held, block])
+        while len(held) >= n:
+            yield held[:n]
+            held = held[n:]
+    if held is not None and len(held):
+        yield held
+
+
+def audio_chunks(path, seconds=1.0):
+    """Sound of a file as (S,) float32 pieces of `seconds` (the last is shorter), 16 kHz mono; memory does not grow."""
+    for chunk in rechunk(resample(pcm(path), SAMPLE_RATE, 1), round(seconds * SAMPLE_RATE)):
+        yield chunk[:, 0].clone()                                                                       # (S,)
+
+
+def pcm_chunks(pipe, name="stdin"):
+    """Raw sound, 16-bit little-endian mono at 16 kHz, as it arrives on an open binary file -> (S,) float32 pieces of any
+    size; a read waits for no more than there is. Raises InputError, at the end of the sound, for half a sample or under 0.1 s."""
+    wanted, given, half = "signed 16-bit little-endian PCM, mono, 16 kHz, 0.1 s or more", 0, b""
+    while data := pipe.read1(SAMPLE_RATE):                                                  # 0.5 s at most
+        given, data = given + len(data), half + data
+        whole = len(data) // 2 * 2
+        half = data[whole:]
+        if whole:
+            yield torch.from_numpy(np.frombuffer(data[:whole], "<i2").astype(np.float32) / 2**15)       # (S,)
+    if given == 0:
+        raise InputError(f"{name} is empty (0 bytes); give {wanted}")
+    if half:
+        raise InputError(f"{name} ends within a sample, after {given} bytes; give {wanted}")
+    if given < 0.1 * SAMPLE_RATE * 2:
+        raise InputError(f"{name} holds only {given / SAMPLE_RATE / 2:.2f} s of sound; give {wanted}")
+
+
+def load_audio(path):
+    """A whole sound file -> (S,) float32, 16 kHz mono (the mean of the channels, not levelled). Raises InputError."""
+    return torch.cat(list(audio_chunks(path)))
+
+
+def measure(path):
+    """One pass over a sound file, nothing kept -> rate, channels, gain. Raises InputError for what is unusable.
+
+    gain: what the written sound is multiplied by. Peaks above full scale are brought down to it; the mean of more than
+    two channels is brought up to the peak of the loudest of them.
+    """
+    rate, channels, peak, mixed = 0, 0, 1e-9, 1e-9
+    for x, here in pcm(path):
+        rate, channels = rate or here, channels or len(x)
+        peak, mixed = max(peak, float(np.abs(x).max())), max(mixed, float(np.abs(x.mean(0)).max()))
+    return rate, channels, min(1.0, peak) / (mixed if channels > 2 else peak)

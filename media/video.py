@@ -1,0 +1,190 @@
+"""Video: any file -> frames at 25 a second, and frames with sound -> mp4.
+
+    video --read_video--> (3, size, size) in [-1, 1] at 25 fps, by timestamp
+    frames + sound --VideoWriter--> H.264 + AAC mp4: a file, complete or absent, or a stream of fragments
+"""
+import sys
+from contextlib import ExitStack
+from fractions import Fraction
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+
+from media.files import MAX_GAP, VIDEO_WANTED, InputError, atomic_write, check_whole, decode, open_media, picture_stream
+from media.image import MIN_SIDE, to_tensor
+from media.sound import FPS, LAYOUTS, SAMPLE_RATE, measure, pcm, rechunk, resample, sound_frame
+
+PROVENANCE = "AI-generated video: made by SeMo from one photo; not a recording of a real event."
+
+
+# -------------------------------------------------------------------------------------------------------------- video
+def upright(frame, aspect):
+    """A decoded frame -> (PIL image, a pixel's width by its height): colours to RGB, turned as its metadata says.
+
+    Of an interlaced frame every other line is kept: both fields in one picture would show a moving mouth twice.
+    """
+    guess = "ITU709" if frame.colorspace in (0, 2) and frame.height >= 720 else None   # untagged HD is BT.709
+    pixels = frame.to_ndarray(format="rgb24", src_colorspace=guess)
+    if frame.interlaced_frame:
+        pixels, aspect = np.ascontiguousarray(pixels[::2]), aspect / 2
+    image, turns = Image.fromarray(pixels), round(frame.rotation / 90) % 4
+    if turns:
+        image = image.transpose(getattr(Image.Transpose, f"ROTATE_{90 * turns}"))
+    return image, 1 / aspect if turns % 2 else aspect
+
+
+def read_frames(path):
+    """Pictures of a video as upright() gives them, 25 a second: (image, aspect). Raises InputError.
+
+    At each 1/25 s the frame nearest in time, so that 30 fps and variable rates keep their speed.
+    """
+    with open_media(path, VIDEO_WANTED) as container:
+        stream = picture_stream(container)
+        if stream is None:
+            raise InputError(f"{path} has no picture; give {VIDEO_WANTED}")
+        if not MIN_SIDE <= min(stream.width, stream.height) <= max(stream.width, stream.height) <= 8192:
+            raise InputError(f"{path} is {stream.width}x{stream.height}; give a video of {MIN_SIDE} to 8192 pixels")
+        stream.thread_type, aspect = "AUTO", float(stream.sample_aspect_ratio or 1)
+        step, zero, last, shown, made = 1 / float(stream.average_rate or FPS), 0.0, 0.0, None, 0
+        for frame in decode(container, stream):
+            now = frame.time if frame.time is not None else last + step * (shown is not None)
+            if shown is None:
+                zero = now
+            elif now <= last:
+                continue                                          # a timestamp that stands still or runs backwards
+            elif now - last > MAX_GAP:
+                raise InputError(f"{path} jumps {now - last:.0f} s between two frames; convert it to mp4 again")
+            while shown is not None and zero + made / FPS < (last + now) / 2:
+                yield shown
+                made += 1
+            step = float(frame.duration * frame.time_base) if frame.duration else step
+            step = step if step > 0.01 else 1 / FPS               # one tick: the writer did not know
+            shown, last = upright(frame, aspect), now
+        if shown is None:
+            raise InputError(f"{path} holds no frame that can be decoded; give {VIDEO_WANTED}")
+        end = last + min(step, 1.0) - zero
+        check_whole(path, container, stream, end)
+        yield from [shown] * max(made == 0, round(end * FPS) - made)
+
+
+def read_video(path, size):
+    """Frames of a video as (3, size, size) float in [-1, 1], 25 a second, upright and square (square_box). Raises InputError."""
+    last, made = None, None
+    for image, aspect in read_frames(path):
+        if image is not last:                                     # slow videos show a picture more than once
+            last, made = image, to_tensor(image, size, aspect)
+        yield made
+
+
+class VideoWriter:
+    """An mp4 (H.264 yuv420p + AAC, 25 fps), written frame by frame, complete or absent (see atomic_write).
+
+        with VideoWriter("out.mp4", size=128, sound="speech.wav") as video:
+            video.write(frame)        # (size, size, 3) uint8
+
+    path: a name, or an open binary file such as a pipe. That gets a fragmented mp4, which plays while it is made: whatever
+    is coded is written and flushed before write() returns; nothing is written before the first frame.
+    sound: None, a file (streamed while frames come, at its own rate up to 48 kHz, in mono or stereo), a (S,) tensor
+    at 16 kHz, or an iterator of such, of which a frame's sound is taken as the frame is written. It lasts exactly as long
+    as the frames: cut, or followed by silence.
+    """
+
+    def __init__(self, path, size, sound=None, comment=PROVENANCE, keyframes=250):
+        """keyframes: one in so many frames is coded by itself; few are small, many can be read from anywhere at once."""
+        if size % 2:
+            raise ValueError(f"size {size}: yuv420p needs an even number")
+        self.path, self.size, self.sound, self.comment, self.keyframes, self.frames = path, size, sound, comment, keyframes, 0
+
+    def __enter__(self):
+        with ExitStack() as stack:
+            self.coded = [] if hasattr(self.path, "write") else None
+            if self.coded is None:
+                target = "file:" + stack.enter_context(atomic_write(self.path, ".mp4"))
+                options = {"movflags": "+faststart"}              # the index in front: plays while it loads
+            else:                                                 # a fragment a frame, and no stream waits for the other
+                target = SimpleNamespace(write=self.coded.append)
+                options = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "frag_duration": str(10**6 // FPS),
+                           "flush_packets": "1", "max_interleave_delta": "1"}
+            self.open_sound()
+            self.container = stack.enter_context(av.open(target, "w", format="mp4", options=options))
+            self.container.metadata["comment"] = self.comment
+            options = {"crf": "18", "preset": "fast", "g": str(self.keyframes)}
+            if self.coded is not None:
+                options.update(tune="zerolatency", g=str(FPS))    # no look-ahead; who comes late waits a second at most
+            self.video = self.container.add_stream("libx264", rate=FPS, options=options)
+            context = self.video.codec_context
+            context.width = context.height = self.size
+            context.pix_fmt, context.thread_count = "yuv420p", 1  # a second thread gains nothing here
+            context.color_range = context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+            if self.blocks:
+                self.audio = self.container.add_stream("aac", rate=self.rate, layout=LAYOUTS[self.channels])
+                self.audio.codec_context.bit_rate = 96_000 * self.channels
+            self.stack = stack.pop_all()
+        return self
+
+    def open_sound(self):
+        """The sound as blocks of one frame's length, the last shorter: self.blocks, None where there is none."""
+        self.blocks, wave = None, self.sound
+        if isinstance(wave, torch.Tensor):
+            wave = wave.detach().cpu().float().numpy()[None]                                            # (1, S)
+            source, channels, self.gain = SAMPLE_RATE, 1, 1 / max(1.0, np.abs(wave).max(initial=0))
+            blocks = [(wave, SAMPLE_RATE)]
+        elif hasattr(wave, "__next__"):
+            source, channels, self.gain = SAMPLE_RATE, 1, 1.0
+            blocks = ((chunk.numpy()[None], SAMPLE_RATE) for chunk in wave)                             # (1, S)
+        elif wave is not None:
+            source, channels, self.gain = measure(wave)
+            blocks = pcm(wave)
+        if wave is not None:
+            self.rate = max(16000, source) if source in (22050, 24000, 32000, 44100) or source <= 16000 else 48000
+            self.channels = channels if channels <= 2 else 1
+            self.blocks = rechunk(resample(blocks, self.rate, self.channels), self.rate // FPS)
+
+    def write(self, frame):
+        """Append one (size, size, 3) uint8 frame, array or tensor, and the sound that belongs to it."""
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG",
+                                   interpolation="AREA", threads=1)
+        picture.pts, picture.time_base = self.frames, Fraction(1, FPS)
+        self.container.mux(self.video.encode(picture))
+        if self.blocks:
+            n = self.rate // FPS
+            x = next(self.blocks, torch.zeros(0, self.channels)) * self.gain
+            x = np.pad(x.clamp(-1, 1).numpy().T, ((0, 0), (0, n - len(x))))                             # (C, n)
+            self.container.mux(self.from_zero(self.audio.encode(sound_frame(x, self.rate, self.frames * n))))
+        self.frames += 1
+        self.send()
+
+    def from_zero(self, packets):
+        """Fragments cannot say, as an edit list does, that what AAC begins with lies before time zero: leave it out."""
+        return packets if self.coded is None else [packet for packet in packets if packet.pts >= 0]
+
+    def send(self):
+        """Hand on what is coded to an open file. Not from within libav, where a Ctrl-C would be lost."""
+        if self.coded:
+            data = memoryview(b"".join(self.coded))
+            self.coded.clear()
+            try:
+                while data:                                       # without a buffer, a part may be taken
+                    data = data[self.path.write(data):]
+                self.path.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise InputError(f"the video cannot be written to its pipe: {error.strerror or error}; choose another") from None
+
+    def __exit__(self, kind, error, trace):
+        if kind is None:
+            try:
+                for stream in self.container.streams:
+                    self.container.mux(self.from_zero(stream.encode(None)))
+            except BaseException:
+                self.stack.__exit__(*sys.exc_info())
+                raise
+        done = self.stack.__exit__(kind, error, trace)
+        if kind is None:
+            self.send()
+        return done

@@ -1,0 +1,265 @@
+"""media/prepare.py: any tree of videos becomes the clips it should, with reasons for the rest."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import data
+from media import prepare as prepare_module
+from media.files import read_lines
+from media.prepare import TEST_SHARE, face_square, pieces, split_of, who
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+NOISE = np.random.default_rng(0)
+
+
+def speech(seconds):
+    """Bursts of noise and pauses, (S,): passes for speech."""
+    wave = NOISE.normal(0, 0.1, round(seconds * 16000)).astype(np.float32)
+    return (wave * (np.arange(len(wave)) // 3200 % 2) + 1e-4).astype(np.float32)
+
+
+def video(path, frames, rate=25, size=(64, 96), paint=None, wave=None, lead=0.0, codec="libx264", aspect=1):
+    """A video of `frames` at `rate` (height, width); its sound starts `lead` seconds after the first picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        sound = out.add_stream("aac" if codec == "libx264" else "mp3", rate=16000, layout="mono") if wave is not None else None
+        if sound:
+            frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+            frame.sample_rate = 16000
+            fifo, given = av.AudioFifo(), round(lead * 16000)
+            fifo.write(frame)
+            while (part := fifo.read(sound.codec_context.frame_size or 1152, partial=True)) is not None:
+                part.pts, part.time_base = given, Fraction(1, 16000)
+                given += part.samples
+                out.mux(sound.encode(part))
+            out.mux(sound.encode(None))
+        for k in range(frames):
+            picture = np.full((*size, 3), 60 + k % 100, np.uint8) if paint is None else paint(k)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+
+
+def prepare(*words):
+    return prepare_module.main(["prepare", "--crop", "centre", "--size", "32", "--jobs", "1", *map(str, words)])
+
+
+def rows(folder, name="manifest"):
+    return read_lines(folder / f"{name}.jsonl")
+
+
+# ---- who is who -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("path, identity", [
+    ("M003/video/front/angry/level_2/001.mp4", "MEAD/M003"), ("W011_left_30_neutral_level_1_040.mp4", "MEAD/W011"),
+    ("id10283/0cM943TyKcM/00001.mp4", "VoxCeleb/id10283"), ("train/id00012#21Uxsk56VDQ#00001#00110.mp4", "VoxCeleb/id00012"),
+    ("WDA_KatieHill_000.mp4", "HDTF/WDA_KatieHill"), ("x/WRA_JebHensarling2_001.mp4", "HDTF/WRA_JebHensarling"),
+    ("RD_Radio34_001.mp4", "HDTF/RD_Radio34"), ("RD_Radio3.mp4", "HDTF/RD_Radio3"),
+    ("_Yu-EWF7Fxc_5.mp4", "CelebV-HQ/_Yu-EWF7Fxc"), ("35666/M2Ohb0FAaJU_11_0.mp4", "CelebV-HQ/M2Ohb0FAaJU"),
+    ("anna/holiday 1.mp4", "anna"), ("a/b/c.mp4", "a/b"), ("lonely.mp4", "."),
+])
+def test_identity_from_known_names_or_the_folder(path, identity):
+    assert who(path)["identity"] == identity
+
+
+def test_mead_names_tell_emotion_level_and_camera():
+    told = who("M003/video/left_30/sad/level_3/012.mp4")
+    assert (told["emotion"], told["level"], told["camera"]) == ("sad", 3, "left_30")
+
+
+def test_the_split_depends_on_the_name_alone():
+    names = [f"person {k}" for k in range(4000)]
+    splits = [split_of(name) for name in names]
+    assert splits.count("test") / 4000 == pytest.approx(TEST_SHARE, abs=0.012) and set(splits) == {"train", "test"}
+    assert [split_of(name) for name in names[:5]] == splits[:5]
+
+
+# ---- prepare --------------------------------------------------------------------------------------------------------
+
+def test_pieces_are_equal_parts_of_scenes():
+    assert pieces(100, []) == [(0, 100)]
+    assert pieces(700, [100]) == [(0, 100), (100, 200), (300, 200), (500, 200)]
+    assert pieces(251, []) == [(0, 125), (125, 126)]
+
+
+def test_a_mixed_folder(tmp_path):
+    """Good, 30 fps, other containers, two scenes; too short, silent, clipped, noisy, broken, empty, and what is no video."""
+    tree = tmp_path / "in"
+    video(tree / "anna" / "good.mp4", 50, wave=speech(2))
+    video(tree / "anna" / "fast.mkv", 60, rate=30)
+    video(tree / "ben" / "old.avi", 30, codec="mpeg4")
+    video(tree / "ben" / "scenes.mp4", 70, paint=lambda k: np.full((64, 96, 3), 40 if k < 40 else 200, np.uint8))
+    video(tree / "ben" / "short.mp4", 20)
+    video(tree / "ben" / "silent.mp4", 30, wave=np.zeros(19200, np.float32))
+    video(tree / "ben" / "clipped.mp4", 30, wave=np.sign(speech(1.2)).astype(np.float32))
+    video(tree / "ben" / "noisy.mp4", 30, wave=NOISE.normal(0, 0.1, 19200).astype(np.float32))
+    (tree / "broken.mp4").write_bytes((tree / "anna" / "good.mp4").read_bytes()[:3000])
+    (tree / "empty.mov").write_bytes(b"")
+    (tree / "notes.txt").write_text("no video")
+    assert prepare("--videos", tree, "--out", tmp_path / "out") == 0
+    kept = {(row["source"], row["start"]): row for row in rows(tmp_path / "out")}
+    assert {key: row["frames"] for key, row in kept.items()} == {
+        ("in/anna/good.mp4", 0): 50, ("in/anna/fast.mkv", 0): 50, ("in/ben/old.avi", 0): 30,
+        ("in/ben/scenes.mp4", 0): 40, ("in/ben/scenes.mp4", 1.6): 30}
+    assert {row["identity"] for row in kept.values()} == {"in/anna", "in/ben"}
+    assert [row["sound"] for row in kept.values()].count(True) == 1 and kept["in/anna/good.mp4", 0]["sound"]
+    reasons = {row["source"]: row["reason"] for row in rows(tmp_path / "out", "dropped")}
+    for name, word in (("ben/short.mp4", "shorter"), ("ben/silent.mp4", "silent"), ("ben/clipped.mp4", "clipped"),
+                       ("ben/noisy.mp4", "noisy"), ("broken.mp4", "not a sound or video"), ("empty.mov", "empty")):
+        assert word in reasons.pop(f"in/{name}")
+    assert not reasons
+    for row in kept.values():
+        frames, wave = data.read_clip(str(tmp_path / "out" / row["file"]), 32)
+        assert frames.shape == (row["frames"], 3, 32, 32) and (wave is not None) == row["sound"]
+
+
+def test_flash_and_click_stay_together(tmp_path):
+    """30 fps, the sound starting 0.3 s late, a square that lights up at 1.3 s just as a click is heard."""
+    wave = 0.01 * speech(2)
+    wave[16000:16160] = 0.9                                                  # one second after the sound's own start
+
+    def paint(k):
+        picture = np.full((64, 64, 3), 60, np.uint8)
+        picture[20:40, 20:40] = 250 if k >= 39 else 60                       # 1.3 s at 30 fps
+        return picture
+
+    video(tmp_path / "in" / "a.mp4", 66, rate=30, size=(64, 64), paint=paint, wave=wave, lead=0.3)
+    assert prepare("--videos", tmp_path / "in", "--out", tmp_path / "out") == 0
+    frames, heard = data.read_clip(str(tmp_path / "out" / rows(tmp_path / "out")[0]["file"]), 32)
+    flash = int((frames[:, :, 15, 15].mean(1) > 0.3).nonzero()[0])
+    click = int(heard.abs().argmax()) / 640
+    assert abs(flash - 1.3 * 25) <= 1 and abs(click - 1.3 * 25) <= 1
+
+
+def test_pixels_that_are_not_square_become_so(tmp_path):
+    wide = np.full((64, 96, 3), 40, np.uint8)
+    wide[:, 40:56] = 220                                                     # a bar 16 wide, in stored pixels
+    for name, aspect in (("a", 1), ("b", 2)):
+        video(tmp_path / "in" / f"{name}.mp4", 30, paint=lambda k: wide, aspect=aspect)
+    assert prepare("--videos", tmp_path / "in", "--out", tmp_path / "out", "--size", "64") == 0
+    for row in rows(tmp_path / "out"):
+        frames, _ = data.read_clip(str(tmp_path / "out" / row["file"]), 64)
+        assert (frames[0, 0, 32] > 0.3).sum().item() == pytest.approx({"in/a.mp4": 16, "in/b.mp4": 32}[row["source"]], abs=2)
+
+
+def tree_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("how", ["killed", "told to stop"])
+def test_ended_midway_and_started_again_gives_the_same_bytes(tmp_path, how):
+    for k in range(6):
+        video(tmp_path / "in" / f"{k}.mp4", 60, size=(256, 256),
+              paint=lambda n, k=k: np.full((256, 256, 3), 30 * k + n % 30, np.uint8))
+    words = [sys.executable, ROOT / "data.py", "prepare", "--crop", "centre", "--size", "64", "--jobs", "1",
+             "--videos", tmp_path / "in"]
+    assert subprocess.run([*words, "--out", tmp_path / "whole"], capture_output=True, cwd=tmp_path).returncode == 0
+    run = subprocess.Popen([*words, "--out", tmp_path / "cut"], stderr=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True)
+    until = time.time() + 60
+    while not list((tmp_path / "cut").glob("parts/*.jsonl")) and time.time() < until:
+        time.sleep(0.01)
+    if how == "killed":
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    else:
+        run.terminate()
+        assert run.wait(60) == 130
+        assert not list((tmp_path / "cut").rglob(".*"))
+    assert not (tmp_path / "cut" / "manifest.jsonl").exists() and list((tmp_path / "cut").glob("parts/*.jsonl"))
+    (tmp_path / "cut" / "clips" / ".half.mp4.1.part").write_bytes(b"what a kill in the middle of writing leaves")
+    assert subprocess.run([*words, "--out", tmp_path / "cut"], capture_output=True, cwd=tmp_path).returncode == 0
+    assert tree_of(tmp_path / "cut") == tree_of(tmp_path / "whole")
+
+
+def test_a_list_of_people_decides_identity_and_split(tmp_path):
+    for name in ("a", "b", "c"):
+        video(tmp_path / "set" / "in" / f"{name}.mp4", 30)
+    (tmp_path / "set" / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
+        {"file": "in/a.mp4", "ident": "m1", "split": "test"}, {"file": "in/b.mp4", "identity": "m2", "split": "train"})))
+    assert prepare("--videos", tmp_path / "set" / "in", "--out", tmp_path / "out", "--people", tmp_path / "set" / "list.jsonl") == 0
+    found = {row["source"]: (row["identity"], row["split"]) for row in rows(tmp_path / "out")}
+    assert found["in/a.mp4"] == ("m1", "test") and found["in/b.mp4"] == ("m2", "train") and found["in/c.mp4"][0] == "in/."
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--videos", "none", "--out", "out"], "none is not a folder"), (["--videos", "bare", "--out", "out"], "no video file"),
+    (["--videos", "in", "--out", "file"], "cannot be made"), (["--videos", "in", "--out", "other"], "another --size or --crop"),
+    (["--videos", "in", "--out", "out", "--people", "bad.jsonl"], "bad.jsonl"),
+    (["--videos", "in", "in", "--out", "out"], "two folders"),
+    (["--videos", "in", "--out", "out", "--crop", "face", "--detector", "none.onnx"], "OpenCV|none.onnx"),
+])
+def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys, words, told):
+    monkeypatch.chdir(tmp_path)
+    Path("bare").mkdir(), Path("in").mkdir(), Path("file").write_text(""), Path("other").mkdir()
+    Path("in/a.mp4").write_bytes(b"x")
+    Path("bad.jsonl").write_text('{"file": 3}\n')
+    Path("other/settings.jsonl").write_text('{"size": 64, "crop": "centre"}\n')
+    assert prepare(*words) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("data.py: ") and any(word in said for word in told.split("|")) and "\n" not in said and "Trace" not in said
+
+
+def test_nothing_to_keep_is_said(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_bytes(b"x")
+    assert prepare("--videos", tmp_path / "in", "--out", tmp_path / "out") == 2
+    assert "no clip could be made" in capsys.readouterr().err and rows(tmp_path / "out", "dropped")
+
+
+# ---- faces ----------------------------------------------------------------------------------------------------------
+
+def test_the_square_is_set_by_the_median_face():
+    faces = [[100, 50, 160, 110]] * 9 + [None]
+    assert face_square(faces, 400, 300, 100) == [80, 30, 180, 130]      # 60 high: 100 a side, centred on (130, 80)
+    assert face_square([[0, 0, 60, 60]] * 3, 400, 300, 100) == [0, 0, 100, 100]     # pushed back into the picture
+    assert face_square([[20, 20, 280, 280]], 400, 300, 100) == [0, 0, 300, 300]     # no larger than the picture
+
+
+@pytest.mark.parametrize("faces, word", [
+    ([[100, 50, 160, 110]] * 8 + [None] * 2, "8 of 10"), ([None] * 3, "0 of 3"), ([[0, 0, 20, 20]] * 4, "too small"),
+    ([[0, 0, 60, 60]] * 5 + [[200, 100, 260, 160]] * 5, "leaves"),
+])
+def test_faces_that_do_not_do_are_told(faces, word):
+    assert word in face_square(faces, 400, 300, 100)
+
+
+def find(_, image):
+    """In place of the detector: the bright square is the face."""
+    where = np.argwhere(np.asarray(image)[..., 0] > 128)
+    return None if len(where) == 0 else [*where.min(0)[::-1].astype(float), *(where.max(0)[::-1] + 1.0)]
+
+
+def test_prepare_cuts_where_the_detector_says(tmp_path, monkeypatch):
+    """The crop has the face in the middle, 0.6 of the side."""
+    def paint(k):
+        picture = np.full((120, 160, 3), 30, np.uint8)
+        picture[40:64, 90:114] = 220
+        return picture
+
+    monkeypatch.setattr(prepare_module, "load_detector", lambda path: path)
+    monkeypatch.setattr(prepare_module, "find_face", find)
+    video(tmp_path / "a.mp4", 30, size=(120, 160), paint=paint)
+    (tmp_path / "clips").mkdir()
+    about = {"identity": "a", "split": "train"}
+    row, = prepare_module.prepare_one(str(tmp_path / "a.mp4"), "in/a.mp4", about, tmp_path, 40, "some")["kept"]
+    assert row["crop"] == pytest.approx([82, 32, 122, 72], abs=1)
+    assert row["face"] == pytest.approx([0.2, 0.2, 0.8, 0.8], abs=0.03)
+    frames, _ = data.read_clip(str(tmp_path / row["file"]), 40)
+    bright = (frames[0, 0] > 0.2).nonzero()
+    assert bright.min(0).values.tolist() == pytest.approx([8, 8], abs=1)
+    assert bright.max(0).values.tolist() == pytest.approx([31, 31], abs=1)

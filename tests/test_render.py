@@ -1,0 +1,125 @@
+"""world/render.py: every factor is visible, in its place."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from measure.metrics import NAMES
+from world.people import HELD_OUT, random_motion
+from world.render import IDENTITY, MOTION, face_box, identity, render
+
+torch.set_num_threads(1)
+LOW, HIGH = torch.tensor(list(MOTION.values())).unbind(1)
+PEOPLE = identity(torch.arange(8))
+
+
+def rest(count=8, **factors):
+    """Motion (count, M): zero but for `factors`."""
+    motion = torch.zeros(count, len(MOTION))
+    for name, value in factors.items():
+        motion[:, list(MOTION).index(name)] = value
+    return motion
+
+
+def changed(people, a, b, size=64):
+    """How much each pixel differs between two motions: (B, H, W)."""
+    return (render(people, a, size) - render(people, b, size)).abs().amax(1)
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_pictures_are_pictures(size):
+    images = render(identity(torch.arange(40, 50)), random_motion(torch.arange(10)), size)
+    assert images.shape == (10, 3, size, size) and images.isfinite().all() and images.abs().max() <= 1
+    assert (images.std((1, 2, 3)) > 0.15).all()
+
+
+def test_a_picture_depends_on_its_own_factors():
+    motion = random_motion(torch.arange(8))
+    whole = render(PEOPLE, motion, 32)
+    assert torch.equal(render(PEOPLE, motion, 32), whole)
+    parts = torch.cat([render(PEOPLE[:3], motion[:3], 32), render(PEOPLE[3:], motion[3:], 32)])
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_small_pictures_are_large_ones_made_small(size):
+    motion = random_motion(torch.arange(8))
+    large = F.avg_pool2d(render(PEOPLE, motion, 2 * size), 2)
+    assert (large - render(PEOPLE, motion, size)).abs().mean((1, 2, 3)).max() < 0.02
+
+
+@pytest.mark.parametrize("name", MOTION)
+def test_every_motion_factor_shows_on_everyone(name):
+    other = {"light_x": {"light": 0.5}, "light": {"light_x": 1}}.get(name, {})
+    low, high = (rest(**{**other, name: value}) for value in MOTION[name])
+    middle = rest(**{**other, name: sum(MOTION[name]) / 2})
+    for a, b in ((low, high), (low, middle), (middle, high)):
+        assert changed(PEOPLE, a, b).amax((1, 2)).min() > 0.05
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_every_identity_factor_shows(name):
+    people = torch.full((2, len(IDENTITY)), 0.5)
+    ends = [0.0, 0.5] if "hue" in name else [0.1, 0.9]                       # hues are a circle
+    people[:, IDENTITY.index(name)] = torch.tensor(ends)
+    first, second = render(people, rest(2, jaw=0.2), 64)
+    assert (first - second).abs().max() > 0.05
+
+
+def test_a_shift_moves_the_face():
+    """At 200 pixels, shift_x = 1 is 5 pixels to the right and shift_y = 1 is 4 down: the same face, elsewhere."""
+    face = (slice(None), slice(None), slice(60, 140), slice(60, 140))
+    plain, right, down = (render(PEOPLE, rest(**m), 200) for m in ({}, {"shift_x": 1}, {"shift_y": 1}))
+    torch.testing.assert_close(right.roll(-5, 3)[face], plain[face], atol=2e-3, rtol=0)
+    torch.testing.assert_close(down.roll(-4, 2)[face], plain[face], atol=2e-3, rtol=0)
+
+
+def test_the_jaw_opens_in_the_lower_half_alone():
+    moved = changed(PEOPLE, rest(), rest(jaw=1)) > 0.01                      # (B, H, W)
+    assert not moved[:, :32].any() and (moved.sum((1, 2)) > 40).all()
+
+
+def test_the_wider_the_jaw_the_larger_the_opening():
+    quarter, half, wide = (changed(PEOPLE, rest(), rest(jaw=jaw)).sum((1, 2)) for jaw in (0.25, 0.5, 1))
+    assert (quarter > 0).all() and (half > 1.1 * quarter).all() and (wide > 1.1 * half).all()
+
+
+@pytest.mark.parametrize("eye, columns", [("blink_l", slice(32, 64)), ("blink_r", slice(0, 32))])
+def test_an_eye_blinks_on_its_side_of_the_picture(eye, columns):
+    moved = changed(PEOPLE, rest(), rest(**{eye: 1})) > 0.01
+    assert moved.any((1, 2)).all() and not moved[:, :, columns].any() and not moved[:, 40:].any()
+
+
+@pytest.mark.parametrize("gaze, axis", [("gaze_x", 2), ("gaze_y", 1)])
+def test_the_dark_of_the_eye_goes_where_it_looks(gaze, axis):
+    change = (render(PEOPLE, rest(**{gaze: 1}), 64) - render(PEOPLE, rest(**{gaze: -1}), 64)).mean(1)   # (B, H, W)
+    place = torch.arange(64.0).view(*((1, 1, 64) if axis == 2 else (1, 64, 1)))
+    darker, lighter = (part / part.sum((1, 2), keepdim=True) for part in ((-change).clamp(min=0), change.clamp(min=0)))
+    assert ((darker * place).sum((1, 2)) > (lighter * place).sum((1, 2))).all()
+
+
+def test_light_comes_from_its_side():
+    def cheeks(light_x):
+        image = render(PEOPLE, rest(light=1, light_x=light_x), 64).mean(1)[:, 34:40]
+        return image[:, :, 22:27].mean((1, 2)) - image[:, :, 37:42].mean((1, 2))                        # left - right
+
+    assert (cheeks(1) < cheeks(-1) - 0.02).all()
+
+
+def test_the_face_box_holds_the_face_and_ends_at_the_chin():
+    ids = HELD_OUT + torch.arange(12)
+    people, motion = identity(ids), random_motion(ids)
+    people[:, IDENTITY.index("hair_length")] = 0                            # no hair below the chin
+    motion[:, NAMES.index("jaw")] = motion[:, NAMES.index("jaw")].clamp(min=0.05)
+    box, drawn = face_box(people, motion, 128), render(people, motion)
+    other = motion.clone()
+    for name in ("gaze_x", "gaze_y", "brow_raise", "lip_width", "lip_corner"):
+        other[:, NAMES.index(name)] = -other[:, NAMES.index(name)]
+    moved = (render(people, other) - drawn).abs().amax(1) > 0.02
+    assert (moved & box).sum() >= 0.995 * moved.sum() and 0.2 < box.float().mean() < 0.6
+    other = motion.clone()
+    other[:, NAMES.index("light_x")] *= -1                                  # light is on the head alone
+    lit = (render(people, other) - drawn).abs().amax(1) > 0
+    bottom, edge = (torch.tensor([m.any(1).nonzero().max() for m in masks]) for masks in (lit, box))
+    assert (bottom - edge).abs().float().mean() < 2 and (bottom - edge).max() <= 3

@@ -1,0 +1,167 @@
+"""People of the synthetic world who move and speak, drawn from seeds.
+
+    seeds --> random_motion, pairs: single pictures            seeds --> clip: one person talking, with sound
+
+    python -m world.people --out DIR --clips N --seconds S [--seed N]     mp4 clips with sound and their factors (.npz)
+"""
+import argparse
+import math
+import os
+import sys
+
+import numpy as np
+import soundfile
+import torch
+from tqdm import tqdm
+
+from media.files import InputError
+from media.image import to_uint8
+from media.sound import FPS, SAMPLE_RATE
+from media.video import VideoWriter
+from world.render import IDENTITY, MOTION, POSE, identity, render
+from world.speech import EMOTIONS, speak, uniform
+
+HELD_OUT = 10**9  # identity ids and clip seeds below are for training, at or above for testing, for ever
+
+
+def random_motion(seeds):
+    """Independent draws of every motion factor, (B,) integers -> (B, M): wide coverage for stage 1 and for probes."""
+    u = uniform(seeds, 3 * len(MOTION), stream=11).view(len(seeds), 3, len(MOTION))
+    low, high = torch.tensor(list(MOTION.values()), device=u.device).unbind(1)
+    column = {name: k for k, name in enumerate(MOTION)}
+    place, gate = u[:, 0].clone(), {name: u[:, 2, k] for k, name in enumerate(MOTION)}                  # (B, M)
+    for name in POSE:
+        place[:, column[name]] = u[:, :2, column[name]].mean(1)           # poses gather round the middle
+    motion = low + (high - low) * place                                                                 # (B, M)
+    motion[:, column["jaw"]] *= gate["jaw"] > 0.2                         # one mouth in five is shut
+    blinks = gate["blink_l"] > 0.5                                        # half of the eyes are open
+    for eye in ("blink_l", "blink_r"):
+        motion[:, column[eye]] *= blinks
+    both = gate["blink_r"] > 0.3                                          # most blinks are of both eyes
+    motion[:, column["blink_r"]] = torch.where(both, motion[:, column["blink_l"]], motion[:, column["blink_r"]])
+    return motion
+
+
+def pairs(seeds, targets, near, size=128, draw=render):
+    """Stage 1's food: one picture of each of R people and `targets` others of the same person -> (R, 3, size, size) and
+    (R*targets, 3, size, size), in [-1, 1], and the motion of them all, (R + R*targets, M).
+
+    The share `near` of the people hold still between their pictures, as neighbouring frames of a speaker do: pose and light
+    are kept, and a random half of mouth, eyes and brows, so that a gaze is at times all there is to explain. The others
+    change in everything, as distant frames. draw: `render`, or the same compiled.
+    """
+    people = identity(seeds)
+    draws = (seeds % HELD_OUT)[:, None] * (targets + 1) + torch.arange(targets + 1, device=seeds.device)
+    draws = draws % HELD_OUT + HELD_OUT * (seeds >= HELD_OUT)[:, None]                    # (R, 1+T) motions, too, are split
+    motion = random_motion(draws.flatten()).unflatten(0, (-1, targets + 1))               # (R, 1+T, M)
+    still = torch.tensor([name in (*POSE, "light_x", "light") for name in MOTION], device=seeds.device)
+    keep = still | (uniform(seeds, len(MOTION), stream=12) < 0.5)                         # (R, M)
+    keep = keep & (torch.arange(len(people), device=seeds.device) < round(near * len(people)))[:, None]
+    motion = torch.where(keep[:, None], motion[:, :1], motion)
+    images = draw(people.repeat_interleave(targets + 1, 0), motion.flatten(0, 1), size)
+    images = images.unflatten(0, (-1, targets + 1))
+    return images[:, 0], images[:, 1:].flatten(0, 1), torch.cat([motion[:, 0], motion[:, 1:].flatten(0, 1)])
+
+
+# ---- time: a person who speaks -----------------------------------------------------------------------------------------
+
+# What each emotion adds to the face (Ekman and Friesen 1978, as directions; sizes ours).
+EMOTION_FACE = {
+    "neutral": {}, "happy": {"lip_corner": 0.9, "brow_raise": 0.15}, "sad": {"lip_corner": -0.8, "brow_raise": 0.4},
+    "angry": {"brow_furrow": 0.9, "lip_corner": -0.3, "brow_raise": -0.3}, "afraid": {"brow_raise": 0.7, "brow_furrow": 0.4},
+    "disgusted": {"brow_furrow": 0.5, "lip_corner": -0.6}, "surprised": {"brow_raise": 1.0}}
+
+
+def drift(seeds, frames, stream, hertz):
+    """Smooth wandering in about [-1, 1], (B,) -> (B, frames): five sine waves up to `hertz`."""
+    u = uniform(seeds, 10, stream)
+    time = torch.arange(frames, device=seeds.device) / FPS
+    rate, phase = hertz * (0.15 + 0.85 * u[:, :5, None]), 2 * math.pi * u[:, 5:, None]
+    return 0.4 * torch.sin(2 * math.pi * rate * time + phase).sum(1)
+
+
+def events(seeds, frames, stream, low, high):
+    """A clock of irregular events every low..high seconds -> (frames since the last, to the next, its random number)."""
+    u = uniform(seeds, 3, stream)
+    period = FPS * (low + (high - low) * u[:, :1])                                        # (B, 1) frames
+    time = torch.arange(frames, device=seeds.device) + period * u[:, 1:2]
+    number = torch.div(time, period, rounding_mode="floor")                               # (B, F)
+    draw = uniform((seeds[:, None] * 65_537 + number.long()).flatten(), 2, stream).view(*number.shape, 2)
+    return time - number * period, period, draw
+
+
+def perform(seeds, jaw, lip_width, emotion):
+    """Motion of a speaker, with all that the voice does not decide. (B, F), (B, F), (B, 7) -> (B, F, M)."""
+    frames = jaw.shape[1]
+    face = torch.tensor([[EMOTION_FACE[e].get(name, 0.0) for name in MOTION] for e in EMOTIONS], device=jaw.device)
+    shown = (emotion @ face)[:, None]                                                     # (B, 1, M)
+    rest = uniform(seeds, len(MOTION), stream=20) * 2 - 1                                 # (B, M) this clip's usual pose
+    m = {}
+    for k, (name, hertz, wander) in enumerate((("yaw", 0.5, 0.5), ("pitch", 0.6, 0.45), ("roll", 0.4, 0.4), ("shift_x", 0.3, 0.4),
+                                               ("shift_y", 0.3, 0.4), ("scale", 0.15, 0.4), ("lip_corner", 0.4, 0.25),
+                                               ("brow_raise", 0.7, 0.35), ("light_x", 0.1, 0.2))):
+        m[name] = wander * drift(seeds, frames, 21 + k, hertz) + 0.45 * rest[:, k, None]
+    m["brow_furrow"] = 0.25 * drift(seeds, frames, 31, 0.5).clamp(min=0)
+    m["light"] = (0.5 + 0.5 * rest[:, 10, None] + 0.1 * drift(seeds, frames, 32, 0.2))
+    since, _, draw = events(seeds, frames, 33, 0.7, 2.0)                                  # the eyes jump, then rest
+    m["gaze_x"], m["gaze_y"] = 1.6 * draw[..., 0] - 0.8, 1.2 * draw[..., 1] - 0.6
+    since, period, draw = events(seeds, frames, 34, 2.0, 4.5)                             # a blink takes a fifth of a second
+    blink = torch.exp(-(((since - (0.2 + 0.6 * draw[..., 0]) * period) / 2.4) ** 4))
+    m["blink_l"] = m["blink_r"] = (blink + 0.12 * drift(seeds, frames, 35, 0.3).clamp(min=0))
+    m["jaw"], m["lip_width"] = jaw, lip_width
+    low, high = torch.tensor(list(MOTION.values()), device=jaw.device).unbind(1)
+    motion = torch.stack([m[name] for name in MOTION], dim=2) + shown                     # (B, F, M)
+    angles = torch.tensor([high[k] if name in ("yaw", "pitch", "roll") else 1.0 for k, name in enumerate(MOTION)], device=jaw.device)
+    return torch.minimum(torch.maximum(motion * angles, low), high)
+
+
+def clip(seeds, frames):
+    """Clips of people speaking. seeds (B,) -> identity (B, I), motion (B, F, M), wave (B, F*640), emotion (B, 7)."""
+    said = speak(seeds, frames)
+    motion = perform(seeds, said["jaw"], said["lip_width"], said["emotion"])
+    return {"identity": identity(seeds), "motion": motion, "wave": said["wave"], "emotion": said["emotion"]}
+
+
+def render_clip(identity, motion, size=128):
+    """identity (I,), motion (F, M) -> uint8 frames (H, W, 3), one after the other, drawn 16 at a time."""
+    for part in motion.split(16):
+        frames = render(identity.expand(len(part), -1), part, size)
+        yield from to_uint8(frames).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="python -m world.people", description="A synthetic data set.", allow_abbrev=False)
+    parser.add_argument("--out", default="synthetic", help="folder for NUMBER.mp4, NUMBER.wav and NUMBER.npz")
+    parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--seed", type=int, default=0, help=f"number of the first clip; from {HELD_OUT} on: never trained on")
+    parser.add_argument("--size", type=int, default=128, help="pixels")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    frames = round(args.seconds * FPS) if 0 < args.seconds < 1e6 else 0
+    if args.clips < 1 or args.seed < 0 or frames < 1 or args.size < 16 or args.size % 2:
+        print(f"world.people: --clips {args.clips} must be at least 1, --seed {args.seed} at least 0, --seconds {args.seconds} "
+              f"at least a frame, --size {args.size} an even number from 16 on", file=sys.stderr)
+        return 2
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        for seed in tqdm(range(args.seed, args.seed + args.clips), unit="clip"):
+            made = {name: value[0] for name, value in clip(torch.tensor([seed]), frames).items()}
+            stem = os.path.join(args.out, f"{seed:06d}")
+            soundfile.write(stem + ".wav", made["wave"].numpy(), SAMPLE_RATE)
+            with VideoWriter(stem + ".mp4", args.size, sound=stem + ".wav") as video:
+                for frame in render_clip(made["identity"], made["motion"], args.size):
+                    video.write(frame)
+            np.savez(stem + ".npz", identity=made["identity"], motion=made["motion"], emotion=made["emotion"],
+                     identity_names=IDENTITY, motion_names=list(MOTION), emotion_names=EMOTIONS)
+    except (InputError, OSError) as error:
+        print(f"world.people: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
