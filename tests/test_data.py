@@ -6,6 +6,7 @@ import torch
 
 import data
 from media.files import InputError, write_lines
+from media.image import from_uint8
 from media.prepare import KEYFRAMES
 from media.video import VideoWriter
 
@@ -44,7 +45,7 @@ def test_frames_by_number_are_those_of_the_whole(sets):
     path = f"{sets[0]}/clips/1.mp4"
     whole, _ = data.read_clip(path, 32)
     asked = [7, 59, 0, 31, 30, 7]
-    torch.testing.assert_close(data.to_float(data.read_at(path, asked, 32)), whole[asked])
+    torch.testing.assert_close(from_uint8(data.read_at(path, asked, 32)), whole[asked])
     assert numbers_of(whole) == list(range(60))
     with pytest.raises(InputError, match="ends before its frame 60"):
         data.read_at(path, [60], 32)

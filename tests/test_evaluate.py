@@ -10,7 +10,7 @@ from test_metrics import pictures
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig
-from measure import evaluate, perceptual, reader
+from measure import checkpoint, evaluate, perceptual, reader
 from media.files import write_lines
 from media.video import VideoWriter
 from media.weights import save_release
@@ -95,7 +95,7 @@ def test_the_nearest_training_frame_is_the_nearest():
 
 def test_masks_take_from_the_token_what_they_hide(given, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluate, "random_keep", lambda n, count, ratio, draw: seen.append(ratio) or torch.arange(count)[None]
+    monkeypatch.setattr(checkpoint, "random_keep", lambda n, count, ratio, draw: seen.append(ratio) or torch.arange(count)[None]
                         .expand(n, -1)[:, : round(count * (1 - ratio))])
     assert run(given, "masked", "--clips", "1", "--json", str(given / "m.json")) == 0
     rows = json.loads((given / "m.json").read_text())["rows"]

@@ -13,6 +13,7 @@ from torch import nn
 
 from measure import perceptual
 from measure.perceptual import frechet
+from media.image import to_uint8
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -203,7 +204,7 @@ def test_frechet_distance_is_torchmetrics():
             return F.adaptive_avg_pool2d(x.double() / 255, 2).flatten(1)
 
     metric, net = fid.FrechetInceptionDistance(feature=Features()).set_dtype(torch.float64), Features()
-    a, b = (perceptual.bytes_of(pictures(n, 8, seed) ** power).byte() for n, seed, power in ((40, 0, 1), (30, 1, 3)))
+    a, b = (to_uint8(pictures(n, 8, seed) ** power) for n, seed, power in ((40, 0, 1), (30, 1, 3)))
     metric.update(a, real=True)
     metric.update(b, real=False)
     assert frechet(net(a), net(b)) == pytest.approx(metric.compute().item(), rel=1e-6)
@@ -434,7 +435,7 @@ def test_the_square_over_a_face():
     assert torch.equal(wide, x[:, :, 20:76, 12:68])
     beyond = perceptual.crop(x, (0.8, 0.8, 1.0, 1.0), 28, 1.4)
     assert torch.equal(beyond[:, :, :20, :24], x[:, :, 80:, 76:])
-    assert torch.allclose(perceptual.bytes_of(beyond[:, :, 20:]), torch.tensor(110.0))
+    assert torch.allclose(to_uint8(beyond[:, :, 20:]).float(), torch.tensor(110.0))
     assert torch.equal(perceptual.crop(x, (0, 0, 1, 1), 50), F.interpolate(x, (50, 50), mode="bilinear", align_corners=False))
     for face in ((0.5, 0.5, 0.5, 0.5), (1.1, 0.2, 1.4, 0.5), (0.2, -0.5, 0.4, -0.1)):
         with pytest.raises(ValueError, match="holds no pixel"):

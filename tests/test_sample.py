@@ -17,12 +17,12 @@ import soundfile
 import torch
 from PIL import Image
 
-import data
 import sample
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig
-from media import audio_features
+from media import audio_features, face
+from media import device as device_module
 from media.files import InputError
 from media.sound import has_audio, load_audio
 from media.video import VideoWriter, read_video
@@ -88,11 +88,11 @@ def test_with_a_detector_the_photo_is_cut_round_its_face(given, tmp_path, monkey
     """The face found fills the photo: its square is larger, and what is beyond repeats the edge."""
     seen, talk = [], sample.talk
     monkeypatch.setattr(sample, "talk", lambda models, meta, image, *more: seen.append(image) or talk(models, meta, image, *more))
-    monkeypatch.setattr(data, "load_detector", lambda path: path)
-    monkeypatch.setattr(data, "find_face", lambda detector, image: [0.0, 0.0, *map(float, image.size)])
+    monkeypatch.setattr(sample, "load_detector", lambda path: path)
+    monkeypatch.setattr(face, "find_face", lambda detector, image: [0.0, 0.0, *map(float, image.size)])
     assert sample.main(command(given, tmp_path / "o.mp4", "--detector", "yunet.onnx")) == 0
     assert seen[0].shape == (3, 32, 32) and (seen[0][:, :, 0] - seen[0][:, :, 1]).abs().max() < 0.02
-    monkeypatch.setattr(data, "find_face", lambda detector, image: None)
+    monkeypatch.setattr(face, "find_face", lambda detector, image: None)
     assert sample.main(command(given, tmp_path / "p.mp4", "--detector", "yunet.onnx")) == 2
     assert os.listdir(tmp_path) == ["o.mp4"]
 
@@ -200,7 +200,7 @@ def test_live_frames_leave_when_their_window_is_heard():
 
 def test_precision_does_not_leak(monkeypatch):
     """Models run under autocast where it is fast; neither the caller nor the sound's features may."""
-    monkeypatch.setattr(sample, "fast_bf16", lambda device: True)
+    monkeypatch.setattr(device_module, "fast_bf16", lambda device: True)
 
     def rows():
         for _ in range(20):
@@ -214,7 +214,7 @@ def test_precision_does_not_leak(monkeypatch):
 
 def test_reenactment_uses_the_motion_of_each_frame(monkeypatch):
     """Backwards in, backwards out: no frame depends on its place or on the frames beside it."""
-    monkeypatch.setattr(sample, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(device_module, "fast_bf16", lambda device: False)
     models, image = small_models(), torch.rand(3, 32, 32) * 2 - 1
     video = torch.rand(20, 3, 32, 32) * 2 - 1
     frames = list(sample.reenact(models, META, image, iter(video), absolute=True))
@@ -226,7 +226,7 @@ def test_reenactment_uses_the_motion_of_each_frame(monkeypatch):
 
 def test_reenactment_begins_as_the_photo_is(monkeypatch):
     """Relative motion: what the video shows at first is where the photo stands; a photo that is the first frame moves as told."""
-    monkeypatch.setattr(sample, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(device_module, "fast_bf16", lambda device: False)
     models, image, video = small_models(), torch.rand(3, 32, 32) * 2 - 1, torch.rand(20, 3, 32, 32) * 2 - 1
     first = next(sample.reenact(models, META, image, iter(video)))
     still = next(sample.reenact(models, META, image, iter([image]), absolute=True))
