@@ -59,12 +59,12 @@ def load_sets(folders, split, sound=False):
             raise InputError(f"{folder} holds no manifest.jsonl; make it with: python data.py prepare --videos {folder} --out DIR, "
                              "and give DIR")
         people, rows = {}, read_lines(path)
-        trained, tested = ({row["identity"] for row in rows if row["split"] == name} for name in ("train", "test"))
+        trained, tested = ({record["identity"] for record in rows if record["split"] == name} for name in ("train", "test"))
         if both := trained & tested:
             raise InputError(f"{path} has clips of {min(both)} both in its train and in its test split; a person belongs to one")
-        for row in rows:
-            if row["split"] == split and (row["sound"] or not sound):
-                people.setdefault(row["identity"], []).append({**row, "path": os.path.join(folder, row["file"])})
+        for record in rows:
+            if record["split"] == split and (record["sound"] or not sound):
+                people.setdefault(record["identity"], []).append({**record, "path": os.path.join(folder, record["file"])})
         if not people:
             raise InputError(f"{path} holds no clip{' with sound' if sound else ''} of the {split} split")
         sets.append(people)
@@ -80,35 +80,36 @@ class Clips(Dataset):
     targets follow each other instead (the video stage). Flip and colour jitter, ours, are one for all pictures of a person.
     """
 
-    def __init__(self, folders, refs, targets, near, size, seed=0, split="train", rows=False, jitter=0.1):
+    def __init__(self, folders, persons, targets, near, size, seed=0, split="train", rows=False, jitter=0.1):
         self.sets = [list(people.items()) for people in load_sets(folders, split)]
-        self.refs, self.targets, self.near, self.size = refs, targets, near, size
+        self.persons, self.targets, self.near, self.size = persons, targets, near, size
         self.seed, self.rows, self.jitter = seed, rows, jitter
 
     def __getitem__(self, number):
-        draw = np.random.default_rng([self.seed, number])
-        pictures = torch.stack([self.person(draw, k < round(self.near * self.refs)) for k in range(self.refs)])   # (R, 1+T, 3, H, W)
+        rng = np.random.default_rng([self.seed, number])
+        near = round(self.near * self.persons)
+        pictures = torch.stack([self.person(rng, k < near) for k in range(self.persons)])                # (R, 1+T, 3, H, W)
         return pictures[:, 0], pictures[:, 1:].flatten(0, 1)
 
-    def person(self, draw, near):
+    def person(self, rng, near):
         """Set, then person, then clip, each drawn equally -> (1+T, 3, H, W)."""
-        people = self.sets[draw.integers(len(self.sets))]
-        clips = people[draw.integers(len(people))][1]
-        clip = clips[draw.integers(len(clips))]
-        frames, first = clip["frames"], int(draw.integers(clip["frames"]))
+        people = self.sets[rng.integers(len(self.sets))]
+        clips = people[rng.integers(len(people))][1]
+        clip = clips[rng.integers(len(clips))]
+        frames, first = clip["frames"], int(rng.integers(clip["frames"]))
         if self.rows:
-            start = int(draw.integers(max(1, frames - self.targets + 1)))
+            start = int(rng.integers(max(1, frames - self.targets + 1)))
             others = [min(start + k, frames - 1) for k in range(self.targets)]
         else:
             low, high = (max(0, first - FPS // 5), min(frames, first + FPS // 5 + 1)) if near else (0, frames)
-            others = draw.integers(low, high, self.targets).tolist()
+            others = rng.integers(low, high, self.targets).tolist()
         x = from_uint8(read_at(clip["path"], [first, *others], self.size))                 # (1+T, 3, H, W)
-        x = x.flip(-1) if draw.random() < 0.5 else x
-        gain, shift = (torch.from_numpy(draw.uniform(-self.jitter, self.jitter, 3).astype(np.float32)) for _ in range(2))
+        x = x.flip(-1) if rng.random() < 0.5 else x
+        gain, shift = (torch.from_numpy(rng.uniform(-self.jitter, self.jitter, 3).astype(np.float32)) for _ in range(2))
         return (x * (1 + gain[:, None, None]) + 0.5 * shift[:, None, None]).clamp(-1, 1)
 
 
-def plain_signals(_):
+def worker_init(_):
     """In a reading process: signals to the whole group (Ctrl-C, torchrun's end) are the parent's business, which may need
     another batch before it stops; the parent itself may end it."""
     if hasattr(os, "setsid"):
@@ -119,8 +120,8 @@ def plain_signals(_):
 
 def loader(clips, numbers, workers):
     """Items of `clips` in the order of `numbers`, read ahead by `workers` processes (0: none)."""
-    ahead = {"prefetch_factor": 4, "worker_init_fn": plain_signals, "multiprocessing_context": "spawn"} if workers else {}
-    return DataLoader(clips, batch_size=None, sampler=numbers, num_workers=workers, **ahead)
+    prefetch = {"prefetch_factor": 4, "worker_init_fn": worker_init, "multiprocessing_context": "spawn"} if workers else {}
+    return DataLoader(clips, batch_size=None, sampler=numbers, num_workers=workers, **prefetch)
 
 
 if __name__ == "__main__":

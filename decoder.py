@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from encoder import Attention, attend, mlp, patchify, rms_norm, sincos, sincos_2d, unpatchify
-from flow import sample, velocity_from_data
+from encoder import Attention, attention, mlp, patchify, rms_norm, sincos, sincos_2d, unpatchify
+from flow import integrate, x_to_v
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class DecoderConfig:
     heads: int = 4
     num_tokens: int = 1             # L
     token_dim: int = 64             # D
-    expand: int = 8                 # decoder tokens made of one motion token (ours; a lone narrow token is easily ignored)
+    tokens_per_motion: int = 8      # decoder tokens made of one motion token (ours; a lone narrow token is easily ignored)
     frames: int = 1                 # F; above 1, the video model: a temporal align block after each transfer block
     full_attention: bool = False    # the paper's attention: the reference sees the target too
     predict: str = "x"              # "x" (pixels) or "v" (latents)
@@ -74,17 +74,17 @@ class DiTBlock(nn.Module):
         self.mlp = mlp(width)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x, condition, memory=None):
-        """x (B, n, E), condition (B, E), memory: keys and values (B, heads, m, d) seen beside x's own -> x, own (k, v)."""
+    def forward(self, x, condition, kv_cache=None):
+        """x (B, n, E), condition (B, E), kv_cache: keys and values (B, heads, m, d) seen beside x's own -> x, its own (k, v)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=1)
         q, k, v = self.attention.project(modulate(self.norm1(x), shift1, scale1))
-        own = (k, v)
-        if memory is not None:
-            k, v = (torch.cat([there, here], dim=2) for there, here in zip(memory, own, strict=True))
-        heard = self.attention.out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
-        x = x + gate1[:, None] * heard
+        kv = (k, v)
+        if kv_cache is not None:
+            k, v = (torch.cat([cached, new], dim=2) for cached, new in zip(kv_cache, kv, strict=True))
+        attn_out = self.attention.out(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
+        x = x + gate1[:, None] * attn_out
         x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return x, own
+        return x, kv
 
 
 class TemporalBlock(nn.Module):
@@ -111,71 +111,71 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = c = config
-        side = c.image_size // c.patch_size
+        grid_size = c.image_size // c.patch_size
         patch = c.patch_size**2 * c.channels
-        self.cells = max(1, c.patch_size // 8)                               # a patch has so many displacements a side
+        self.warp_grid = max(1, c.patch_size // 8)                                     # a patch has so many displacements a side
         self.embed = nn.Linear(patch, c.width)
-        self.under = nn.Linear(patch, c.width, bias=False)
-        self.motion = nn.Linear(c.token_dim, c.expand * c.width)
+        self.ref_patch_embed = nn.Linear(patch, c.width, bias=False)
+        self.motion = nn.Linear(c.token_dim, c.tokens_per_motion * c.width)
         self.time = TimeEmbed(c.width)
-        self.change = nn.Linear(2 * c.num_tokens * c.token_dim, (1 + c.expand) * c.width, bias=False)
-        self.spread = nn.Parameter(torch.randn(side**2, c.expand) * c.expand**-0.5)     # where on the picture each is felt
-        self.role = nn.Parameter(0.02 * torch.randn(2, c.width))             # reference row, target row
+        self.motion_delta = nn.Linear(2 * c.num_tokens * c.token_dim, (1 + c.tokens_per_motion) * c.width, bias=False)
+        self.delta_mix = nn.Parameter(torch.randn(grid_size**2, c.tokens_per_motion) * c.tokens_per_motion**-0.5)  # of each patch
+        self.segment_embed = nn.Parameter(0.02 * torch.randn(2, c.width))              # reference row, target row
         if not c.full_attention:
-            self.still = nn.Parameter(torch.zeros(c.width))                  # the reference row's condition: no time
-        self.slot = nn.Parameter(0.02 * torch.randn(c.num_tokens * c.expand, c.width))
+            self.ref_condition = nn.Parameter(torch.zeros(c.width))                    # the reference row's condition: no time
+        self.motion_pos_embed = nn.Parameter(0.02 * torch.randn(c.num_tokens * c.tokens_per_motion, c.width))
         self.blocks = nn.ModuleList(DiTBlock(c.width, c.heads) for _ in range(c.depth))
         self.temporal = nn.ModuleList(TemporalBlock(c.width, c.heads) for _ in range(c.depth if c.frames > 1 else 0))
         self.norm = nn.LayerNorm(c.width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 2 * c.width))
-        self.head = nn.Linear(c.width, patch if c.predict == "v" else patch + c.patch_size**2 + 2 * self.cells**2)
-        self.pose = nn.Linear(c.width, 6) if c.predict == "x" else None
-        self.register_buffer("position", sincos_2d(side, c.width), persistent=False)   # (N, E)
+        self.head = nn.Linear(c.width, patch if c.predict == "v" else patch + c.patch_size**2 + 2 * self.warp_grid**2)
+        self.affine_head = nn.Linear(c.width, 6) if c.predict == "x" else None
+        self.register_buffer("position", sincos_2d(grid_size, c.width), persistent=False)   # (N, E)
         self.init_weights()
 
     def init_weights(self):
-        for block in [*self.blocks, self]:                                   # adaLN-zero: every block starts as identity
+        for block in [*self.blocks, self]:                                             # adaLN-zero: every block starts as identity
             nn.init.zeros_(block.modulation[1].weight)
             nn.init.zeros_(block.modulation[1].bias)
         for block in self.temporal:
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.attention.out.bias)
-        nn.init.normal_(self.change.weight, std=self.change.in_features**-0.5)
-        for layer in [self.head, *([self.pose] if self.pose else [])]:       # output 0: at first the reference is copied
+        nn.init.normal_(self.motion_delta.weight, std=self.motion_delta.in_features**-0.5)
+        for layer in [self.head, *([self.affine_head] if self.affine_head else [])]:   # output 0: at first the reference is copied
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def row(self, z, motion, role):
+    def embed_tokens(self, z, motion, segment):
         """Picture z (B, C, H, W) and motion (B, L, D) as one sequence of N patches and L*K tokens -> (B, n, E)."""
         patches = self.embed(patchify(z, self.config.patch_size)) + self.position      # (B, N, E)
-        tokens = rearrange(self.motion(motion), "b l (k e) -> b (l k) e", k=self.config.expand) + self.slot
-        return torch.cat([patches, tokens], dim=1) + self.role[role]
+        tokens = rearrange(self.motion(motion), "b l (k e) -> b (l k) e", k=self.config.tokens_per_motion) + self.motion_pos_embed
+        return torch.cat([patches, tokens], dim=1) + self.segment_embed[segment]
 
-    def target(self, z_t, t, m_t, z_r, m_r):
+    def embed_target(self, z_t, t, m_t, z_r, m_r):
         """The target's sequence (B, n, E) and condition (B, E).
 
         Ours: a target patch knows from the start what lies beneath it in the reference, and what has changed since, each
         place mixing K views of the change in its own way. All of this could be learned by attention alone, in ten times
         the steps.
         """
-        change = (m_t - m_r).flatten(1)                                                # (B, L*D)
-        change = self.change(torch.cat([change, rms_norm(change)], dim=1))
-        change = rearrange(change, "b (k e) -> b k e", e=self.config.width)            # (B, 1+K, E)
-        x = self.row(z_t, m_t, role=1)                                                 # (B, n, E)
-        below = self.under(patchify(z_r, self.config.patch_size)) + self.spread @ change[:, 1:]        # (B, N, E)
-        x = torch.cat([x[:, : len(self.position)] + below, x[:, len(self.position):]], dim=1)
-        return x, self.time(t) + change[:, 0]
+        delta = (m_t - m_r).flatten(1)                                                 # (B, L*D)
+        delta = self.motion_delta(torch.cat([delta, rms_norm(delta)], dim=1))
+        delta = rearrange(delta, "b (k e) -> b k e", e=self.config.width)              # (B, 1+K, E)
+        x = self.embed_tokens(z_t, m_t, segment=1)                                     # (B, n, E)
+        ref_context = self.ref_patch_embed(patchify(z_r, self.config.patch_size)) + self.delta_mix @ delta[:, 1:]  # (B, N, E)
+        x = torch.cat([x[:, : len(self.position)] + ref_context, x[:, len(self.position):]], dim=1)
+        return x, self.time(t) + delta[:, 0]
 
-    def reference(self, z_r, m_r):
+    def encode_reference(self, z_r, m_r):
         """What every frame of a video needs of its reference, z_r (B, C, H, W) and m_r (B, L, D): computed once."""
-        cache = {"z": z_r, "m": m_r, "memory": []}
-        x = self.row(z_r, m_r, role=0)
-        if self.config.full_attention:                                       # nothing to precompute but the tokens
-            return {**cache, "memory": x}
-        condition = self.still.expand(len(x), -1)
+        cache = {"z": z_r, "m": m_r, "kv": []}
+        x = self.embed_tokens(z_r, m_r, segment=0)
+        if self.config.full_attention:                                                 # nothing to precompute but the tokens
+            return {**cache, "kv": x}
+        condition = self.ref_condition.expand(len(x), -1)
         for block in self.blocks:
-            x, own = block(x, condition)
-            cache["memory"].append(own)
+            x, kv = block(x, condition)
+            cache["kv"].append(kv)
         return cache
 
     def forward(self, z_t, t, m_t, cache):
@@ -185,15 +185,15 @@ class Decoder(nn.Module):
         """
         frames = len(z_t) // len(cache["z"])
         z_r, m_r = (repeat(cache[k], "b ... -> (b f) ...", f=frames) for k in ("z", "m"))
-        x, condition = self.target(z_t, t, m_t, z_r, m_r)                              # (B*F, n, E), (B*F, E)
+        x, condition = self.embed_target(z_t, t, m_t, z_r, m_r)                        # (B*F, n, E), (B*F, E)
         n = x.shape[1]
         if self.config.full_attention:
-            x = torch.cat([repeat(cache["memory"], "b n e -> (b f) n e", f=frames), x], dim=1)
+            x = torch.cat([repeat(cache["kv"], "b n e -> (b f) n e", f=frames), x], dim=1)
         for k, block in enumerate(self.blocks):
-            memory = None
+            kv = None
             if not self.config.full_attention:
-                memory = [repeat(part, "b h n d -> (b f) h n d", f=frames) for part in cache["memory"][k]]
-            x, _ = block(x, condition, memory)
+                kv = [repeat(part, "b h n d -> (b f) h n d", f=frames) for part in cache["kv"][k]]
+            x, _ = block(x, condition, kv)
             if self.config.frames > 1:
                 x = self.temporal[k](x, frames)
         x = x[:, -n:][:, : len(self.position)]                                         # (B*F, N, E)   target patches
@@ -201,28 +201,29 @@ class Decoder(nn.Module):
         out = self.head(modulate(self.norm(x), shift, scale)).float()                  # (B*F, N, ...)
         if self.config.predict == "v":
             return unpatchify(out, self.config.patch_size)                             # eq. (3)
-        whole = 0.1 * self.pose(condition).float().unflatten(1, (2, 3))                # (B*F, 2, 3)
-        return velocity_from_data(self.compose(z_r, whole, out), z_t, t)               # eq. (3), from x
+        affine = 0.1 * self.affine_head(condition).float().unflatten(1, (2, 3))        # (B*F, 2, 3)
+        return x_to_v(self.warp_and_blend(z_r, affine, out), z_t, t)                   # eq. (3), from x
 
-    def compose(self, z_r, whole, out):
-        """The picture x: z_r (B, C, H, W) moved, faded and painted over as the head's out (B, N, p*p*C + p*p + 2*q*q) says.
+    def warp_and_blend(self, z_r, affine, out):
+        """The picture x: z_r (B, C, H, W) moved, faded and painted over as the head's out (B, N, p*p*C + p*p + 2*q*q) says:
+        residual, alpha, displacement.
 
         Ours. A moving face takes its looks along, which E numbers a patch could not repaint in detail. Displacements are in
         halves of the picture: an affine map of the whole (B, 2, 3), and one for each of q x q cells a patch, interpolated
         between them, so that patches do not show.
         """
-        p, q = self.config.patch_size, self.cells
-        paint, fade, move = out.split([self.config.channels * p * p, p * p, 2 * q * q], dim=2)
-        move = F.interpolate(unpatchify(move, q), size=z_r.shape[-2:], mode="bilinear", align_corners=False)
-        move = rearrange(move.nan_to_num().clamp(-1, 1), "b c h w -> b h w c")         # grid_sample crashes a CPU with NaN
-        grid = F.affine_grid(torch.eye(2, 3, device=z_r.device) + whole.nan_to_num(), z_r.shape, align_corners=False)
-        moved = F.grid_sample(z_r, grid + move, padding_mode="border", align_corners=False)
-        return moved * (1 - unpatchify(fade, p)) + unpatchify(paint, p)                # (B, C, H, W)
+        p, q = self.config.patch_size, self.warp_grid
+        residual, alpha, displacement = out.split([self.config.channels * p * p, p * p, 2 * q * q], dim=2)
+        displacement = F.interpolate(unpatchify(displacement, q), size=z_r.shape[-2:], mode="bilinear", align_corners=False)
+        displacement = rearrange(displacement.nan_to_num().clamp(-1, 1), "b c h w -> b h w c")         # NaN crashes grid_sample
+        grid = F.affine_grid(torch.eye(2, 3, device=z_r.device) + affine.nan_to_num(), z_r.shape, align_corners=False)
+        moved = F.grid_sample(z_r, grid + displacement, padding_mode="border", align_corners=False)
+        return moved * (1 - unpatchify(alpha, p)) + unpatchify(residual, p)            # (B, C, H, W)
 
 
 @torch.no_grad()
-def paint(decoder, z_r, still, motions, noise, steps=1, batch=16):
-    """Frames for motions. z_r (1, C, H, W), still (1, L*D): the photo and its motion; motions: iterator of (n, L*D)
+def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=16):
+    """Frames for motions. z_r (1, C, H, W), m_ref (1, L*D): the photo and its motion; motions: iterator of (n, L*D)
     -> iterator of (n', C, H, W), in all one for every motion; memory does not grow.
 
     Every frame starts from the same noise (1, C, H, W), so that what noise decides stands still (ours). The video model
@@ -231,16 +232,16 @@ def paint(decoder, z_r, still, motions, noise, steps=1, batch=16):
     """
     c = decoder.config
     size = c.frames
-    cache = decoder.reference(z_r, still.unflatten(1, (c.num_tokens, c.token_dim)))
-    waiting, motions, ended = still[:0], iter(motions), False
+    cache = decoder.encode_reference(z_r, m_ref.unflatten(1, (c.num_tokens, c.token_dim)))
+    buffer, motions, ended = m_ref[:0], iter(motions), False
     while True:
-        while not ended and len(waiting) < c.frames:
+        while not ended and len(buffer) < c.frames:
             new = next(motions, None)
             ended = new is None
-            waiting = waiting if ended else torch.cat([waiting, new])
-        now, waiting = waiting[:size], waiting[size:]
+            buffer = buffer if ended else torch.cat([buffer, new])
+        chunk, buffer = buffer[:size], buffer[size:]
         size = c.frames if c.frames > 1 else batch
-        if not len(now):
+        if not len(chunk):
             return
-        start = noise.expand(len(now), *noise.shape[1:])
-        yield sample(decoder, start, steps, m_t=now.unflatten(1, (c.num_tokens, c.token_dim)), cache=cache)
+        start = noise.expand(len(chunk), *noise.shape[1:])
+        yield integrate(decoder, start, steps, m_t=chunk.unflatten(1, (c.num_tokens, c.token_dim)), cache=cache)

@@ -28,7 +28,7 @@ class EncoderConfig:
     heads: int = 3
     num_tokens: int = 1       # L
     token_dim: int = 64       # D
-    thumb: int = 16           # numbers of each patch that enter the sketch (ours)
+    patch_summary: int = 16   # S, numbers of each patch that enter token_init (ours)
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -60,7 +60,7 @@ def sincos_2d(side, width):
     return torch.cat([axis.repeat_interleave(side, 0), axis.repeat(side, 1)], dim=1)   # (N, width)
 
 
-def attend(q, k, v):
+def attention(q, k, v):
     """Softmax attention, (B, heads, n, d) -> (B, heads, n, d).
 
     torch's fused kernel, except when training on a CPU: its backward pass there is slower than two plain products
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         return rms_norm(q), rms_norm(k), v
 
     def forward(self, x):
-        return self.out(rearrange(attend(*self.project(x)), "b h n d -> b n (h d)"))   # (B, n, E)
+        return self.out(rearrange(attention(*self.project(x)), "b h n d -> b n (h d)"))                # (B, n, E)
 
 
 def mlp(width, ratio=4):
@@ -111,7 +111,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class Standardise(nn.Module):
+class RunningNorm(nn.Module):
     """Give every number of the token zero mean and unit variance over the data, by running statistics (ours).
 
     A freshly made ViT answers every frame with nearly the same token; the decoder then learns to ignore it and the
@@ -124,7 +124,7 @@ class Standardise(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("square", torch.ones(dim))      # running mean of x^2
+        self.register_buffer("square", torch.ones(dim))                                # running mean of x^2
         self.register_buffer("count", torch.zeros(()))
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ class Standardise(nn.Module):
             dist.all_reduce(moments)
             moments /= dist.get_world_size()
         self.count += 1
-        rate = torch.clamp(1 / self.count, min=self.momentum)      # a plain average at first, then a moving one
+        rate = torch.clamp(1 / self.count, min=self.momentum)                          # a plain average at first, then a moving one
         self.mean.lerp_(moments[0], rate)
         self.square.lerp_(moments[1], rate)
 
@@ -147,50 +147,50 @@ class Standardise(nn.Module):
 
 
 class MotionEncoder(nn.Module):
-    """Frame -> motion tokens (B, L, D). `keep` names the patches that stay; None keeps all of them.
+    """Frame -> motion tokens (B, L, D). `ids_keep` names the patches that stay; None keeps all of them.
 
-    The learnable tokens start with a sketch of what is seen, a few numbers of each patch, linear in them and each place
-    with weights of its own (ours). Without it a new token holds the mean over all patches, in which a mouth is a
+    The learnable tokens start from token_init, linear in a few numbers of each patch, each place with weights of its own
+    (ours). Without it a new token holds the mean over all patches, in which a mouth is a
     fiftieth of what varies, and finding it takes several times the steps.
     """
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = c = config
-        side = c.image_size // c.patch_size
+        grid_size = c.image_size // c.patch_size
         self.embed = nn.Linear(c.patch_size**2 * c.channels, c.width)
         self.tokens = nn.Parameter(0.02 * torch.randn(c.num_tokens, c.width))
-        self.thumb = nn.Linear(c.width, c.thumb)
-        self.sketch = nn.Linear(side**2 * c.thumb, c.num_tokens * c.width, bias=False)
+        self.patch_summary = nn.Linear(c.width, c.patch_summary)
+        self.token_init = nn.Linear(grid_size**2 * c.patch_summary, c.num_tokens * c.width, bias=False)
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.depth))
         self.head = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, c.token_dim),
                                   nn.LayerNorm(c.token_dim, elementwise_affine=False))
-        self.standardise = Standardise(c.token_dim)
-        self.register_buffer("position", sincos_2d(side, c.width), persistent=False)   # (N, E)
+        self.running_norm = RunningNorm(c.token_dim)
+        self.register_buffer("position", sincos_2d(grid_size, c.width), persistent=False)   # (N, E)
 
-    def forward(self, x, keep=None):
-        """x (B, C, H, W), keep (B, n) sorted patch numbers -> motion (B, L, D), fp32."""
+    def forward(self, x, ids_keep=None):
+        """x (B, C, H, W), ids_keep (B, n) sorted patch numbers -> motion (B, L, D), fp32."""
         z = self.embed(patchify(x, self.config.patch_size)) + self.position            # (B, N, E)
-        if keep is None:
-            thumbs = self.thumb(z)                                                     # (B, N, thumb)
+        if ids_keep is None:
+            summaries = self.patch_summary(z)                                          # (B, N, S)
         else:
-            patches, where = z.shape[1], keep[..., None]
-            z = z.gather(1, where.expand(-1, -1, z.shape[-1]))                         # (B, n, E)     Z^m
-            seen = self.thumb(z) * (patches / z.shape[1])                              # (B, n, thumb)
-            thumbs = seen.new_zeros(len(z), patches, seen.shape[-1]).scatter(1, where.expand_as(seen), seen)
-        sketch = rearrange(self.sketch(thumbs.flatten(1)), "b (l e) -> b l e", l=self.config.num_tokens)
-        tokens = self.tokens + sketch                                                  # (B, L, E)     T
+            patches, index = z.shape[1], ids_keep[..., None]
+            z = z.gather(1, index.expand(-1, -1, z.shape[-1]))                         # (B, n, E)     Z^m
+            kept = self.patch_summary(z) * (patches / z.shape[1])                      # (B, n, S)
+            summaries = kept.new_zeros(len(z), patches, kept.shape[-1]).scatter(1, index.expand_as(kept), kept)
+        init = rearrange(self.token_init(summaries.flatten(1)), "b (l e) -> b l e", l=self.config.num_tokens)
+        tokens = self.tokens + init                                                    # (B, L, E)     T
         z = torch.cat([z, tokens], dim=1)                                              # (B, n+L, E)   Z^m + T
         for block in self.blocks:
             z = block(z)
-        return self.standardise(self.head(z[:, -self.config.num_tokens:]))             # (B, L, D)     eq. (1)
+        return self.running_norm(self.head(z[:, -self.config.num_tokens:]))            # (B, L, D)     eq. (1)
 
 
-def random_keep(batch, patches, ratio, generator=None, device=None):
+def random_masking(batch, patches, ratio, generator=None, device=None):
     """Sorted numbers of the patches that a mask of share `ratio` leaves, a different subset for each sample.
 
     -> (batch, n), n = patches - floor(ratio * patches), at least 1. One ratio for all, so that the batch stays a rectangle.
     """
-    keep = max(1, patches - int(ratio * patches))
+    num_keep = max(1, patches - int(ratio * patches))
     order = torch.rand(batch, patches, generator=generator, device=device).argsort(1)
-    return order[:, :keep].sort(1).values                                              # (batch, n)
+    return order[:, :num_keep].sort(1).values                                          # (batch, n)

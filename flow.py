@@ -20,13 +20,13 @@ def interpolate(z, eps, t):
     return (1 - t) * z + t * eps                                                       # eqs. (2), (6)
 
 
-def random_times(batch, generator=None, device=None, noise_share=0.5, mean=0.8, spread=0.8):
+def sample_timesteps(batch, generator=None, device=None, p_pure_noise=0.5, mean=0.8, std=0.8):
     """Training times (batch,): a share at exactly t = 1, the rest logit-normal (Esser et al. 2024), leaning to noise (ours).
 
     At pure noise a picture can be told only from the condition; low noise teaches nothing but denoising.
     """
-    t = torch.sigmoid(mean + spread * torch.randn(batch, generator=generator, device=device))
-    pure = torch.rand(batch, generator=generator, device=device) < noise_share
+    t = torch.sigmoid(mean + std * torch.randn(batch, generator=generator, device=device))
+    pure = torch.rand(batch, generator=generator, device=device) < p_pure_noise
     return torch.where(pure, torch.ones_like(t), t)
 
 
@@ -37,24 +37,24 @@ def flow_loss(model, z, eps, t, weight=None, **cond):
     return (error if weight is None else weight * error).mean()
 
 
-def velocity_from_data(x, z_t, t, t_min=0.05):
+def x_to_v(x, z_t, t, t_min=0.05):
     """The velocity towards predicted data x at time t: v = (x - z_t) / t, t not below t_min (JiT, arXiv 2511.13720)."""
     return (x - z_t) / _per_sample(t.clamp(min=t_min), z_t)
 
 
-def guide(model, guidance, null):
+def with_cfg(model, guidance, null):
     """Classifier-free guidance, u + s (c - u) (Ho and Salimans 2022). `null` replaces conditions; s = 1 is the model."""
     if guidance == 1:
         return model
 
     def guided(z, t, **cond):
-        free = model(z, t, **{**cond, **null})
-        return free + guidance * (model(z, t, **cond) - free)
+        uncond = model(z, t, **{**cond, **null})
+        return uncond + guidance * (model(z, t, **cond) - uncond)
 
     return guided
 
 
-def sample(model, noise, steps, method="euler", **cond):
+def integrate(model, noise, steps, method="euler", **cond):
     """Walk from noise (t = 1) to data (t = 0) in equal steps -> the same shape as noise.
 
     method: "euler", one call a step; "heun", two calls a step, second order.
@@ -66,21 +66,21 @@ def sample(model, noise, steps, method="euler", **cond):
         t, dt = 1 - k / steps, 1 / steps
         v = model(z, z.new_full((len(z),), t), **cond)
         if method == "heun" and k < steps - 1:      # the last step's end, t = 0, is where v is least defined: Euler there
-            ahead = model(z + v * dt, z.new_full((len(z),), t - dt), **cond)
-            v = (v + ahead) / 2
+            v_next = model(z + v * dt, z.new_full((len(z),), t - dt), **cond)
+            v = (v + v_next) / 2
         z = z + v * dt
     return z
 
 
-def bend(model, noise, steps=20, **cond):
+def straightness(model, noise, steps=20, **cond):
     """How far the paths are from straight -> (B,): mean over time of |v - chord|^2 by |chord|^2, by Euler steps.
 
     The straightness of Liu et al. 2022 (section 2.2), relative. 0: one step is exact.
     """
-    z, squares, total = noise, [], 0.0
+    z, sq_norms, total = noise, [], 0.0
     for k in range(steps):
         v = model(z, z.new_full((len(z),), 1 - k / steps), **cond)
         z, total = z + v / steps, total + v / steps
-        squares.append(v.float().square().flatten(1).sum(1))                           # (B,)
+        sq_norms.append(v.float().square().flatten(1).sum(1))                           # (B,)
     chord = total.float().square().flatten(1).sum(1)                                   # |mean v|^2
-    return torch.stack(squares).mean(0) / chord - 1                                    # mean |v - chord|^2 = mean |v|^2 - |chord|^2
+    return torch.stack(sq_norms).mean(0) / chord - 1                                    # mean |v - chord|^2 = mean |v|^2 - |chord|^2

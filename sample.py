@@ -23,30 +23,30 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
-from decoder import Decoder, DecoderConfig, paint
+from decoder import Decoder, DecoderConfig, decode_frames
 from encoder import EncoderConfig, MotionEncoder
-from generator import Generator, GeneratorConfig, dream
+from generator import Generator, GeneratorConfig, generate_motion
 from media import audio_features
 from media.device import autocast, pick_device
 from media.face import load_detector, load_face
 from media.files import InputError, check_file
 from media.image import load_image, to_uint8
 from media.latents import SD, load_latents
-from media.sound import FPS, FRAME, audio_chunks, has_audio, pcm_chunks, rechunk
+from media.sound import FPS, SAMPLES_PER_FRAME, audio_chunks, has_audio, pcm_chunks, rechunk
 from media.video import VideoWriter, read_video
-from media.weights import load_release
+from media.weights import load_weights
 
-BATCH = 16  # frames painted, or watched, at once
+BATCH = 16  # frames decoded, or encoded, at once
 DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "semo-tiny.safetensors")
 MODELS = {"encoder": (MotionEncoder, EncoderConfig), "decoder": (Decoder, DecoderConfig), "generator": (Generator, GeneratorConfig)}
 
 
 def load_models(path, device="cpu"):
-    """A release -> ({kind: model in eval mode}, meta). Raises InputError."""
-    return load_release(path, MODELS, device)
+    """A file of weights -> ({kind: model in eval mode}, meta). Raises InputError."""
+    return load_weights(path, MODELS, device)
 
 
-def within(device, items, models=True):
+def autocast_iter(device, items, models=True):
     """The items of an iterator, each made without gradients and, where bf16 is fast, under autocast; with models=False,
     out of it. The context is left before an item is handed out, so it never leaks to the caller."""
     items = iter(items)
@@ -58,54 +58,56 @@ def within(device, items, models=True):
         yield item
 
 
-def watch(encoder, space, video, device, still=None):
+def encode_video(encoder, space, video, device, m_ref=None):
     """Motion of a video: iterator of (3, H, W) frames -> iterator of (n, L*D): as it is, or what has changed since its first
-    frame added to still (1, L*D)."""
-    begun = None
+    frame added to m_ref (1, L*D)."""
+    m_first = None
     for frames in rechunk((frame[None] for frame in video), BATCH):
         motion = encoder(space.encode(frames.to(device))).flatten(1)
-        begun = motion[:1] if begun is None else begun
-        yield motion if still is None else still + motion - begun
+        m_first = motion[:1] if m_first is None else m_first
+        yield motion if m_ref is None else m_ref + motion - m_first
 
 
-def to_bytes(space, frames):
+def latents_to_frames(space, frames):
     """Latents (n, C, H, W) -> n arrays (H, W, 3) uint8."""
     with torch.inference_mode():
         pixels = to_uint8(space.decode(frames))
     return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
 
-def begin(models, meta, image, seed):
+def prepare_reference(models, meta, image, seed):
     """What both jobs start with -> space of the latents, photo (1, C, H, W) in it, its motion (1, L*D), source of noise,
     the frames' noise (1, C, H, W). Noise is drawn on the CPU, so that every device gets the same."""
     device = next(models["decoder"].parameters()).device
-    space, source = load_latents(meta["latents"], meta.get("vae", SD), device), torch.Generator().manual_seed(seed)
+    space, rng = load_latents(meta["latents"], meta.get("vae", SD), device), torch.Generator().manual_seed(seed)
     with torch.inference_mode(), autocast(device):
         z_r = space.encode(image[None].to(device))
-        still = models["encoder"](z_r).flatten(1)
-    return space, z_r, still, source, torch.randn(z_r.shape, generator=source).to(device)
+        m_ref = models["encoder"](z_r).flatten(1)
+    return space, z_r, m_ref, rng, torch.randn(z_r.shape, generator=rng).to(device)
 
 
-def talk(models, meta, image, rows, seed=0, steps=None, guidance=None):
-    """A photo speaks. image (3, H, W) in [-1, 1]; rows: iterator of (n, A) sound features -> (H, W, 3) uint8 frames,
-    as many as rows, yielded as they are made. steps and guidance are the release's own (meta) where None."""
-    space, z_r, still, source, noise = begin(models, meta, image, seed)
-    silence = audio_features.features(torch.zeros(1, FRAME), meta["audio"], meta.get("whisper"))[0, 0]              # (A,)
+def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidance=None):
+    """A photo speaks. image (3, H, W) in [-1, 1]; features: iterator of (n, A) sound features -> (H, W, 3) uint8 frames,
+    as many as rows of features, yielded as they are made. steps and guidance are those of the weights (meta) where None."""
+    space, z_r, m_ref, rng, noise = prepare_reference(models, meta, image, seed)
+    zeros = torch.zeros(1, SAMPLES_PER_FRAME)
+    silence_features = audio_features.extract_features(zeros, meta["audio"], meta.get("whisper"))[0, 0]         # (A,)
     guidance = meta["guidance"] if guidance is None else guidance
-    rows = within(z_r.device, rows, models=False)                                           # sound stays in fp32
-    motions = dream(models["generator"], still, rows, source, silence, steps or meta["gen_steps"], guidance)
-    for frames in within(z_r.device, paint(models["decoder"], z_r, still, motions, noise, steps or meta["steps"], BATCH)):
-        yield from to_bytes(space, frames)
+    features = autocast_iter(z_r.device, features, models=False)                                           # sound stays in fp32
+    motions = generate_motion(models["generator"], m_ref, features, rng, silence_features, steps or meta["gen_steps"], guidance)
+    latents = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH)
+    for part in autocast_iter(z_r.device, latents):
+        yield from latents_to_frames(space, part)
 
 
-def stream(models, meta, image, chunks, seed=0, steps=None, guidance=None):
+def animate_live(models, meta, image, chunks, seed=0, steps=None, guidance=None):
     """A photo speaks live. image (3, H, W) in [-1, 1]; chunks: iterator of (S,) float sound, 16 kHz, full scale 1, as it
     arrives, any S -> (H, W, 3) uint8 frames, 25 a second, as soon as a window of sound and what it hears ahead are there
-    (16 + 3 frames in the embedded release, 0.8 s; the 30 s of Whisper in a whisper release).
+    (16 + 3 frames with the embedded weights, 0.8 s; the 30 s of Whisper with weights trained on it).
 
-    Differs from a file in one thing: its loudness is levelled by the past alone (audio_features.running_level)."""
-    rows = audio_features.stream_features(audio_features.running_level(chunks), meta["audio"], meta.get("whisper"))
-    return talk(models, meta, image, rows, seed, steps, guidance)
+    Differs from a file in one thing: its loudness is levelled by the past alone (audio_features.streaming_gain)."""
+    features = audio_features.stream_features(audio_features.streaming_gain(chunks), meta["audio"], meta.get("whisper"))
+    return animate_from_audio(models, meta, image, features, seed, steps, guidance)
 
 
 def reenact(models, meta, image, video, seed=0, steps=None, absolute=False):
@@ -114,13 +116,14 @@ def reenact(models, meta, image, video, seed=0, steps=None, absolute=False):
     It begins as the photo is and changes as the video does (Siarohin et al. 2019, FOMM): a token of somebody else's face
     tells where and how large that face is, too. absolute: it takes the video's motion as it is.
     """
-    space, z_r, still, _, noise = begin(models, meta, image, seed)
-    motions = watch(models["encoder"], space, video, z_r.device, None if absolute else still)
-    for frames in within(z_r.device, paint(models["decoder"], z_r, still, motions, noise, steps or meta["steps"], BATCH)):
-        yield from to_bytes(space, frames)
+    space, z_r, m_ref, _, noise = prepare_reference(models, meta, image, seed)
+    motions = encode_video(models["encoder"], space, video, z_r.device, None if absolute else m_ref)
+    latents = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH)
+    for part in autocast_iter(z_r.device, latents):
+        yield from latents_to_frames(space, part)
 
 
-def loudness(path):
+def scan_audio(path):
     """A first pass over the sound: it can be used, and -> the gain that levels it, its length in video frames."""
     sizes = []
 
@@ -129,7 +132,7 @@ def loudness(path):
             sizes.append(len(chunk))
             yield chunk
 
-    return audio_features.level_gain(counted()), audio_features.frames(sum(sizes))
+    return audio_features.loudness_gain(counted()), audio_features.num_frames(sum(sizes))
 
 
 def parse(argv):
@@ -143,8 +146,8 @@ def parse(argv):
     parser.add_argument("--absolute", action="store_true", help="with --video: its poses as they are, not its changes of pose")
     parser.add_argument("--out", default="out.mp4", help="the video to write; -: to stdout, as it is made (default: %(default)s)")
     parser.add_argument("--ckpt", default=DEFAULT, help="released weights, .safetensors (default: the embedded ones)")
-    parser.add_argument("--vae", help="folder of the autoencoder of an sd release (default: where it was trained with it)")
-    parser.add_argument("--whisper", help="folder of the Whisper model of a whisper release (default: likewise)")
+    parser.add_argument("--vae", help="folder of the autoencoder of sd weights (default: where it was trained with it)")
+    parser.add_argument("--whisper", help="folder of the Whisper model of weights trained on it (default: likewise)")
     parser.add_argument("--steps", type=int, help="sampling steps of both models (default: as released)")
     parser.add_argument("--guidance", type=float, help="how much the sound counts; 1: as it is (default: as released)")
     parser.add_argument("--seed", type=int, default=0, help="another number, another take (default: %(default)s)")
@@ -163,20 +166,20 @@ def frames_and_sound(args, models, meta, image):
         frames = reenact(models, meta, image, read_video(args.video, meta["size"]), args.seed, args.steps, args.absolute)
         return frames, None, args.video if has_audio(args.video) else None
     if args.wav == "-":
-        heard = deque()                                           # from the sound's arrival to its frame
+        queue = deque()                                           # from the sound's arrival to its frame
 
         def listen():
             for chunk in pcm_chunks(sys.stdin.buffer):
-                heard.append(chunk)
+                queue.append(chunk)
                 yield chunk
 
-        return stream(models, meta, image, listen(), args.seed, args.steps, args.guidance), None, drain(heard)
-    gain, total = loudness(args.wav)
-    rows = audio_features.stream_features((chunk * gain for chunk in audio_chunks(args.wav)), meta["audio"], meta.get("whisper"))
-    return talk(models, meta, image, rows, args.seed, args.steps, args.guidance), total, args.wav
+        return animate_live(models, meta, image, listen(), args.seed, args.steps, args.guidance), None, pop_all(queue)
+    gain, total = scan_audio(args.wav)
+    features = audio_features.stream_features((chunk * gain for chunk in audio_chunks(args.wav)), meta["audio"], meta.get("whisper"))
+    return animate_from_audio(models, meta, image, features, args.seed, args.steps, args.guidance), total, args.wav
 
 
-def drain(queue):
+def pop_all(queue):
     """The items of a deque, until it is found empty."""
     while queue:
         yield queue.popleft()
@@ -197,7 +200,7 @@ def write_all(video, frames, done):
             if len(waiting) > BATCH:
                 waiting.popleft().result()                        # an error of the writer is raised here
                 done()
-        for job in drain(waiting):
+        for job in pop_all(waiting):
             job.result()
             done()
     finally:
@@ -211,7 +214,7 @@ def run(args):
         raise InputError("--out - would print a video on the terminal; pipe it to a player or give a name that ends in .mp4")
     if args.wav == "-" and sys.stdin.isatty():
         raise InputError("--wav - reads sound from a pipe, but stdin is the terminal; pipe 16-bit mono PCM of 16 kHz to it")
-    check_file(args.ckpt, "a .safetensors release, such as the embedded weights/semo-tiny.safetensors")
+    check_file(args.ckpt, "a .safetensors file, such as the embedded weights/semo-tiny.safetensors")
     for path in (args.img, source, args.ckpt):
         if not live and path != "-" and os.path.exists(path) and os.path.exists(args.out) and os.path.samefile(path, args.out):
             raise InputError(f"--out {args.out} would overwrite an input; choose another name")
@@ -228,8 +231,8 @@ def run(args):
     start = time.perf_counter()
     with VideoWriter(out, meta["size"], sound) as video, tqdm(total=total, unit="frame", disable=None) as bar:
         write_all(video, frames, bar.update)
-    spent = time.perf_counter() - start
-    print(f"{args.out}: {video.frames} frames, {video.frames / FPS:.2f} s, made at {video.frames / spent:.1f} fps",
+    seconds = time.perf_counter() - start
+    print(f"{args.out}: {video.frames} frames, {video.frames / FPS:.2f} s, made at {video.frames / seconds:.1f} fps",
           file=sys.stderr if live else sys.stdout)
 
 

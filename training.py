@@ -29,7 +29,7 @@ from media.image import to_uint8
 
 # ---- processes and randomness ---------------------------------------------------------------------------------------
 
-def start(device="auto"):
+def init_distributed(device="auto"):
     """Join the other processes, if torchrun started us -> (rank, world, device). NCCL on GPUs, gloo on CPUs."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = str(pick_device(device))
@@ -37,12 +37,13 @@ def start(device="auto"):
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     if world > 1 and not dist.is_initialized():                    # an hour: one may encode its clips while the others wait
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1), store=meet(rank, world),
-                                rank=rank, world_size=world)
+        store = rendezvous_store(rank, world)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1), store=store, rank=rank,
+                                world_size=world)
     return rank, world, torch.device(device)
 
 
-def meet(rank, world):
+def rendezvous_store(rank, world):
     """Where the processes of this start find each other; None leaves it to torch. torchrun's own store still holds the addresses
     of dead processes after a restart (torch 2.13), on which a new start fails or hangs. So only the place of a fresh one is
     read there, until it answers."""
@@ -63,8 +64,8 @@ def meet(rank, world):
             time.sleep(0.2)
 
 
-def wrap(model, world, device):
-    """The same model, its gradients averaged over all processes. Its only changing buffers are those of encoder.Standardise,
+def ddp_wrap(model, world, device):
+    """The same model, its gradients averaged over all processes. Its only changing buffers are those of encoder.RunningNorm,
     which are the same everywhere without being sent; gradients live in the buckets that are sent, not beside them."""
     if world == 1:
         return model
@@ -80,7 +81,7 @@ def checkpoint_activations(model):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)   # no dropout
 
 
-def draws(seed, rank, step):
+def step_rng(seed, rank, step):
     """The source of every random number of one step on one process: resuming needs nothing but the step."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4099 + rank)
 
@@ -100,13 +101,13 @@ class Stopper:
             signal.signal(number, signal.SIG_DFL)
 
 
-def anyone(wish, device):
-    """Whether any process has the wish; all must ask at the same step."""
+def any_rank(flag, device):
+    """Whether the flag of any process is set; all must ask at the same step."""
     if not dist.is_initialized():
-        return wish
-    flag = torch.tensor(float(wish), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+        return flag
+    total = torch.tensor(float(flag), device=device)
+    dist.all_reduce(total, dist.ReduceOp.MAX)
+    return bool(total)
 
 
 # ---- optimisation ---------------------------------------------------------------------------------------------------
@@ -119,16 +120,16 @@ def optimisers(model, lr, muon_lr, weight_decay=0.01):
     matrices = [p for name, p in model.named_parameters() if inner(name, p)]
     rest = [p for name, p in model.named_parameters() if not inner(name, p)]
     fused = all(p.is_cuda for p in rest)
-    found = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)]
+    optimisers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)]
     if matrices:
-        found.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
-    for optimiser in found:
+        optimisers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
+    for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]
-    return found
+    return optimisers
 
 
-def set_rate(optimisers, step, steps, warmup, decay=0.3):
+def set_lr(optimisers, step, steps, warmup, decay=0.3):
     """Warm up linearly, hold, and go down to zero linearly over the last share `decay` of the run."""
     factor = min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, decay * steps))
     for optimiser in optimisers:
@@ -136,11 +137,11 @@ def set_rate(optimisers, step, steps, warmup, decay=0.3):
             group["lr"] = group["peak"] * factor
 
 
-def descend(model, optimisers, loss, step, state, device):
+def clip_and_step(model, optimisers, loss, step, state, device):
     """Change the weights by the gradients at hand, their norm clipped to 1. Where the loss or a gradient of any process is
     not finite, all end with a sentence that names the last good state, and nothing is changed."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    if anyone(not (math.isfinite(loss) and norm.isfinite()), device):
+    if any_rank(not (math.isfinite(loss) and norm.isfinite()), device):
         raise SystemExit(f"loss {loss:.4g}, length of the gradient {norm:.4g} at step {step}: not finite, so training ends. "
                          f"The last good state is in {state}; try a lower learning rate.")
     for optimiser in optimisers:
@@ -163,24 +164,24 @@ def update_ema(ema, model, step, decay=0.999):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-def save_state(path, **state):
+def atomic_save(path, **state):
     with atomic_write(path, make_folder=True) as temporary:
         torch.save(state, temporary)
 
 
-def save_run(path, step, configs, model, ema, optimisers):
+def save_checkpoint(path, step, configs, model, ema, optimisers):
     """All that `resume` needs."""
-    save_state(path, step=step, configs={kind: asdict(config) for kind, config in configs.items()}, model=model.state_dict(),
+    atomic_save(path, step=step, configs={kind: asdict(config) for kind, config in configs.items()}, model=model.state_dict(),
                ema=ema.state_dict(), optimisers=[optimiser.state_dict() for optimiser in optimisers])
 
 
 def resume(path, configs, model, ema, optimisers):
     """Go on from `path`, if it exists -> the number of steps done. Exits if the run there has other networks, or if only some
     processes see it: they would train different steps."""
-    found, device = os.path.exists(path), next(model.parameters()).device
-    if anyone(found, device) and anyone(not found, device):
+    exists, device = os.path.exists(path), next(model.parameters()).device
+    if any_rank(exists, device) and any_rank(not exists, device):
         raise SystemExit(f"{path}: seen by some nodes only; give an --out on a disk that all of them share")
-    if not found:
+    if not exists:
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["configs"] != {kind: asdict(config) for kind, config in configs.items()}:
@@ -192,36 +193,36 @@ def resume(path, configs, model, ema, optimisers):
     return state["step"]
 
 
-def init_from(path, found, **models):
-    """Start from the models `found` in the release `path`. What they lack (the temporal blocks of a video model) keeps its
+def init_from(path, loaded, **models):
+    """Start from the models `loaded` from `path`. What they lack (the temporal blocks of a video model) keeps its
     first values."""
     for kind, model in models.items():
-        if kind not in found:
-            raise InputError(f"{path} holds no {kind}, only {', '.join(found)}")
+        if kind not in loaded:
+            raise InputError(f"{path} holds no {kind}, only {', '.join(loaded)}")
         try:
-            missing, unexpected = model.load_state_dict(found[kind].state_dict(), strict=False)
+            missing, unexpected = model.load_state_dict(loaded[kind].state_dict(), strict=False)
         except RuntimeError as error:
             missing, unexpected = [], [str(error)]
         if unexpected or any("temporal." not in name for name in missing):
             raise InputError(f"{path}: its {kind} has another shape; it needs the preset it was trained with")
 
 
-def log(path, **row):
+def log(path, **fields):
     """Add one JSON line."""
     with open(path, "a") as f:
-        f.write(json.dumps(row) + "\n")
+        f.write(json.dumps(fields) + "\n")
 
 
 def save_grid(path, rows):
     """rows: list of (n, 3, H, W) in [-1, 1] -> a PNG, one row of pictures each."""
-    picture = torch.cat([torch.cat(list(row.float().cpu()), dim=2) for row in rows], dim=1)
+    picture = torch.cat([torch.cat(list(pictures.float().cpu()), dim=2) for pictures in rows], dim=1)
     pixels = to_uint8(picture).permute(1, 2, 0).numpy()
     with atomic_write(path, make_folder=True) as temporary:
         Image.fromarray(np.ascontiguousarray(pixels)).save(temporary, format="PNG")
 
 
 def seed_everything(seed):
-    """For the initial weights; every later draw comes from `draws`."""
+    """For the initial weights; every later number comes from `step_rng`."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

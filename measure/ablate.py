@@ -33,14 +33,14 @@ from media.files import atomic_write
 
 SHAPE = dict(image_size=32, patch_size=8, num_tokens=1, token_dim=64)
 BASE = dict(encoder=EncoderConfig(**SHAPE, width=96, depth=3, heads=2), decoder=DecoderConfig(**SHAPE, width=128, depth=3, heads=2),
-            steps=1000, refs=16, targets=4, near=0.5, mask_max=0.5, truth=0.0, lr=1e-3, muon_lr=0.02)
+            steps=1000, persons=16, targets=4, near=0.5, mask_max=0.5, label_weight=0.0, lr=1e-3, muon_lr=0.02)
 PAST = dict(generator=GeneratorConfig(), steps=1000, windows=32, clips=256, seconds=4, lr=1e-3, muon_lr=0.02)
 
 
 def token(count, width):
     """The base with `count` tokens of `width` numbers, the decoder making eight of its own of them in all."""
     return {"encoder": replace(BASE["encoder"], num_tokens=count, token_dim=width),
-            "decoder": replace(BASE["decoder"], num_tokens=count, token_dim=width, expand=8 // count)}
+            "decoder": replace(BASE["decoder"], num_tokens=count, token_dim=width, tokens_per_motion=8 // count)}
 
 
 def decoder(**changes):
@@ -54,7 +54,7 @@ TABLES = {
     "mask": {"none": {"mask_max": 0.0}, "0 to 50%": {}, "0 to 90%": {"mask_max": 0.9}},
     "attention": {"reference cached": {}, "full, as in the paper": decoder(full_attention=True)},
     "prediction": {"x": {}, "v": decoder(predict="v")},
-    "label": {"none": {}, "known motion, fading": {"truth": 0.3}},
+    "label": {"none": {}, "known motion, fading": {"label_weight": 0.3}},
 }
 PASTS = {"none": 0.0, "0 to 20%": 0.2}                             # masks of the generator's past frames (stage 2)
 TITLES = {"width": "One token, its width (paper: table 5)", "count": "64 numbers in 1 to 8 tokens (paper: table 6)",
@@ -74,36 +74,36 @@ MEASURES = {
     "identity R²": ("probe", ("means", "0% masked", "identity"), 3),
     "motion R², 90% masked": ("probe", ("means", "90% masked", "motion"), 3),
 }
-HEARD = {"jaw": ("talk", ("rows", "ours", "jaw", "mean"), 3), "lip width": ("talk", ("rows", "ours", "lip_width", "mean"), 3),
+TALK_MEASURES = {"jaw": ("talk", ("rows", "ours", "jaw", "mean"), 3), "lip width": ("talk", ("rows", "ours", "lip_width", "mean"), 3),
          "other sound": ("talk", ("rows", "other sound", "jaw", "mean"), 3),
          "yaw, degrees": ("talk", ("rows", "ours", "yaw_std", "mean"), 2),
          "blinks a minute": ("talk", ("rows", "ours", "blinks_per_minute", "mean"), 1)}
 
 
-def slug(table, row):
+def slug(table, entry):
     """Name of a run's folder."""
-    return f"{table}-{row}".replace(" ", "").replace("%", "").replace(",", "-")
+    return f"{table}-{entry}".replace(" ", "").replace("%", "").replace(",", "-")
 
 
 def runs(names):
     """What `names` ask for -> {folder: (preset of stage 1 or None, share of the past masked)}, the base once."""
-    found = {"base": (BASE, None)} if set(names) & set(TABLES) else {}
+    presets = {"base": (BASE, None)} if set(names) & set(TABLES) else {}
     for table in names:
-        for row, change in TABLES.get(table, {}).items():
+        for entry, change in TABLES.get(table, {}).items():
             if change:
-                found[slug(table, row)] = ({**BASE, **change}, None)
+                presets[slug(table, entry)] = ({**BASE, **change}, None)
         if table == "past":
-            found |= {slug(table, row): (None, share) for row, share in PASTS.items()}
-    return found
+            presets |= {slug(table, entry): (None, share) for entry, share in PASTS.items()}
+    return presets
 
 
-def measure(folder, command, args):
+def run_evaluation(folder, command, args):
     """What one evaluate.py command says of the run in `folder`, asked once; its table goes to a file beside."""
     path = os.path.join(folder, f"{command}.json")
     if not os.path.exists(path):
         words = [command, "--ckpt", os.path.join(folder, "semo.safetensors"), "--json", path, "--clips", str(CLIPS[command]),
                  "--device", args.device]
-        with open(os.path.join(folder, f"{command}.txt"), "w") as said, contextlib.redirect_stdout(said):
+        with open(os.path.join(folder, f"{command}.txt"), "w") as log, contextlib.redirect_stdout(log):
             if evaluate.main(words):
                 raise ValueError(f"evaluate.py {command} failed on {folder}; its sentence stands above")
     return json.loads(Path(path).read_text())
@@ -117,42 +117,42 @@ def run(folder, preset, share, seed, args):
         status, measures = train_ae.main(words), MEASURES
     else:
         train_gen.PRESETS["ablation"] = {**PAST, "steps": args.steps or PAST["steps"]}
-        status, measures = train_gen.main([*words, "--ae", args.ckpt, "--mask-max", str(share)]), HEARD
+        status, measures = train_gen.main([*words, "--ae", args.ckpt, "--mask-max", str(share)]), TALK_MEASURES
     signal.signal(signal.SIGINT, signal.default_int_handler)        # training took them over
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if status:
         return None
-    said = {command: measure(folder, command, args) for command in dict.fromkeys(command for command, *_ in measures.values())}
-    return {name: functools.reduce(operator.getitem, path, said[command]) for name, (command, path, _) in measures.items()}
+    reports = {command: run_evaluation(folder, command, args) for command in {command: 0 for command, *_ in measures.values()}}
+    return {name: functools.reduce(operator.getitem, path, reports[command]) for name, (command, path, _) in measures.items()}
 
 
-def rows(table, found):
+def rows(table, results):
     """{row: [numbers of each seed]} of one table, from found {folder: [...]}."""
     if table == "past":
-        return {row: found[slug(table, row)] for row in PASTS}
-    return {row: found[slug(table, row) if change else "base"] for row, change in TABLES[table].items()}
+        return {entry: results[slug(table, entry)] for entry in PASTS}
+    return {entry: results[slug(table, entry) if change else "base"] for entry, change in TABLES[table].items()}
 
 
-def show(table, found):
+def print_table(table, results):
     """One table as Markdown."""
-    measures = HEARD if table == "past" else MEASURES
+    measures = TALK_MEASURES if table == "past" else MEASURES
     print(f"\n**{TITLES[table]}**\n\n| | {' | '.join(measures)} |\n|{'---|' * (len(measures) + 1)}")
-    for row, seeds in rows(table, found).items():
+    for entry, seeds in rows(table, results).items():
         cells = []
         for name, (_, _, digits) in measures.items():
             values = [numbers[name] for numbers in seeds]
             cells.append(f"{sum(values) / len(values):.{digits}f} [{min(values):.{digits}f} {max(values):.{digits}f}]")
-        print(f"| {row} | {' | '.join(cells)} |")
+        print(f"| {entry} | {' | '.join(cells)} |")
 
 
-def plot(path, found, tables, width=290, height=200):
+def plot(path, results, tables, width=290, height=200):
     """For each table a line of boxes, one for each of four measures: every seed a dot, a line through the means -> PNG."""
     measures = ["PSNR", "B as A", "motion R²", "identity R²"]
     image = Image.new("RGB", (width * len(measures), height * len(tables)), "white")
-    draw = ImageDraw.Draw(image)
+    canvas = ImageDraw.Draw(image)
     for down, table in enumerate(tables):
         for across, name in enumerate(measures):
-            points = {row: [numbers[name] for numbers in seeds] for row, seeds in rows(table, found).items()}
+            points = {entry: [numbers[name] for numbers in seeds] for entry, seeds in rows(table, results).items()}
             every = [value for values in points.values() for value in values]
             low, high = min(every), max(every)
             margin = 0.2 * (high - low) + 1e-6
@@ -161,17 +161,17 @@ def plot(path, found, tables, width=290, height=200):
             def at(value, low=low - margin, high=high + margin, top=top, bottom=bottom):
                 return bottom - (value - low) / (high - low) * (bottom - top)
 
-            draw.rectangle((left, top, right, bottom), outline="silver")
-            draw.text((left, top - 22), f"{name} by {table}".replace("²", "2"), fill="black")
+            canvas.rectangle((left, top, right, bottom), outline="silver")
+            canvas.text((left, top - 22), f"{name} by {table}".replace("²", "2"), fill="black")
             for value in (low, high):
-                draw.text((left - 42, at(value) - 6), f"{value:.3g}", fill="black")
-                draw.line((left, at(value), left + 4, at(value)), fill="black")
+                canvas.text((left - 42, at(value) - 6), f"{value:.3g}", fill="black")
+                canvas.line((left, at(value), left + 4, at(value)), fill="black")
             xs = [left + (k + 0.5) * (right - left) / len(points) for k in range(len(points))]
-            draw.line([(x, at(sum(v) / len(v))) for x, v in zip(xs, points.values(), strict=True)], fill="cornflowerblue", width=2)
-            for x, (row, values) in zip(xs, points.items(), strict=True):
-                draw.text((x - 3 * len(row), bottom + 6), row, fill="black")
+            canvas.line([(x, at(sum(v) / len(v))) for x, v in zip(xs, points.values(), strict=True)], fill="cornflowerblue", width=2)
+            for x, (entry, values) in zip(xs, points.items(), strict=True):
+                canvas.text((x - 3 * len(entry), bottom + 6), entry, fill="black")
                 for value in values:
-                    draw.ellipse((x - 3, at(value) - 3, x + 3, at(value) + 3), fill="navy")
+                    canvas.ellipse((x - 3, at(value) - 3, x + 3, at(value) + 3), fill="navy")
     with atomic_write(path, make_folder=True) as temporary:
         image.save(temporary, format="PNG")
 
@@ -194,7 +194,7 @@ def parse(argv):
 
 def main(argv=None):
     """-> exit status: 0, 130 if it was stopped and can go on, or 2 after one sentence about what cannot be used."""
-    args, found = parse(argv), {}
+    args, results = parse(argv), {}
     try:
         if "past" in args.only:
             sample.load_models(args.ckpt)                        # refuse now what cannot be read hours later
@@ -203,14 +203,14 @@ def main(argv=None):
                 numbers = run(os.path.join(args.out, f"{name}-{seed}"), preset, share, seed, args)
                 if numbers is None:
                     return 130
-                found.setdefault(name, []).append(numbers)
+                results.setdefault(name, []).append(numbers)
         for table in args.only:
-            show(table, found)
+            print_table(table, results)
         if args.png:
-            plot(args.png, found, [table for table in args.only if table != "past"])
+            plot(args.png, results, [table for table in args.only if table != "past"])
         if args.json:
             with atomic_write(args.json, make_folder=True) as temporary:
-                Path(temporary).write_text(json.dumps(found, indent=1) + "\n")
+                Path(temporary).write_text(json.dumps(results, indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"measure.ablate: {error}", file=sys.stderr)
         return 2

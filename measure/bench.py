@@ -37,15 +37,15 @@ import sample
 import train_ae
 import train_gen
 import training
-from decoder import Decoder, paint
-from encoder import MotionEncoder, random_keep
-from generator import Generator, dream
+from decoder import Decoder, decode_frames
+from encoder import MotionEncoder, random_masking
+from generator import Generator, generate_motion
 from measure.checkpoint import table
 from media import audio_features
 from media.device import autocast, fast_bf16, pick_device
 from media.files import InputError, atomic_write
 from media.image import load_image
-from media.sound import FPS, FRAME, SAMPLE_RATE, audio_chunks, load_audio
+from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks, load_audio
 from media.video import VideoWriter
 from world import speech
 from world.render import MOTION
@@ -55,23 +55,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def timed(work, device, rounds):
     """Seconds of work(), once to warm up and then `rounds` times -> (median, least, most)."""
-    spent = []
+    seconds = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        spent.append(time.perf_counter() - start)
-    return statistics.median(spent[1:]), min(spent[1:]), max(spent[1:])
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:]), min(seconds[1:]), max(seconds[1:])
 
 
-def side_by_side(works, device, rounds):
+def side_by_side(cases, device, rounds):
     """As timed(), of {name: work}, each in turn, so that a busy moment hits all."""
-    spent = {name: [] for name in works}
+    seconds = {name: [] for name in cases}
     for _ in range(rounds):
-        for name, work in works.items():
-            spent[name].append(timed(work, device, 1)[0])
-    return {name: (statistics.median(x), min(x), max(x)) for name, x in spent.items()}
+        for name, work in cases.items():
+            seconds[name].append(timed(work, device, 1)[0])
+    return {name: (statistics.median(x), min(x), max(x)) for name, x in seconds.items()}
 
 
 def peak(device):
@@ -84,9 +84,9 @@ def peak(device):
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
-def spoken(seconds):
+def synthetic_speech(seconds):
     """Speech of the synthetic world, levelled, (S,)."""
-    return audio_features.level(speech.speak(torch.arange(1), round(seconds * FPS))["wave"])[0]
+    return audio_features.normalise_loudness(speech.speak(torch.arange(1), round(seconds * FPS))["wave"])[0]
 
 
 def sampling(args, device):
@@ -95,56 +95,58 @@ def sampling(args, device):
     frames, kind = round(args.seconds * FPS), (meta["audio"], meta.get("whisper"))
     with tempfile.TemporaryDirectory() as folder:
         wav, out = os.path.join(folder, "in.wav"), os.path.join(folder, "out.mp4")
-        soundfile.write(wav, spoken(args.seconds).numpy(), SAMPLE_RATE)
+        soundfile.write(wav, synthetic_speech(args.seconds).numpy(), SAMPLE_RATE)
         image = load_image(args.img, meta["size"])
-        space, z_r, still, source, noise = sample.begin(models, meta, image, 0)
+        space, z_r, m_ref, rng, noise = sample.prepare_reference(models, meta, image, 0)
         wave = load_audio(wav)
-        rows, quiet = audio_features.features(wave[None], *kind)[0], audio_features.features(torch.zeros(1, FRAME), *kind)[0, 0]
+        features = audio_features.extract_features(wave[None], *kind)[0]
+        silence_features = audio_features.extract_features(torch.zeros(1, SAMPLES_PER_FRAME), *kind)[0, 0]
 
         def motion():
-            made = dream(models["generator"], still, iter([rows]), source, quiet, meta["gen_steps"], meta["guidance"])
-            return torch.cat(list(sample.within(device, made)))
+            outputs = generate_motion(models["generator"], m_ref, iter([features]), rng, silence_features, meta["gen_steps"],
+                                      meta["guidance"])
+            return torch.cat(list(sample.autocast_iter(device, outputs)))
 
         def painted():
-            made = paint(models["decoder"], z_r, still, iter([motions]), noise, meta["steps"], sample.BATCH)
-            return list(sample.within(device, made))
+            outputs = decode_frames(models["decoder"], z_r, m_ref, iter([motions]), noise, meta["steps"], sample.BATCH)
+            return list(sample.autocast_iter(device, outputs))
 
         def written():
             with VideoWriter(out, meta["size"], wav) as video:
                 for frame in arrays:
                     video.write(frame)
 
-        def whole():
-            begun, rows = time.perf_counter(), audio_features.stream_features(audio_chunks(wav), *kind)
+        def end_to_end():
+            started, features = time.perf_counter(), audio_features.stream_features(audio_chunks(wav), *kind)
             with VideoWriter(out, meta["size"], wav) as video:
-                for frame in sample.talk(models, meta, load_image(args.img, meta["size"]), rows):
+                for frame in sample.animate_from_audio(models, meta, load_image(args.img, meta["size"]), features):
                     if not video.frames:
-                        first.append(time.perf_counter() - begun)
+                        first.append(time.perf_counter() - started)
                     video.write(frame)
 
         motions, first = motion(), []
         pictures = painted()
-        arrays = [frame for part in pictures for frame in sample.to_bytes(space, part)]
-        spent = {name: timed(work, device, args.rounds) for name, work in {
+        arrays = [frame for part in pictures for frame in sample.latents_to_frames(space, part)]
+        stages = {name: timed(work, device, args.rounds) for name, work in {
             "read the photo": lambda: load_image(args.img, meta["size"]),
-            "read the sound, twice": lambda: [sample.loudness(wav), list(audio_chunks(wav))],
-            "audio features": lambda: audio_features.features(wave[None], *kind),
+            "read the sound, twice": lambda: [sample.scan_audio(wav), list(audio_chunks(wav))],
+            "audio features": lambda: audio_features.extract_features(wave[None], *kind),
             "motion generator": motion, "decoder": painted,
-            "pixels to bytes": lambda: [sample.to_bytes(space, part) for part in pictures],
-            "H.264, AAC, mp4": written, "end to end": whole}.items()}
-    total, first = spent["end to end"][0], statistics.median(first[1:])
+            "pixels to bytes": lambda: [sample.latents_to_frames(space, part) for part in pictures],
+            "H.264, AAC, mp4": written, "end to end": end_to_end}.items()}
+    total, first = stages["end to end"][0], statistics.median(first[1:])
     print(f"{args.seconds:g} s of sound, {frames} frames of {meta['size']} px; steps: generator {meta['gen_steps']}, "
           f"decoder {meta['steps']}")
     table(["stage", "ms", "spread", "ms a frame"],
           [[name, f"{1e3 * middle:.1f}", f"{1e3 * low:.1f}-{1e3 * high:.1f}", f"{1e3 * middle / frames:.3f}"]
-           for name, (middle, low, high) in spent.items()])
+           for name, (middle, low, high) in stages.items()])
     if device.type == "cuda":
         most = torch.cuda.max_memory_allocated() / 2**20
     else:
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"{frames / total:.1f} frames/s, real-time factor {total / args.seconds:.3f}, first frame after {first:.2f} s, "
           f"peak memory {most:.0f} MB")
-    return {"stages": spent, "fps": frames / total, "real_time_factor": total / args.seconds, "first_frame": first, "memory_mb": most}
+    return {"stages": stages, "fps": frames / total, "real_time_factor": total / args.seconds, "first_frame": first, "memory_mb": most}
 
 
 @torch.inference_mode()
@@ -153,50 +155,51 @@ def variants(args, device):
     models, meta = sample.load_models(args.ckpt, device)
     decoder, fast, n = models["decoder"], fast_bf16(device), 16
     c = decoder.config
-    _, photo, still, source, noise = sample.begin(models, meta, load_image(args.img, meta["size"]), 0)
-    rows, quiet = (audio_features.features(x[None], meta["audio"], meta.get("whisper"))[0] for x in (spoken(2), torch.zeros(FRAME)))
-    made = dream(models["generator"], still, iter([rows]), source, quiet[0], meta["gen_steps"], meta["guidance"])
-    moved = torch.cat(list(sample.within(device, made)))[-n:]                                            # (n, L*D)
-    moved, still = (x.unflatten(1, (c.num_tokens, c.token_dim)) for x in (moved, still))
+    _, photo, m_ref, rng, noise = sample.prepare_reference(models, meta, load_image(args.img, meta["size"]), 0)
+    sounds = synthetic_speech(2), torch.zeros(SAMPLES_PER_FRAME)
+    rows, silence_features = (audio_features.extract_features(x[None], meta["audio"], meta.get("whisper"))[0] for x in sounds)
+    motions = generate_motion(models["generator"], m_ref, iter([rows]), rng, silence_features[0], meta["gen_steps"], meta["guidance"])
+    moved = torch.cat(list(sample.autocast_iter(device, motions)))[-n:]                                            # (n, L*D)
+    moved, m_ref = (x.unflatten(1, (c.num_tokens, c.token_dim)) for x in (moved, m_ref))
     noise = noise.expand(n, -1, -1, -1)
     full = Decoder(replace(c, full_attention=True)).to(device).eval()
     compiled = torch.compile(decoder, dynamic=False) if args.compile else None
 
-    def picture(model=decoder, bf16=fast, attend=None, cached=True, batch=n):
+    def picture(model=decoder, bf16=fast, attention_fn=None, cached=True, batch=n):
         """-> a function that paints n frames."""
         def work():
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16), patched(attend):
-                made = []
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16), patched(attention_fn):
+                frames = []
                 for z, m in zip(noise.split(batch), moved.split(batch), strict=True):
                     if cached:
-                        seen = cache
+                        kv = cache
                     else:
-                        seen = model.reference(photo.expand(len(z), -1, -1, -1), still.expand(len(z), -1, -1))
-                    made.append(flow.sample(model, z, 1, m_t=m, cache=seen))
-            return torch.cat(made)
+                        kv = model.encode_reference(photo.expand(len(z), -1, -1, -1), m_ref.expand(len(z), -1, -1))
+                    frames.append(flow.integrate(model, z, 1, m_t=m, cache=kv))
+            return torch.cat(frames)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            cache = model.reference(photo, still)
+            cache = model.encode_reference(photo, m_ref)
         return work
 
-    def patched(attend):
-        return mock.patch("decoder.attend", attend) if attend else nullcontext()
+    def patched(attention_fn):
+        return mock.patch("decoder.attention", attention_fn) if attention_fn else nullcontext()
 
-    works = {"as it is": picture(), "in the other precision": picture(bf16=not fast),
-             "attention by plain products": picture(attend=lambda q, k, v: (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v),
+    cases = {"as it is": picture(), "in the other precision": picture(bf16=not fast),
+             "attention by plain products": picture(attention_fn=lambda q, k, v: (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v),
              "reference computed for every frame": picture(cached=False),
              "reference sees the target (paper; other weights)": picture(model=full, cached=False)}
-    works |= {f"{batch} at a time": picture(batch=batch) for batch in (1, 4)}
-    works |= {"compiled": picture(model=compiled)} if compiled else {}
-    right, spent = works["as it is"](), side_by_side(works, device, args.rounds)
-    rows, found = [], {}
-    for name, (middle, low, high) in spent.items():
-        off = None if "paper" in name else (works[name]() - right).abs().max().item()
-        found[name] = {"ms": 1e3 * middle / n, "speed": spent["as it is"][0] / middle, "difference": off}
-        rows.append([name, f"{1e3 * middle / n:.2f}", f"{1e3 * low / n:.2f}-{1e3 * high / n:.2f}", f"{found[name]['speed']:.2f}",
+    cases |= {f"{batch} at a time": picture(batch=batch) for batch in (1, 4)}
+    cases |= {"compiled": picture(model=compiled)} if compiled else {}
+    right, seconds = cases["as it is"](), side_by_side(cases, device, args.rounds)
+    rows, results = [], {}
+    for name, (middle, low, high) in seconds.items():
+        off = None if "paper" in name else (cases[name]() - right).abs().max().item()
+        results[name] = {"ms": 1e3 * middle / n, "speed": seconds["as it is"][0] / middle, "difference": off}
+        rows.append([name, f"{1e3 * middle / n:.2f}", f"{1e3 * low / n:.2f}-{1e3 * high / n:.2f}", f"{results[name]['speed']:.2f}",
                      "" if off is None else f"{off:.4f}"])
     print(f"decoder, {n} frames; speed: times as fast as it is; difference: largest of a pixel in [-1, 1]")
     table(["", "ms a frame", "spread", "speed", "difference"], rows)
-    return found
+    return results
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -204,13 +207,13 @@ def variants(args, device):
 def stage_1(name, people, device):
     """-> AutoEncoder of a preset, a function that makes its loss on random pictures, pictures a pass."""
     preset = train_ae.PRESETS[name]
-    e, people = preset["encoder"], people or preset["refs"]
+    e, people = preset["encoder"], people or preset["persons"]
     count = people * preset["targets"]
     model = train_ae.AutoEncoder(MotionEncoder(e), Decoder(preset["decoder"])).to(device)
     reference, target, noise = (torch.randn(n, e.channels, e.image_size, e.image_size, device=device) for n in (people, count, count))
-    t, unknown = torch.ones(count, device=device), torch.zeros(0, len(MOTION), device=device)
-    keep = random_keep(people + count, (e.image_size // e.patch_size) ** 2, preset["mask_max"] / 2, device=device)
-    return model, lambda: model(reference, target, noise, t, keep, unknown, 0.0), count
+    t, no_labels = torch.ones(count, device=device), torch.zeros(0, len(MOTION), device=device)
+    ids_keep = random_masking(people + count, (e.image_size // e.patch_size) ** 2, preset["mask_max"] / 2, device=device)
+    return model, lambda: model(reference, target, noise, t, ids_keep, no_labels, 0.0), count
 
 
 def stage_2(name, windows, device):
@@ -219,16 +222,16 @@ def stage_2(name, windows, device):
     c = replace(preset["generator"], num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
                 audio_dim=audio_features.FEATURE_DIM[preset.get("audio", "mel")])
     model, n = Generator(c).to(device), windows or preset["windows"]
-    motion, past, heard = (torch.randn(n, rows, width, device=device) for rows, width in (
-        (c.window, c.token_dim), (c.past, c.token_dim), (c.past + c.window + c.ahead, c.audio_dim)))
+    motion, past, features = (torch.randn(n, rows, width, device=device) for rows, width in (
+        (c.window, c.token_dim), (c.past, c.token_dim), (c.past + c.window + c.lookahead, c.audio_dim)))
     t, drop = torch.rand(n, device=device), torch.rand(n, device=device) < 0.1
-    return model, lambda: flow.flow_loss(model, motion, torch.randn_like(motion), t, past=past, reference=past[:, 0], audio=heard,
+    return model, lambda: flow.flow_loss(model, motion, torch.randn_like(motion), t, past=past, reference=past[:, 0], audio=features,
                                          drop=drop), n * c.window
 
 
-def measure(made, loss_of, count, device, rounds):
+def training_cost(model, loss_fn, count, device, rounds):
     """One pass and step as the training scripts take it -> what it costs."""
-    optimisers, saved, seen = training.optimisers(made, 1e-4, 1e-3), [], set()
+    optimisers, saved, seen = training.optimisers(model, 1e-4, 1e-3), [], set()
     bf16 = autocast(device)
 
     def keep(x):                                                    # what the backward pass needs, each storage once
@@ -239,24 +242,24 @@ def measure(made, loss_of, count, device, rounds):
 
     def passes():
         with bf16:
-            loss = loss_of()
+            loss = loss_fn()
         loss.backward()
         return loss
 
     def step():
         loss = passes()
-        training.descend(made, optimisers, loss.item(), 0, "", device)
+        training.clip_and_step(model, optimisers, loss.item(), 0, "", device)
 
-    seen |= {p.untyped_storage().data_ptr() for p in made.parameters()}
+    seen |= {p.untyped_storage().data_ptr() for p in model.parameters()}
     with saved_tensors_hooks(keep, lambda x: x), bf16:
-        loss_of()
+        loss_fn()
     with FlopCounterMode(display=False) as flops:
         passes()
-    spent = timed(step, device, rounds)
-    parameters = sum(p.numel() for p in made.parameters())
+    seconds = timed(step, device, rounds)
+    parameters = sum(p.numel() for p in model.parameters())
     state = sum(x.numel() * x.element_size() for o in optimisers for s in o.state.values() for x in s.values())
-    return {"parameters": parameters, "flops": flops.get_total_flops() / count, "speed": count / spent[0],
-            "speed_low": count / spent[2], "speed_high": count / spent[1], "state_gb": (state + 3 * 4 * parameters) / 1e9,
+    return {"parameters": parameters, "flops": flops.get_total_flops() / count, "speed": count / seconds[0],
+            "speed_low": count / seconds[2], "speed_high": count / seconds[1], "state_gb": (state + 3 * 4 * parameters) / 1e9,
             "kept_mb": sum(saved) / count / 1e6}
 
 
@@ -275,99 +278,99 @@ def loaded(folders, preset, workers, device, batches=12):
 
 def presets(args, device):
     """The table of all presets, and what waits: loading or training."""
-    best, rows, found = peak(device), [], {}
+    best, rows, results = peak(device), [], {}
     for name in args.presets:
         people = args.people or (1 if device.type == "cpu" and name != "tiny" else None)
         for stage, build, count in (("stage 1", stage_1, people), ("stage 2", stage_2, args.windows)):
-            r = measure(*build(name, count, device), device, args.rounds)
+            r = training_cost(*build(name, count, device), device, args.rounds)
             r["mfu"] = r["flops"] * r["speed"] / best
-            found[f"{name}, {stage}"] = r
+            results[f"{name}, {stage}"] = r
             rows.append([f"{name}, {stage}", f"{r['parameters'] / 1e6:.2f}", f"{r['flops'] / 1e9:.3g}", f"{r['state_gb']:.2f}",
                          f"{r['kept_mb']:.3g}", f"{r['speed']:.1f}", f"{r['speed_low']:.1f}-{r['speed_high']:.1f}", f"{r['mfu']:.0%}"])
     precision = "bf16" if fast_bf16(device) else "fp32"
     print(f"{precision} matrix products reach {best / 1e12:.3g} TFLOP/s")
     table(["training", "M parameters", "GFLOP a picture", "GB of state", "MB a picture", "pictures/s", "spread", "MFU"], rows)
     for name in args.presets if args.data else ():
-        r = found[f"{name}, stage 1"]
+        r = results[f"{name}, stage 1"]
         r["loaded"] = loaded(args.data, name, args.workers, device)
         waits = "training waits for loading" if r["loaded"] < r["speed"] else "loading waits for training"
         print(f"{name}: {r['loaded']:.0f} pictures/s loaded, {r['speed']:.0f} trained: {waits}")
-    return {"peak_flops": best, "presets": found}
+    return {"peak_flops": best, "presets": results}
 
 
 # ---- growth ---------------------------------------------------------------------------------------------------------
 
 def scaling(args, device):
     """Frames/s and memory over the length of the sound, frames/s over the batch, training pictures/s over processes."""
-    found = {"seconds of sound": {}, "peak MB": {}, "frames at once": {}, "training processes": {}}
+    results = {"seconds of sound": {}, "peak MB": {}, "frames at once": {}, "training processes": {}}
     with tempfile.TemporaryDirectory() as folder:
         wav, out = os.path.join(folder, "in.wav"), os.path.join(folder, "out.mp4")
         for seconds in args.lengths:
-            soundfile.write(wav, spoken(20).repeat(-(-seconds // 20))[: seconds * SAMPLE_RATE].numpy(), SAMPLE_RATE)
+            soundfile.write(wav, synthetic_speech(20).repeat(-(-seconds // 20))[: seconds * SAMPLE_RATE].numpy(), SAMPLE_RATE)
             words = ["sample.py", "--img", args.img, "--wav", wav, "--out", out, "--ckpt", args.ckpt, "--device", args.device]
-            said, usage = child([sys.executable, *words], folder)
-            found["seconds of sound"][seconds] = float(said.split("made at ")[1].split(" fps")[0])
-            found["peak MB"][seconds] = usage.ru_maxrss / 2**10
+            output, usage = run_child([sys.executable, *words], folder)
+            results["seconds of sound"][seconds] = float(output.split("made at ")[1].split(" fps")[0])
+            results["peak MB"][seconds] = usage.ru_maxrss / 2**10
         for count in args.processes:
             words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "train_ae.py", "--preset", "tiny",
                      "--steps", str(args.steps), "--out", os.path.join(folder, str(count)), "--device", args.device]
-            child([sys.executable, *words], folder, threads="1")
+            run_child([sys.executable, *words], folder, threads="1")
             with open(os.path.join(folder, str(count), "log.jsonl")) as log:
-                found["training processes"][count] = json.loads(log.readlines()[-1])["pictures_per_second"]
-    release = sample.load_models(args.ckpt, device)[0]["decoder"]
-    found["frames at once"] = batches(release, device, args.rounds)
-    for title, values in found.items():
-        unit = {"peak MB": "MB by seconds of sound", "training processes": "pictures/s by processes, a thread each"}.get(title)
-        table([unit or f"frames/s by {title}", *map(str, values)], [["", *(f"{v:.1f}" for v in values.values())]])
+                results["training processes"][count] = json.loads(log.readlines()[-1])["pictures_per_second"]
+    checkpoint = sample.load_models(args.ckpt, device)[0]["decoder"]
+    results["frames at once"] = speed_by_batch(checkpoint, device, args.rounds)
+    for title, values in results.items():
+        heading = {"peak MB": "MB by seconds of sound", "training processes": "pictures/s by processes, a thread each"}.get(title)
+        table([heading or f"frames/s by {title}", *map(str, values)], [["", *(f"{v:.1f}" for v in values.values())]])
     if args.png:
-        plot(args.png, found)
-    return {title: {str(k): v for k, v in values.items()} for title, values in found.items()}
+        plot(args.png, results)
+    return {title: {str(k): v for k, v in values.items()} for title, values in results.items()}
 
 
-def child(words, folder, threads=None):
+def run_child(words, folder, threads=None):
     """Run a command of this repository to its end -> what it printed, its resource usage. Raises ValueError if it fails."""
     env = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
-    with open(os.path.join(folder, "said"), "w+") as said:
-        work = subprocess.Popen(words, cwd=ROOT, env=env, stdout=said, stderr=said)
+    with open(os.path.join(folder, "log"), "w+") as log:
+        work = subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=log)
         _, status, usage = os.wait4(work.pid, 0)
-        said.seek(0)
-        text = said.read()
+        log.seek(0)
+        text = log.read()
     if status:
         raise ValueError(f"{' '.join(words[1:4])} failed: {(text.splitlines() or ['it said nothing'])[-1]}")
     return text, usage
 
 
 @torch.inference_mode()
-def batches(decoder, device, rounds):
+def speed_by_batch(decoder, device, rounds):
     """Frames a second of one step, {frames at once: frames/s}."""
-    c, found = decoder.config, {}
+    c, fps = decoder.config, {}
     for n in (1, 2, 4, 8, 16, 32):
         z = torch.randn(n, c.channels, c.image_size, c.image_size, device=device)
         m = torch.randn(n, c.num_tokens, c.token_dim, device=device)
         with autocast(device):
-            cache = decoder.reference(z[:1], m[:1])
-            spent = timed(lambda z=z, m=m, cache=cache: flow.sample(decoder, z, 1, m_t=m, cache=cache), device, rounds)[0]
-        found[n] = n / spent
-    return found
+            cache = decoder.encode_reference(z[:1], m[:1])
+            seconds = timed(lambda z=z, m=m, cache=cache: flow.integrate(decoder, z, 1, m_t=m, cache=cache), device, rounds)[0]
+        fps[n] = n / seconds
+    return fps
 
 
-def plot(path, found, width=320, height=220):
+def plot(path, results, width=320, height=220):
     """Each curve in a box of its own, logarithmic to the right, from 0 upwards -> PNG."""
-    image = Image.new("RGB", (width * len(found), height), "white")
-    draw = ImageDraw.Draw(image)
-    for k, (title, values) in enumerate(found.items()):
+    image = Image.new("RGB", (width * len(results), height), "white")
+    canvas = ImageDraw.Draw(image)
+    for k, (title, values) in enumerate(results.items()):
         xs, top = [math.log(x) for x in values], max(values.values()) * 1.1
         span = (xs[-1] - xs[0]) or 1
         points = [(width * k + 55 + (x - xs[0]) / span * (width - 95), height - 40 - y / top * (height - 75))
                   for x, y in zip(xs, values.values(), strict=True)]
-        draw.rectangle((width * k + 35, 28, width * (k + 1) - 20, height - 38), outline="silver")
-        draw.line(points, fill="navy", width=2)
+        canvas.rectangle((width * k + 35, 28, width * (k + 1) - 20, height - 38), outline="silver")
+        canvas.line(points, fill="navy", width=2)
         for (x, y), label, value in zip(points, values, values.values(), strict=True):
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="navy")
-            draw.text((x - 6, height - 34), str(label), fill="black")
-            draw.text((x - 10, y - 16), f"{value:.0f}", fill="black")
-        draw.text((width * k + 40, 8), {"peak MB": "peak MB by seconds of sound", "training processes": "pictures/s by processes"}.get(
-            title, f"frames/s by {title}"), fill="black")
+            canvas.ellipse((x - 3, y - 3, x + 3, y + 3), fill="navy")
+            canvas.text((x - 6, height - 34), str(label), fill="black")
+            canvas.text((x - 10, y - 16), f"{value:.0f}", fill="black")
+        titles = {"peak MB": "peak MB by seconds of sound", "training processes": "pictures/s by processes"}
+        canvas.text((width * k + 40, 8), titles.get(title, f"frames/s by {title}"), fill="black")
     with atomic_write(path, make_folder=True) as temporary:
         image.save(temporary, format="PNG")
 
@@ -407,13 +410,13 @@ def main(argv=None):
     try:
         device = pick_device(args.device)
         print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-        found = {name: PARTS[name](args, device) for name in args.parts or ("sample", "variants", "train")}
+        results = {name: PARTS[name](args, device) for name in args.parts or ("sample", "variants", "train")}
     except (InputError, ValueError, OSError) as error:
         print(f"measure.bench: {error}", file=sys.stderr)
         return 2
     if args.json:
         with atomic_write(args.json, make_folder=True) as temporary:
-            Path(temporary).write_text(json.dumps(found, indent=1) + "\n")
+            Path(temporary).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

@@ -5,21 +5,21 @@ from types import SimpleNamespace
 import torch
 
 import sample
-from decoder import paint
-from encoder import random_keep
+from decoder import decode_frames
+from encoder import random_masking
 from measure import metrics
 from media.device import autocast, pick_device
 from media.files import InputError
 from media.latents import SD, load_latents
-from training import draws
+from training import step_rng
 from world.render import render
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
-# ---- the release under test -----------------------------------------------------------------------------------------
+# ---- the checkpoint under test ----------------------------------------------------------------------------------------
 
-def open_release(args, *kinds):
+def open_checkpoint(args, *kinds):
     """-> what a command needs: the networks `kinds`, the space they work in, meta, device. ValueError if one is missing."""
     device = pick_device(args.device)
     models, meta = sample.load_models(args.ckpt, device)
@@ -29,35 +29,31 @@ def open_release(args, *kinds):
     return SimpleNamespace(**models, space=load_latents(meta["latents"], meta.get("vae", SD), device), meta=meta, device=device)
 
 
-def computing(release):
-    """bf16 where it is fast, as in use."""
-    return autocast(release.device)
-
-
-def show(people, motion, size):
+def render_batched(people, motion, size):
     """Draw one person (I,) or one each (n, I) in motion (n, M) -> (n, 3, size, size)."""
     people = people.expand(len(motion), -1)
     return torch.cat([render(*part, size) for part in zip(people.split(25), motion.split(25), strict=True)])
 
 
-def encode(release, images, ratio=0.0, draw=None):
+def encode(checkpoint, images, ratio=0.0, rng=None):
     """Images (n, 3, H, W) -> motion tokens (n, L*D), a share `ratio` of the patches masked at random."""
-    c, tokens = release.encoder.config, []
+    c, tokens = checkpoint.encoder.config, []
     for part in images.split(50):
-        keep = random_keep(len(part), (c.image_size // c.patch_size) ** 2, ratio, draw).to(release.device) if ratio else None
-        with computing(release):
-            tokens.append(release.encoder(release.space.encode(part.to(release.device)), keep).flatten(1).float())
+        patches = (c.image_size // c.patch_size) ** 2
+        ids_keep = random_masking(len(part), patches, ratio, rng).to(checkpoint.device) if ratio else None
+        with autocast(checkpoint.device):
+            tokens.append(checkpoint.encoder(checkpoint.space.encode(part.to(checkpoint.device)), ids_keep).flatten(1).float())
     return torch.cat(tokens)
 
 
-def depict(release, photo, motions, steps, seed, still=None):
-    """The decoder's frames of the person on photo (3, H, W) in motions (n, L*D) -> (n, 3, H, W). still: the photo's own."""
-    z_r = release.space.encode(photo[None].to(release.device))
-    noise = torch.randn(z_r.shape, generator=draws(1, 0, seed)).to(release.device)
-    still = encode(release, photo[None]) if still is None else still
-    with computing(release):
-        parts = list(paint(release.decoder, z_r, still, iter([motions]), noise, steps))
-    return torch.cat([release.space.decode(part.float()).clamp(-1, 1).cpu() for part in parts])
+def decode_clip(checkpoint, photo, motions, steps, seed, m_ref=None):
+    """The decoder's frames of the person on photo (3, H, W) in motions (n, L*D) -> (n, 3, H, W). m_ref: the photo's own."""
+    z_r = checkpoint.space.encode(photo[None].to(checkpoint.device))
+    noise = torch.randn(z_r.shape, generator=step_rng(1, 0, seed)).to(checkpoint.device)
+    m_ref = encode(checkpoint, photo[None]) if m_ref is None else m_ref
+    with autocast(checkpoint.device):
+        parts = list(decode_frames(checkpoint.decoder, z_r, m_ref, iter([motions]), noise, steps))
+    return torch.cat([checkpoint.space.decode(part.float()).clamp(-1, 1).cpu() for part in parts])
 
 
 def summary(clips):
@@ -73,5 +69,5 @@ def cell(value, digits, bounds=False):
 def table(head, rows):
     """Columns aligned: the first (names) to the left, the rest to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in [head, *rows]:
-        print("  ".join(x.rjust(w) if k else x.ljust(w) for k, (x, w) in enumerate(zip(row, widths, strict=True))).rstrip())
+    for cells in [head, *rows]:
+        print("  ".join(x.rjust(w) if k else x.ljust(w) for k, (x, w) in enumerate(zip(cells, widths, strict=True))).rstrip())

@@ -4,7 +4,7 @@
     python -m measure.evaluate masked      [--ckpt F]     the same, the encoder seeing 100% to 10% of each frame (paper: figure 10)
     python -m measure.evaluate talk        [--ckpt F]     pictures from photo and sound (paper: tables 3, 4); does the mouth say it?
     python -m measure.evaluate probe       [--ckpt F]     the token: how much motion, and how much identity, is linear in it
-    python -m measure.evaluate steps       [--ckpt F]     what fewer sampling steps cost, and how far the paths bend
+    python -m measure.evaluate steps       [--ckpt F]     what fewer sampling steps cost, and how straight the paths are
 
 --data DIR: reconstruct, masked and talk on real people, of the test split of a folder of data.py prepare. Each prints a
 table; --json FILE also writes its numbers and the clips they are of. All is measured on raw frames, before any video coding,
@@ -25,17 +25,18 @@ from tqdm import tqdm
 
 import data
 import flow
-from generator import dream
+from generator import generate_motion
 from measure import metrics, perceptual, reader
-from measure.checkpoint import WEIGHTS, cell, computing, depict, encode, open_release, show, summary, table
+from measure.checkpoint import WEIGHTS, cell, decode_clip, encode, open_checkpoint, render_batched, summary, table
 from measure.metrics import NAMES
 from media import audio_features
+from media.device import autocast
 from media.files import InputError, atomic_write
 from media.image import to_uint8
-from media.sound import FPS, FRAME, SAMPLE_RATE
-from training import draws
-from world.people import HELD_OUT, clip, random_motion
-from world.render import face_box, identity
+from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
+from training import step_rng
+from world.people import HELD_OUT, random_clip, random_motion
+from world.render import face_box, random_identity
 
 # --clips of each command (people, for probe), and the length of a clip in frames (of each person, for probe)
 CLIPS = {"reconstruct": 24, "masked": 12, "probe": 600, "talk": 12, "steps": 6}
@@ -51,27 +52,27 @@ PAPER = {"reconstruct": "Paper, table 2 (256 px, other clips, L1 of an unknown s
 
 # ---- clips, and the rows of a table of pictures ----------------------------------------------------------------------
 
-def unseen(args, size, sound=False):
+def test_clips(args, size, sound=False):
     """Clips that training never saw, one after the other: number, id, who, images (n, 3, H, W), box (n, H, W) of the face, and
     motion (n, M) where it is known, with sound wave (1, S)."""
     if not args.data:
         for seed in tqdm(range(HELD_OUT, HELD_OUT + args.clips), unit="clip", disable=None):
-            made = clip(torch.tensor([seed]), FRAMES[args.command])
-            motion, person = made["motion"][0], made["identity"][0]
-            yield SimpleNamespace(number=seed - HELD_OUT, id=seed, who=seed, images=show(person, motion, size),
-                                  box=face_box(person, motion, size), wave=made["wave"], motion=motion, face=perceptual.FACE)
+            factors = random_clip(torch.tensor([seed]), FRAMES[args.command])
+            motion, person = factors["motion"][0], factors["identity"][0]
+            yield SimpleNamespace(number=seed - HELD_OUT, id=seed, who=seed, images=render_batched(person, motion, size),
+                                  box=face_box(person, motion, size), wave=factors["wave"], motion=motion, face=perceptual.FACE)
         return
     people, = data.load_sets([args.data], "test", sound=sound)
-    rows = [row for who in sorted(people) for row in people[who]][:args.clips]
-    for number, row in enumerate(tqdm(rows, unit="clip", disable=None)):
-        images, wave = data.read_clip(row["path"], size)
+    manifest_rows = [entry for person in sorted(people) for entry in people[person]][:args.clips]
+    for number, entry in enumerate(tqdm(manifest_rows, unit="clip", disable=None)):
+        images, wave = data.read_clip(entry["path"], size)
         images = images[:FRAMES[args.command]]
-        face = row.get("face", perceptual.FACE)
+        face = entry.get("face", perceptual.FACE)
         left, top, right, bottom = (round(size * share) for share in face)
         box = torch.zeros(len(images), size, size)
         box[:, max(0, top):bottom, max(0, left):right] = 1
-        wave = wave[None, : len(images) * FRAME] if sound else None
-        yield SimpleNamespace(number=number, id=row["file"], who=row["identity"], images=images, box=box, wave=wave, motion=None,
+        wave = wave[None, : len(images) * SAMPLES_PER_FRAME] if sound else None
+        yield SimpleNamespace(number=number, id=entry["file"], who=entry["identity"], images=images, box=box, wave=wave, motion=None,
                               face=face)
 
 
@@ -79,102 +80,103 @@ def training_frames(args, size, count=1000):
     """Frames that training may have seen, (count, 3, H, W) as bytes: of the synthetic world, or of a folder's train split."""
     if not args.data:
         ids = torch.arange(count)
-        return to_uint8(show(identity(ids), random_motion(ids), size))
+        return to_uint8(render_batched(random_identity(ids), random_motion(ids), size))
     people, = data.load_sets([args.data], "train")
-    rows = [row for who in sorted(people) for row in people[who]]
-    rows = tqdm(rows[:: -(-len(rows) // (count // 5))], desc="training frames", unit="clip", disable=None)
-    frames = [data.read_at(row["path"], range(0, row["frames"], -(-row["frames"] // 5)), size) for row in rows]
+    manifest_rows = [entry for person in sorted(people) for entry in people[person]]
+    manifest_rows = tqdm(manifest_rows[:: -(-len(manifest_rows) // (count // 5))], desc="training frames", unit="clip", disable=None)
+    frames = [data.read_at(entry["path"], range(0, entry["frames"], -(-entry["frames"] // 5)), size) for entry in manifest_rows]
     return torch.cat([torch.from_numpy(x).permute(0, 3, 1, 2) for x in frames])
 
 
-def nearest(bank, true):
+def nearest(bank, target):
     """The frame of the bank (k, 3, H, W) bytes closest to each of true (n, 3, H, W), seen at 16 x 16 -> (n, 3, H, W)."""
-    bank_small, small = (F.interpolate(x.float(), size=(16, 16), mode="area").flatten(1) for x in (bank, (true + 1) * 127.5))
+    bank_small, small = (F.interpolate(x.float(), size=(16, 16), mode="area").flatten(1) for x in (bank, (target + 1) * 127.5))
     return bank[torch.cdist(small, bank_small).argmin(1)] / 127.5 - 1
 
 
-def measure(args, release, rows_of, sound=False):
-    """Pictures against true ones. rows_of(clip) -> {row: (made, true, box, motion)} of each unseen clip -> SimpleNamespace: rows
-    {row: measures}, read {row: [(n, M)]} and truth {row: [(n, M)]} where motion is known, ids of the clips, the reader."""
-    found, judged, read, truth, ids, size = {}, {}, {}, {}, [], release.meta["size"]
-    patch = release.decoder.config.patch_size * release.space.factor
-    look = None if args.data else reader.load_reader(args.reader)
-    nets, absent = perceptual.load(args.networks, release.device) if args.networks else ({}, [])
-    for c in unseen(args, size, sound):
+def picture_metrics(args, checkpoint, rows_of, sound=False):
+    """Pictures against true ones. rows_of(clip) -> {row: (pred, target, box, motion)} of each unseen clip -> SimpleNamespace: rows
+    {row: measures}, read {row: [(n, M)]} and commanded {row: [(n, M)]} where motion is known, ids of the clips, the regressor."""
+    by_row, by_network, read, commanded, ids, size = {}, {}, {}, {}, [], checkpoint.meta["size"]
+    patch = checkpoint.decoder.config.patch_size * checkpoint.space.factor
+    read_motion = None if args.data else reader.load_regressor(args.reader)
+    nets, absent = perceptual.load(args.networks, checkpoint.device) if args.networks else ({}, [])
+    for c in test_clips(args, size, sound):
         ids.append(c.id)
         features = {}                                               # of this clip's pictures, each once
-        for name, (made, true, box, motion) in rows_of(c).items():
-            found.setdefault(name, {}).setdefault(c.who, []).append(metrics.compare(made, true, box, patch))
-            judged.setdefault(name, []).append(judge(nets, c, made, true, features, sound))
+        for name, (pred, target, box, motion) in rows_of(c).items():
+            by_row.setdefault(name, {}).setdefault(c.who, []).append(metrics.compare(pred, target, box, patch))
+            by_network.setdefault(name, []).append(network_metrics(nets, c, pred, target, features, sound))
             if motion is not None:
-                read.setdefault(name, []).append(look(made))
-                truth.setdefault(name, []).append(motion)
+                read.setdefault(name, []).append(read_motion(pred))
+                commanded.setdefault(name, []).append(motion)
     rows = {name: summary([{k: sum(x[k] for x in clips) / len(clips) for k in clips[0]} for clips in by_person.values()])
-            for name, by_person in found.items()}
+            for name, by_person in by_row.items()}
     of = args.data or "the synthetic world"
-    print(f"{len(ids)} clips of {len(found[name])} unseen people of {of}, {size} px; face: the box round the head; mean [95%]")
+    print(f"{len(ids)} clips of {len(by_row[name])} unseen people of {of}, {size} px; face: the box round the head; mean [95%]")
     pictures_table(rows)
     if nets:
-        networks_table(judged, rows)
+        networks_table(by_network, rows)
     print(PAPER.get(args.command, ""))
     print(*(absent or ["LPIPS, FID, FVD, Sync and CSIM need published networks: --networks DIR"] * (not nets)), sep="\n")
-    return SimpleNamespace(rows=rows, read=read, truth=truth, ids=ids, look=look)
+    return SimpleNamespace(rows=rows, read=read, commanded=commanded, ids=ids, read_motion=read_motion)
 
 
-def judge(nets, c, made, true, features, sound):
+def network_metrics(nets, c, pred, target, features, sound):
     """What the networks of perceptual.py say of a clip's pictures: {measure: number}, and the rows for Frechet distances.
     features: what the two that give rows said of pictures of this clip before."""
-    said = {}
+    values = {}
     if "lpips" in nets:
-        said["lpips"] = nets["lpips"](made, true).mean().item()
+        values["lpips"] = nets["lpips"](pred, target).mean().item()
     if "csim" in nets:
-        said["csim"] = nets["csim"](true[:1], made, c.face).mean().item()
+        values["csim"] = nets["csim"](target[:1], pred, c.face).mean().item()
     if "syncnet" in nets and sound:
-        said |= {k: v for k, v in nets["syncnet"](made, c.wave, c.face).items() if k != "offset"}
+        values |= {k: v for k, v in nets["syncnet"](pred, c.wave, c.face).items() if k != "offset"}
     for name in {"inception", "i3d"} & nets.keys():
-        keys = [(name, x.data_ptr(), x.stride(0), len(x)) for x in (made, true)]
-        for key, x in zip(keys, (made, true), strict=True):
+        keys = [(name, x.data_ptr(), x.stride(0), len(x)) for x in (pred, target)]
+        for key, x in zip(keys, (pred, target), strict=True):
             if key not in features:
                 features[key] = nets[name](x)
-        said[name] = [features[key] for key in keys]
-    return said
+        values[name] = [features[key] for key in keys]
+    return values
 
 
-def networks_table(judged, rows):
+def networks_table(by_network, rows):
     """Adds to rows {row: measures} what the networks said, {row: [what judge() returns of each clip]}, and prints it. Of the true
     frames the Frechet distance is that of every other clip to the rest: as near as different clips of one kind come."""
-    measures = {k: None for said in judged.values() for clip in said for k in clip}
+    measures = {k: None for values in by_network.values() for clip in values for k in clip}
     lines = []
-    for name, said in judged.items():
+    for name, values in by_network.items():
         line = [name]
         for k in measures:
             if k in ("inception", "i3d"):
-                made, true = ([clip[k][side] for clip in said] for side in (0, 1))
+                pred, target = ([clip[k][column] for clip in values] for column in (0, 1))
                 if name == "true frames":
-                    made, true = made[::2], made[1::2]
-                a, b = (torch.cat(x) if x else torch.zeros(0, 1) for x in (made, true))
+                    pred, target = pred[::2], pred[1::2]
+                a, b = (torch.cat(x) if x else torch.zeros(0, 1) for x in (pred, target))
                 enough = min(len(a), len(b)) > 1
                 rows[name]["fid" if k == "inception" else "fvd"] = perceptual.frechet(a, b) if enough else None
-                line.append(perceptual.frechet_text(a, b, min(len(made), len(true))) if enough else "too few")
+                line.append(perceptual.frechet_text(a, b, min(len(pred), len(target))) if enough else "too few")
             else:
-                rows[name][k] = metrics.interval([clip[k] for clip in said])
+                rows[name][k] = metrics.interval([clip[k] for clip in values])
                 line += cell(rows[name][k], 3)
         lines.append(line)
     print()
     table(["", *({"inception": "FID", "i3d": "FVD"}.get(k, k) for k in measures)], lines)
 
 
-def follow(found, factors=NAMES):
+def motion_table(result, factors=NAMES):
     """The motion read off a measurement's frames against the commanded, printed -> {row: {factor: correlation}}."""
-    rows = {name: dict(zip(NAMES, metrics.followed(x, found.truth[name]), strict=True)) for name, x in found.read.items()}
+    rows = {name: dict(zip(NAMES, metrics.motion_correlation(x, result.commanded[name]), strict=True))
+            for name, x in result.read.items()}
     if rows:
         ceiling = " (true frames: the reader's ceiling)" if "true frames" in rows else ""
         print(f"\nmotion read off the frames, correlation with the commanded within clips{ceiling}")
-        table(["", *rows], [[factor, *(f"{row[factor]:.3f}" for row in rows.values())] for factor in factors])
+        table(["", *rows], [[factor, *(f"{entry[factor]:.3f}" for entry in rows.values())] for factor in factors])
     return rows
 
 
-def paced(n):
+def step_label(n):
     return f"{n} step{'s' * (n > 1)}"
 
 
@@ -183,46 +185,47 @@ def paced(n):
 def reconstruct(args):
     """A clip's own first frame as the photo, all later frames from their tokens; then, where the truth of it is known, the photo
     of the next person B, moved as A moves, against the true B."""
-    release = open_release(args, "encoder", "decoder")
-    size, shipped = release.meta["size"], args.steps or release.meta["steps"]
+    checkpoint = open_checkpoint(args, "encoder", "decoder")
+    size, shipped = checkpoint.meta["size"], args.steps or checkpoint.meta["steps"]
     bank = training_frames(args, size)
 
     def rows_of(c):
-        photo, true, tokens, motion = c.images[0], c.images[1:], encode(release, c.images), c.motion
+        photo, target, tokens, motion = c.images[0], c.images[1:], encode(checkpoint, c.images), c.motion
         later = None if motion is None else motion[1:]
-        made = {n: depict(release, photo, tokens, n, c.number) for n in dict.fromkeys((shipped, 4))}
-        rows = {"true frames": (true, true, c.box[1:], later),
-                **{f"ours, {paced(n)}": (x[1:], true, c.box[1:], later) for n, x in made.items()},
-                "the same with frame 0": (made[shipped], c.images, c.box, None),
-                "copy the photo": (photo.expand_as(true), true, c.box[1:], None),
-                "nearest training frame": (nearest(bank, true), true, c.box[1:], None)}
+        pred = {n: decode_clip(checkpoint, photo, tokens, n, c.number) for n in dict.fromkeys((shipped, 4))}
+        rows = {"true frames": (target, target, c.box[1:], later),
+                **{f"ours, {step_label(n)}": (x[1:], target, c.box[1:], later) for n, x in pred.items()},
+                "the same with frame 0": (pred[shipped], c.images, c.box, None),
+                "copy the photo": (photo.expand_as(target), target, c.box[1:], None),
+                "nearest training frame": (nearest(bank, target), target, c.box[1:], None)}
         if motion is None:
             return rows
-        other = clip(torch.tensor([c.id + 1]), FRAMES["reconstruct"])
+        other = random_clip(torch.tensor([c.id + 1]), FRAMES["reconstruct"])
         b = other["identity"][0]
-        photo, moved, box = show(b, other["motion"][0, :1], size)[0], show(b, later, size), face_box(b, later, size)
-        return rows | {f"B as A, {paced(shipped)}": (depict(release, photo, tokens[1:], shipped, c.number), moved, box, later),
-                       "copy B's photo": (photo.expand_as(moved), moved, box, None)}
+        photo, box = render_batched(b, other["motion"][0, :1], size)[0], face_box(b, later, size)
+        b_pred, b_target = decode_clip(checkpoint, photo, tokens[1:], shipped, c.number), render_batched(b, later, size)
+        return rows | {f"B as A, {step_label(shipped)}": (b_pred, b_target, box, later),
+                       "copy B's photo": (photo.expand_as(b_target), b_target, box, None)}
 
-    found = measure(args, release, rows_of)
-    return {"rows": found.rows, "motion_correlation": follow(found), "ids": found.ids}
+    result = picture_metrics(args, checkpoint, rows_of)
+    return {"rows": result.rows, "motion_correlation": motion_table(result), "ids": result.ids}
 
 
 def masked(args):
     """Reconstruction from tokens of frames, and a photo, of which the encoder sees only a part."""
-    release, draw = open_release(args, "encoder", "decoder"), draws(5, 0, 0)
+    checkpoint, rng = open_checkpoint(args, "encoder", "decoder"), step_rng(5, 0, 0)
 
     def rows_of(c):
-        true, rows = c.images[1:], {}
+        target, rows = c.images[1:], {}
         later = None if c.motion is None else c.motion[1:]
         for ratio in MASKS:
-            tokens = encode(release, c.images, ratio, draw)
-            made = depict(release, c.images[0], tokens[1:], args.steps or release.meta["steps"], c.number, tokens[:1])
-            rows[f"{ratio:.0%} masked"] = made, true, c.box[1:], later
-        return rows | {"copy the photo": (c.images[:1].expand_as(true), true, c.box[1:], None)}
+            tokens = encode(checkpoint, c.images, ratio, rng)
+            pred = decode_clip(checkpoint, c.images[0], tokens[1:], args.steps or checkpoint.meta["steps"], c.number, tokens[:1])
+            rows[f"{ratio:.0%} masked"] = pred, target, c.box[1:], later
+        return rows | {"copy the photo": (c.images[:1].expand_as(target), target, c.box[1:], None)}
 
-    found = measure(args, release, rows_of)
-    return {"rows": found.rows, "motion_correlation": follow(found, ("yaw", "jaw", "blink_l")), "ids": found.ids}
+    result = picture_metrics(args, checkpoint, rows_of)
+    return {"rows": result.rows, "motion_correlation": motion_table(result, ("yaw", "jaw", "blink_l")), "ids": result.ids}
 
 
 def pictures_table(rows):
@@ -232,23 +235,23 @@ def pictures_table(rows):
             return [f"{value['mean']:.4f} ({255 * value['mean']:.1f})"]
         return cell(value, 4 if "ssim" in k else 2, "psnr" in k)
 
-    table(["", "PSNR", "", "SSIM", "L1 (x 255)", "face PSNR", "", "face SSIM", "face L1", "sharpness", "seams"],
-          [[name, *(part for k in row for part in text(k, row[k]))] for name, row in rows.items()])
+    table(["", "PSNR", "", "SSIM", "L1 (x 255)", "face PSNR", "", "face SSIM", "face L1", "sharpness", "blockiness"],
+          [[name, *(part for k in entry for part in text(k, entry[k]))] for name, entry in rows.items()])
 
 
 def probe(args):
     """Ridge regression from the token to every factor, on people that neither the encoder nor the regression has seen."""
-    release, each = open_release(args, "encoder"), FRAMES["probe"]
+    checkpoint, each = open_checkpoint(args, "encoder"), FRAMES["probe"]
     number = torch.arange(args.clips).repeat_interleave(each)                                         # (n,) whose frame
-    people, motion = identity(HELD_OUT + number), random_motion(HELD_OUT + torch.arange(len(number)))
-    tokens, draw = {ratio: [] for ratio in (0.0, 0.5, 0.9)}, draws(2, 0, 0)
+    people, motion = random_identity(HELD_OUT + number), random_motion(HELD_OUT + torch.arange(len(number)))
+    tokens, rng = {ratio: [] for ratio in (0.0, 0.5, 0.9)}, step_rng(2, 0, 0)
     for part in tqdm(torch.arange(len(number)).split(50), unit="batch", disable=None):
-        images = show(people[part], motion[part], release.meta["size"])
+        images = render_batched(people[part], motion[part], checkpoint.meta["size"])
         for ratio in tokens:
-            tokens[ratio].append(encode(release, images, ratio, draw))
-    found = {f"{ratio:.0%} masked": metrics.probe_tokens(torch.cat(x), motion, people, number) for ratio, x in tokens.items()}
-    means = {name: {"motion": sum(m.values()) / len(m), "identity": sum(i.values()) / len(i)} for name, (m, i) in found.items()}
-    m, i = found["0% masked"]
+            tokens[ratio].append(encode(checkpoint, images, ratio, rng))
+    r2 = {f"{ratio:.0%} masked": metrics.probe_tokens(torch.cat(x), motion, people, number) for ratio, x in tokens.items()}
+    means = {name: {"motion": sum(m.values()) / len(m), "identity": sum(i.values()) / len(i)} for name, (m, i) in r2.items()}
+    m, i = r2["0% masked"]
     print(f"linear probe of the token, R^2 on unseen people ({args.clips} people, {each} frames each)")
     listed = [[[name, f"{value:.3f}"] for name, value in part.items()] for part in (m, i)]
     table(["motion", "R^2", "identity", "R^2"], [a + b for a, b in zip_longest(*listed, fillvalue=["", ""])])
@@ -257,92 +260,97 @@ def probe(args):
     return {"motion": m, "identity": i, "means": means}
 
 
-def spoken(release, photo, wave, gen_steps, steps, seed):
+def animate(checkpoint, photo, wave, gen_steps, steps, seed):
     """The whole job on photo (3, H, W) and sound (1, S) -> frames (n, 3, H, W), before any video coding."""
-    meta = release.meta
-    sounds = audio_features.level(wave), torch.zeros(1, FRAME)
-    rows, silence = (audio_features.features(x, meta["audio"], meta.get("whisper"))[0] for x in sounds)           # (F, A)
-    with computing(release):
-        motions = list(dream(release.generator, encode(release, photo[None]), iter([rows]), draws(3, 0, seed), silence[0],
-                             gen_steps, meta["guidance"]))
-    return depict(release, photo, torch.cat(motions), steps, seed)
+    meta = checkpoint.meta
+    sounds = audio_features.normalise_loudness(wave), torch.zeros(1, SAMPLES_PER_FRAME)
+    features, silence_features = (audio_features.extract_features(x, meta["audio"], meta.get("whisper"))[0]
+                                  for x in sounds)                                                       # (F, A)
+    m_ref = encode(checkpoint, photo[None])
+    with autocast(checkpoint.device):
+        motions = list(generate_motion(checkpoint.generator, m_ref, iter([features]), step_rng(3, 0, seed), silence_features[0],
+                                       gen_steps, meta["guidance"]))
+    return decode_clip(checkpoint, photo, torch.cat(motions), steps, seed)
 
 
 def talk(args):
     """The photo is a clip's first frame, the sound the clip's; `other sound` is another clip's, against this one's truth."""
-    release = open_release(args, "encoder", "decoder", "generator")
-    size, shut, last, photos = release.meta["size"], {}, [], []
-    pace = args.steps or release.meta["gen_steps"], args.steps or release.meta["steps"]
+    checkpoint = open_checkpoint(args, "encoder", "decoder", "generator")
+    size, silence_mouth, last, photos = checkpoint.meta["size"], {}, [], []
+    num_steps = args.steps or checkpoint.meta["gen_steps"], args.steps or checkpoint.meta["steps"]
     bank = training_frames(args, size)
 
     def rows_of(c):
-        def against_truth(made, motion=None):
-            n = min(len(made), len(c.images))                       # a file's sound may be shorter than its pictures
-            return made[:n], c.images[:n], c.box[:n], motion if motion is None else motion[:n]
+        def against_truth(pred, motion=None):
+            n = min(len(pred), len(c.images))                       # a file's sound may be shorter than its pictures
+            return pred[:n], c.images[:n], c.box[:n], motion if motion is None else motion[:n]
 
         photo = c.images[0]
-        other = clip(torch.tensor([c.id + 1]), FRAMES["talk"])["wave"] if not args.data else last.pop() if last else None
+        other = random_clip(torch.tensor([c.id + 1]), FRAMES["talk"])["wave"] if not args.data else last.pop() if last else None
         last.append(c.wave)
         photos.append(photo)
         rows = {"true frames": against_truth(c.images, c.motion),
-                "ours": against_truth(spoken(release, photo, c.wave, *pace, c.number), c.motion)}
+                "ours": against_truth(animate(checkpoint, photo, c.wave, *num_steps, c.number), c.motion)}
         if other is not None:
-            rows["other sound"] = against_truth(spoken(release, photo, other, *pace, c.number), c.motion)
+            rows["other sound"] = against_truth(animate(checkpoint, photo, other, *num_steps, c.number), c.motion)
         return rows | {"copy the photo": against_truth(photo.expand_as(c.images)),
                        "nearest training frame": against_truth(nearest(bank, c.images))}
 
-    found = measure(args, release, rows_of, sound=True)
+    result = picture_metrics(args, checkpoint, rows_of, sound=True)
     if args.data:
-        return {"rows": {}, "pictures": found.rows, "ids": found.ids}
-    mouth = {name: summary([metrics.sync(*pair) for pair in zip(x, found.truth[name], strict=True)]) for name, x in found.read.items()}
-    for number, (seed, photo) in enumerate(zip(found.ids, photos, strict=True)):
-        noise = torch.randn(1, 2 * SAMPLE_RATE, generator=draws(4, 0, seed))
+        return {"rows": {}, "pictures": result.rows, "ids": result.ids}
+    mouth = {name: summary([metrics.sync(*pair) for pair in zip(x, result.commanded[name], strict=True)])
+             for name, x in result.read.items()}
+    for number, (seed, photo) in enumerate(zip(result.ids, photos, strict=True)):
+        noise = torch.randn(1, 2 * SAMPLE_RATE, generator=step_rng(4, 0, seed))
         for name, wave in (("digital silence", 0 * noise), ("noise at -60 dB", 1e-3 * noise)):
-            jaw = found.look(spoken(release, photo, wave, *pace, number))[FPS // 2:, NAMES.index("jaw")]
-            shut.setdefault(name, []).append({"jaw_mean": jaw.mean().item()})         # after half a second to close the mouth
-    shut = {name: summary(clips) for name, clips in shut.items()}
+            jaw = result.read_motion(animate(checkpoint, photo, wave, *num_steps, number))[FPS // 2:, NAMES.index("jaw")]
+            silence_mouth.setdefault(name, []).append({"jaw_mean": jaw.mean().item()})         # after half a second to close the mouth
+    silence_mouth = {name: summary(clips) for name, clips in silence_mouth.items()}
     print("\nmouth read off the frames against the true")
     table(["correlation [95%]", "jaw", "", "best lag", "frames", "lip width", "", "best lag", "frames"],
           [[name, *cell(r["jaw"], 3, True), *cell(r["jaw_best"], 3), *cell(r["jaw_lag"], 1), *cell(r["lip_width"], 3, True),
             *cell(r["lip_width_best"], 3), *cell(r["lip_width_lag"], 1)] for name, r in mouth.items()])
     print("\nwhat the sound does not decide (head: standard deviation in degrees), and how open the mouth is (0 to 1)")
     keys = ("yaw_std", "pitch_std", "roll_std", "blinks_per_minute", "jaw_mean")
-    table(["", *keys], [[name, *(cell(r[k], 2)[0] if k in r else "" for k in keys)] for name, r in (mouth | shut).items()])
-    return {"rows": mouth, "silence": shut, "pictures": found.rows, "ids": found.ids}
+    table(["", *keys], [[name, *(cell(r[k], 2)[0] if k in r else "" for k in keys)] for name, r in (mouth | silence_mouth).items()])
+    return {"rows": mouth, "silence": silence_mouth, "pictures": result.rows, "ids": result.ids}
 
 
 def steps(args):
     """Decoder: self-reconstruction as in `reconstruct`. Generator: the mouth as in `talk`, its frames painted as released."""
-    release, look = open_release(args, "encoder", "decoder", "generator"), reader.load_reader(args.reader)
-    size, meta, mouth = release.meta["size"], release.meta, [NAMES.index(name) for name in ("jaw", "lip_width")]
-    tokens_of, found = (release.decoder.config.num_tokens, release.decoder.config.token_dim), {}
-    for c in unseen(args, size):
-        tokens = encode(release, c.images)
+    checkpoint, read_motion = open_checkpoint(args, "encoder", "decoder", "generator"), reader.load_regressor(args.reader)
+    size, meta, mouth = checkpoint.meta["size"], checkpoint.meta, [NAMES.index(name) for name in ("jaw", "lip_width")]
+    tokens_of, by_steps = (checkpoint.decoder.config.num_tokens, checkpoint.decoder.config.token_dim), {}
+    for c in test_clips(args, size):
+        tokens = encode(checkpoint, c.images)
         for n in STEPS:
-            frames = depict(release, c.images[0], tokens, n, c.id)
-            follows = metrics.correlation(look(frames)[:, mouth], c.motion[:, mouth]).tolist()
-            says = metrics.sync(look(spoken(release, c.images[0], c.wave, n, meta["steps"], c.id)), c.motion)
-            found.setdefault(n, []).append({
+            frames = decode_clip(checkpoint, c.images[0], tokens, n, c.id)
+            follows = metrics.correlation(read_motion(frames)[:, mouth], c.motion[:, mouth]).tolist()
+            says = metrics.sync(read_motion(animate(checkpoint, c.images[0], c.wave, n, meta["steps"], c.id)), c.motion)
+            by_steps.setdefault(n, []).append({
                 "psnr": metrics.psnr(frames, c.images).mean().item(), "face_psnr": metrics.psnr(frames, c.images, c.box).mean().item(),
                 "jaw": follows[0], "lip_width": follows[1], "talk_jaw": says["jaw"], "talk_lip_width": says["lip_width"],
                 "yaw_std": says["yaw_std"], "blinks": says["blinks_per_minute"]})
-    with computing(release):                                        # the last clip's paths
-        z_r = release.space.encode(c.images[:1].to(release.device))
-        cache = release.decoder.reference(z_r, tokens[:1].unflatten(1, tokens_of))
-        noise = torch.randn(len(tokens), *z_r.shape[1:], generator=draws(1, 0, 0)).to(release.device)
-        bend = {"decoder": flow.bend(release.decoder, noise, m_t=tokens.unflatten(1, tokens_of), cache=cache).mean().item()}
-        g, wave = release.generator.config, audio_features.level(c.wave)
-        rows = audio_features.features(wave, meta["audio"], meta.get("whisper"))[0]
-        noise = torch.randn(1, g.window, tokens.shape[1], generator=draws(1, 0, 1)).to(release.device)
-        model = flow.guide(release.generator, meta["guidance"], {"audio": None})
-        heard = rows[: g.past + g.window + g.ahead][None].to(release.device)
-        bend["generator"] = flow.bend(model, noise, past=tokens[None, : g.past], reference=tokens[:1], audio=heard).mean().item()
-    rows = {n: summary(clips) for n, clips in found.items()}
+    with autocast(checkpoint.device):                                        # the last clip's paths
+        z_r = checkpoint.space.encode(c.images[:1].to(checkpoint.device))
+        cache = checkpoint.decoder.encode_reference(z_r, tokens[:1].unflatten(1, tokens_of))
+        noise = torch.randn(len(tokens), *z_r.shape[1:], generator=step_rng(1, 0, 0)).to(checkpoint.device)
+        m_t = tokens.unflatten(1, tokens_of)
+        paths = {"decoder": flow.straightness(checkpoint.decoder, noise, m_t=m_t, cache=cache).mean().item()}
+        g, wave = checkpoint.generator.config, audio_features.normalise_loudness(c.wave)
+        rows = audio_features.extract_features(wave, meta["audio"], meta.get("whisper"))[0]
+        noise = torch.randn(1, g.window, tokens.shape[1], generator=step_rng(1, 0, 1)).to(checkpoint.device)
+        model = flow.with_cfg(checkpoint.generator, meta["guidance"], {"audio": None})
+        window_features = rows[: g.past + g.window + g.lookahead][None].to(checkpoint.device)
+        cond = {"past": tokens[None, : g.past], "reference": tokens[:1], "audio": window_features}
+        paths["generator"] = flow.straightness(model, noise, **cond).mean().item()
+    rows = {n: summary(clips) for n, clips in by_steps.items()}
     print(f"{args.clips} unseen people and recordings of {FRAMES['steps'] / FPS:g} s, {size} px; correlations read off the frames")
     table(["steps", "decoder: PSNR", "face PSNR", "jaw", "lip width", "generator: jaw", "lip width", "yaw std", "blinks/min"],
           [[str(n), *(cell(r[k], 3 if "jaw" in k or "lip" in k else 2)[0] for k in r)] for n, r in rows.items()])
-    print(f"bend of the paths (0: straight): decoder {bend['decoder']:.4f}, generator {bend['generator']:.4f}")
-    return {"rows": {str(n): r for n, r in rows.items()}, "bend": bend}
+    print(f"straightness of the paths (0: straight): decoder {paths['decoder']:.4f}, generator {paths['generator']:.4f}")
+    return {"rows": {str(n): r for n, r in rows.items()}, "straightness": paths}
 
 
 COMMANDS = {"reconstruct": reconstruct, "masked": masked, "talk": talk, "probe": probe, "steps": steps}
@@ -351,7 +359,7 @@ COMMANDS = {"reconstruct": reconstruct, "masked": masked, "talk": talk, "probe":
 def parse(argv):
     p = argparse.ArgumentParser(prog="python -m measure.evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("command", choices=COMMANDS)
-    p.add_argument("--ckpt", default=str(WEIGHTS / "semo-tiny.safetensors"), help="release (default: the embedded)")
+    p.add_argument("--ckpt", default=str(WEIGHTS / "semo-tiny.safetensors"), help="weights (default: the embedded)")
     p.add_argument("--steps", type=int, help="sampling steps (default: as released)")
     p.add_argument("--clips", type=int, help=f"unseen clips, or for probe people (default: {CLIPS})")
     p.add_argument("--data", help="reconstruct, masked, talk: the test split of a folder of data.py prepare (default: synthetic)")
@@ -377,11 +385,11 @@ def main(argv=None):
         if args.networks and not Path(args.networks).is_dir():
             raise ValueError(f"--networks {args.networks} is no folder; give one that holds published networks (README)")
         with torch.inference_mode():
-            found = COMMANDS[args.command](args)
+            result = COMMANDS[args.command](args)
         if args.json:
-            about = {"command": args.command, "ckpt": args.ckpt, "clips": args.clips, "steps": args.steps, **found}
+            report = {"command": args.command, "ckpt": args.ckpt, "clips": args.clips, "steps": args.steps, **result}
             with atomic_write(args.json, make_folder=True) as temporary:
-                Path(temporary).write_text(json.dumps(about, indent=1) + "\n")
+                Path(temporary).write_text(json.dumps(report, indent=1) + "\n")
     except (InputError, ValueError, OSError) as error:
         print(f"measure.evaluate: {error}", file=sys.stderr)
         return 2

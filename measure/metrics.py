@@ -19,15 +19,15 @@ def average(x, box=None):
     return x.mean((1, 2)) if box is None else (x * box).sum((1, 2)) / box.sum((1, 2)).clamp(min=1)
 
 
-def psnr(made, true, box=None):
+def psnr(pred, target, box=None):
     """Peak signal to noise ratio in dB on [0, 1], at most 100 (equal pictures)."""
-    error = average(((made - true) / 2).square().mean(1), box)
+    error = average(((pred - target) / 2).square().mean(1), box)
     return -10 * torch.log10(error.clamp(min=1e-10))
 
 
-def l1(made, true, box=None):
+def l1(pred, target, box=None):
     """Mean absolute difference on [0, 1]."""
-    return average(((made - true) / 2).abs().mean(1), box)
+    return average(((pred - target) / 2).abs().mean(1), box)
 
 
 def blur(x, sigma, size, pad=True):
@@ -45,12 +45,12 @@ def blur(x, sigma, size, pad=True):
     return band(x.shape[2]).T @ x @ band(x.shape[3])
 
 
-def ssim(made, true):
+def ssim(pred, target):
     """Structural similarity (Wang et al. 2004) on [0, 1]: Gaussian window 11 x 11 of sigma 1.5, mean over channels.
 
     -> (B, H-10, W-10): only of windows that lie inside the picture.
     """
-    a, b = (made + 1) / 2, (true + 1) / 2
+    a, b = (pred + 1) / 2, (target + 1) / 2
     moments = blur(torch.cat([a, b, a * a, b * b, a * b]), 1.5, 11, pad=False)          # (5B, 3, H-10, W-10)
     ma, mb, aa, bb, ab = moments.split(len(a))
     va, vb, vab = aa - ma**2, bb - mb**2, ab - ma * mb
@@ -63,9 +63,9 @@ def gradient(x):
     return (dx**2 + dy**2).sqrt().mean(1)
 
 
-def sharpness(made, true, box=None):
+def sharpness(pred, target, box=None):
     """Mean gradient, made over true: under 1 is blurred, over 1 is noisy."""
-    return average(gradient(made), box) / average(gradient(true), box).clamp(min=1e-8)
+    return average(gradient(pred), box) / average(gradient(target), box).clamp(min=1e-8)
 
 
 def border_ratio(x, patch):
@@ -77,41 +77,41 @@ def border_ratio(x, patch):
     return (ratios[0] + ratios[1]) / 2
 
 
-def seams(made, true, patch):
+def blockiness(pred, target, patch):
     """Patch borders, made relative to true: 1 where none can be seen."""
-    return border_ratio(made, patch) / border_ratio(true, patch).clamp(min=1e-8)
+    return border_ratio(pred, patch) / border_ratio(target, patch).clamp(min=1e-8)
 
 
-def compare(made, true, box, patch):
+def compare(pred, target, box, patch):
     """All picture measures of a clip (n, 3, H, W), means over its frames; those named face_ are over the head's box."""
-    values, alike = {}, ssim(made, true)
+    values, alike = {}, ssim(pred, target)
     for prefix, where in (("", None), ("face_", box)):
-        values[prefix + "psnr"] = psnr(made, true, where)
+        values[prefix + "psnr"] = psnr(pred, target, where)
         values[prefix + "ssim"] = average(alike, None if where is None else where[:, 5:-5, 5:-5])
-        values[prefix + "l1"] = l1(made, true, where)
-    values |= {"sharpness": sharpness(made, true, box), "seams": seams(made, true, patch)}
+        values[prefix + "l1"] = l1(pred, target, where)
+    values |= {"sharpness": sharpness(pred, target, box), "blockiness": blockiness(pred, target, patch)}
     return {name: value.mean().item() for name, value in values.items()}
 
 
 def correlation(a, b):
     """Pearson's, of each column: (F, n), (F, n) -> (n,). 0 where one of the two does not move."""
     a, b = a - a.mean(0), b - b.mean(0)
-    spread = (a.square().sum(0) * b.square().sum(0)).sqrt()
-    return torch.where(spread > 1e-9, (a * b).sum(0) / spread.clamp(min=1e-9), torch.zeros_like(spread))
+    scale = (a.square().sum(0) * b.square().sum(0)).sqrt()
+    return torch.where(scale > 1e-9, (a * b).sum(0) / scale.clamp(min=1e-9), torch.zeros_like(scale))
 
 
-def lag_correlation(made, true, reach=5):
+def lag_correlation(pred, target, reach=5):
     """(F,), (F,) -> best correlation over shifts of -reach..reach frames, its shift (positive: made is late), that at 0."""
-    F_, found = len(true), {}
+    F_, by_lag = len(target), {}
     for lag in range(-reach, reach + 1):
         late, early = max(lag, 0), max(-lag, 0)
         if F_ - late - early > 2:
-            found[lag] = correlation(made[late: F_ - early, None], true[early: F_ - late, None]).item()
-    best = max(found, key=lambda lag: (found[lag], -abs(lag)))
-    return found[best], best, found[0]
+            by_lag[lag] = correlation(pred[late: F_ - early, None], target[early: F_ - late, None]).item()
+    best = max(by_lag, key=lambda lag: (by_lag[lag], -abs(lag)))
+    return by_lag[best], best, by_lag[0]
 
 
-def events(signal, up=0.5, down=0.3):
+def count_events(signal, up=0.5, down=0.3):
     """How often (F,) rises above `up`, counted again only after it has fallen below `down`."""
     count, inside = 0, False
     for value in signal.tolist():
@@ -120,26 +120,26 @@ def events(signal, up=0.5, down=0.3):
     return count
 
 
-def followed(read, true):
+def motion_correlation(read, target):
     """Correlation over all frames of all clips (list of (n, M)) once each clip's mean is taken out: does it move as told?"""
-    return correlation(*(torch.cat([x - x.mean(0) for x in each]) for each in (read, true))).tolist()
+    return correlation(*(torch.cat([x - x.mean(0) for x in each]) for each in (read, target))).tolist()
 
 
-def sync(read, true):
+def sync(read, target):
     """A clip's mouth and head as read (n, M) against its true mouth -> numbers."""
     at, values = {name: k for k, name in enumerate(NAMES)}, {}
     for name in ("jaw", "lip_width"):
-        best, lag, now = lag_correlation(read[:, at[name]], true[:, at[name]])
+        best, lag, now = lag_correlation(read[:, at[name]], target[:, at[name]])
         values |= {name: now, name + "_best": best, name + "_lag": lag}
     for name in ("yaw", "pitch", "roll"):
         values[name + "_std"] = math.degrees(read[:, at[name]].std())
-    blinks = events((read[:, at["blink_l"]] + read[:, at["blink_r"]]) / 2)
+    blinks = count_events((read[:, at["blink_l"]] + read[:, at["blink_r"]]) / 2)
     return values | {"blinks_per_minute": blinks * 60 * FPS / len(read), "jaw_mean": read[:, at["jaw"]].mean().item()}
 
 
-def r_squared(guess, true):
+def r_squared(guess, target):
     """Share of the variance explained, of each column: (n, k), (n, k) -> (k,)."""
-    return 1 - (guess - true).square().sum(0) / (true - true.mean(0)).square().sum(0).clamp(min=1e-9)
+    return 1 - (guess - target).square().sum(0) / (target - target.mean(0)).square().sum(0).clamp(min=1e-9)
 
 
 def ridge_r_squared(x, y, fit, check, test):
@@ -151,9 +151,9 @@ def ridge_r_squared(x, y, fit, check, test):
     x = (x - x[fit].mean(0)) / x[fit].std(0).clamp(min=1e-6)
     middle = y[fit].mean(0)
     values, vectors = torch.linalg.eigh(x[fit].T @ x[fit] / fit.sum())
-    target = vectors.T @ (x[fit].T @ (y[fit] - middle) / fit.sum())                     # (d, k)
+    projected = vectors.T @ (x[fit].T @ (y[fit] - middle) / fit.sum())                     # (d, k)
     strengths = torch.logspace(-5, 3, 17, dtype=x.dtype)
-    weights = torch.stack([vectors @ (target / (values.clamp(min=0) + s)[:, None]) for s in strengths])     # (17, d, k)
+    weights = torch.stack([vectors @ (projected / (values.clamp(min=0) + s)[:, None]) for s in strengths])     # (17, d, k)
     scores = torch.stack([r_squared(x[check] @ w + middle, y[check]) for w in weights])                     # (17, k)
     best = weights[scores.argmax(0), :, torch.arange(y.shape[1])].T                                         # (d, k)
     return r_squared(x[test] @ best + middle, y[test]).float()
@@ -163,8 +163,8 @@ def probe_tokens(tokens, motion, people, number, factors=None):
     """Linear probes from tokens (n, d), people split 60-20-20 by their number (n,) -> R^2 of each motion and identity factor."""
     share = number.float() / (number.max() + 1)
     fit, check, test = share < 0.6, (share >= 0.6) & (share < 0.8), share >= 0.8
-    found = ridge_r_squared(tokens.cpu(), torch.cat([motion, people], 1), fit, check, test).tolist()
-    return dict(zip(NAMES, found, strict=False)), dict(zip(IDENTITY, found[len(NAMES):], strict=True))
+    r2 = ridge_r_squared(tokens.cpu(), torch.cat([motion, people], 1), fit, check, test).tolist()
+    return dict(zip(NAMES, r2, strict=False)), dict(zip(IDENTITY, r2[len(NAMES):], strict=True))
 
 
 def interval(values, rounds=2000, seed=0):

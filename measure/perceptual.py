@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from media.image import to_uint8
-from media.sound import FRAME
+from media.sound import SAMPLES_PER_FRAME
 
 CLIP = 16                                # frames of an FVD clip
 FEW = 50                                 # a Frechet distance of fewer clips says more about their number than about them
@@ -83,12 +83,12 @@ def frechet(a, b):
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("features that are not finite have no Frechet distance; look at the pictures they come from")
     a, b = a.double(), b.double()
-    mean, rows = (a.mean(0) - b.mean(0)).square().sum(), []
+    mean, factors = (a.mean(0) - b.mean(0)).square().sum(), []
     for x in (a, b):
         x = (x - x.mean(0)) / math.sqrt(len(x) - 1)
-        rows.append(torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x)       # same x^T x, at most d rows
-    both = rows[0].square().sum() + rows[1].square().sum()
-    return max(0.0, (mean + both - 2 * torch.linalg.svdvals(rows[0] @ rows[1].T).sum()).item())
+        factors.append(torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x)       # same x^T x, at most d rows
+    both = factors[0].square().sum() + factors[1].square().sum()
+    return max(0.0, (mean + both - 2 * torch.linalg.svdvals(factors[0] @ factors[1].T).sum()).item())
 
 
 def frechet_text(a, b, clips):
@@ -126,8 +126,8 @@ def i3d(net, frames, device="cpu"):
     check(frames)
     if len(frames) < CLIP:
         return torch.zeros(0, 400)
-    pieces = cut(F.interpolate(frames.float(), (224, 224), mode="bilinear"))
-    return script(net, pieces, "i3d_torchscript.pt", 400, 4, device, rescale=False, resize=False)
+    segments = cut(F.interpolate(frames.float(), (224, 224), mode="bilinear"))
+    return script(net, segments, "i3d_torchscript.pt", 400, 4, device, rescale=False, resize=False)
 
 
 class Lpips(nn.Module):
@@ -155,13 +155,13 @@ class Lpips(nn.Module):
 
 
 @torch.no_grad()
-def lpips(net, made, true, device="cpu"):
+def lpips(net, pred, target, device="cpu"):
     """Two sets of pictures -> (B,)."""
-    check(made)
-    check(true)
-    if made.shape != true.shape:
-        raise ValueError(f"pictures of shapes {tuple(made.shape)} and {tuple(true.shape)}; give the same")
-    pairs = torch.cat([made, true], 1).float()                                                       # (B, 6, H, W)
+    check(pred)
+    check(target)
+    if pred.shape != target.shape:
+        raise ValueError(f"pictures of shapes {tuple(pred.shape)} and {tuple(target.shape)}; give the same")
+    pairs = torch.cat([pred, target], 1).float()                                                       # (B, 6, H, W)
     return in_parts(lambda part: net(part[:, :3], part[:, 3:]), pairs, 16, device)
 
 
@@ -213,14 +213,14 @@ def mfcc(wave):
     return torch.cat([log[0], log[1] @ (cosine * (1 + 11 * (math.pi * k / 22).sin())).T], 1)
 
 
-def match(lips, heard, reach=15):
+def match(lips, sounds, reach=15):
     """Embeddings (n, d) of frames and of sound -> Sync-C, Sync-D, and by how many frames the picture is late.
 
     D is the least over shifts of the mean distance, C the median less that. As published the sound is silent (zeros) beyond
     its ends, so of clips under some 50 frames most shifts compare with nothing.
     """
-    heard = F.pad(heard, (0, 0, reach, reach))
-    distance = torch.stack([F.pairwise_distance(lips, heard[k: k + len(lips)]).mean() for k in range(2 * reach + 1)])
+    sounds = F.pad(sounds, (0, 0, reach, reach))
+    distance = torch.stack([F.pairwise_distance(lips, sounds[k: k + len(lips)]).mean() for k in range(2 * reach + 1)])
     least, at = distance.min(0)
     return {"sync_c": (distance.median() - least).item(), "sync_d": least.item(), "offset": reach - at.item()}
 
@@ -233,15 +233,15 @@ def syncnet(net, frames, wave, face=FACE, device="cpu"):
     out here; so real clips measured the same way are the scale, not a number from a paper.
     """
     check(frames)
-    count = min(len(frames), wave.shape[-1] // FRAME) - 5                                            # windows, as published
+    count = min(len(frames), wave.shape[-1] // SAMPLES_PER_FRAME) - 5                                # windows, as published
     if count < 1:
         raise ValueError(f"{len(frames)} frames and {wave.shape[-1]} samples are too short for lip sync; give at least 6 frames")
     if not wave.is_floating_point() or wave.numel() != wave.shape[-1] or not wave.abs().max() <= 1.05:
         raise ValueError(f"sound of shape {tuple(wave.shape)} and {wave.dtype}; give one channel of floats in [-1, 1] at 16 kHz")
-    seen = to_uint8(crop(frames.float(), face, 224, 1.4)).flip(1).float()                                    # BGR
-    seen = seen.unfold(0, 5, 1)[:count].permute(0, 1, 4, 2, 3)                                       # (n, 3, 5, 224, 224)
-    heard = mfcc(wave.flatten()).float().unfold(0, 20, 4)[:count, None]                              # (n, 1, 13, 20)
-    return match(in_parts(net.lip, seen, 20, device), in_parts(net.sound, heard, 20, device))
+    windows = to_uint8(crop(frames.float(), face, 224, 1.4)).flip(1).float()                                    # BGR
+    windows = windows.unfold(0, 5, 1)[:count].permute(0, 1, 4, 2, 3)                                       # (n, 3, 5, 224, 224)
+    sounds = mfcc(wave.flatten()).float().unfold(0, 20, 4)[:count, None]                              # (n, 1, 13, 20)
+    return match(in_parts(net.lip, windows, 20, device), in_parts(net.sound, sounds, 20, device))
 
 
 def embed(net, x, face):
@@ -267,7 +267,7 @@ def csim(net, a, b, face=FACE):
     return F.cosine_similarity(embed(net, a, face), embed(net, b, face))
 
 
-def fit(net, weights, path):
+def load_network(net, weights, path):
     """Put all weights by name into net. ValueError names the file."""
     try:
         net.load_state_dict(weights)
@@ -305,7 +305,7 @@ def read_faces(path):
 
 def load(folder, device="cpu"):
     """-> {name: function} of the networks in the folder, and for each that is absent a sentence. ValueError names a bad file."""
-    found, absent = {}, []
+    nets, absent = {}, []
     for name, (measure, files) in PUBLISHED.items():
         paths = [Path(folder, file) for file in files]
         lacking = [f"{path.name} (from {files[path.name]})" for path in paths if not path.is_file()]
@@ -313,15 +313,15 @@ def load(folder, device="cpu"):
             absent.append(f"no {measure}: {folder} has no {' and no '.join(lacking)}")
         elif name == "lpips":
             trunk = {key: value for key, value in read(paths[0], device).items() if not key.startswith("classifier.")}
-            found[name] = partial(lpips, fit(Lpips(), trunk | read(paths[1], device), " + ".join(map(str, paths))).to(device),
+            nets[name] = partial(lpips, load_network(Lpips(), trunk | read(paths[1], device), " + ".join(map(str, paths))).to(device),
                                   device=device)
         elif name == "syncnet":
-            found[name] = partial(syncnet, fit(SyncNet(), read(paths[0], device), paths[0]).to(device), device=device)
+            nets[name] = partial(syncnet, load_network(SyncNet(), read(paths[0], device), paths[0]).to(device), device=device)
         elif name == "csim":
             try:
-                found[name] = partial(csim, read_faces(paths[0]))
+                nets[name] = partial(csim, read_faces(paths[0]))
             except ImportError:
                 absent.append("no CSIM: it needs OpenCV; pip install opencv-python-headless")
         else:
-            found[name] = partial({"inception": inception, "i3d": i3d}[name], read(paths[0], device), device=device)
-    return found, absent
+            nets[name] = partial({"inception": inception, "i3d": i3d}[name], read(paths[0], device), device=device)
+    return nets, absent

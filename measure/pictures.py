@@ -1,4 +1,4 @@
-"""What a release has learned, drawn on people that training never saw: of the synthetic world, or real.
+"""What a checkpoint has learned, drawn on people that training never saw: of the synthetic world, or real.
 
     python -m measure.pictures [--ckpt F] [--out DIR] [--data DIR] [--device auto]
 
@@ -23,15 +23,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 from measure import metrics
-from measure.checkpoint import WEIGHTS, depict, encode, open_release, show
+from measure.checkpoint import WEIGHTS, decode_clip, encode, open_checkpoint, render_batched
 from measure.metrics import NAMES
 from media.files import InputError, atomic_write
 from media.image import to_uint8
 from media.sound import FPS
-from world.people import HELD_OUT, clip, random_motion
-from world.render import identity
+from world.people import HELD_OUT, random_clip, random_motion
+from world.render import random_identity
 
-FRAMES = {"clip": 100, "survey": 2000, "speech": 200}     # to choose a driving frame from, for the directions, trajectories
+FRAMES = {"clip": 100, "pca": 2000, "speech": 200}     # to choose a driving frame from, for the directions, trajectories
 PEOPLE, DIRECTIONS, STEPS, GAIN = 5, 8, (-2, -1, 0, 1, 2), 4                # steps in standard deviations; errors amplified
 SHOWN = ("yaw", "pitch", "jaw", "blink_l")                                  # factors whose trajectories are drawn
 FONT, LINE, GAP = ImageFont.load_default(14), 18, 8
@@ -65,45 +65,46 @@ def sheet(title, head, rows, side=None):
     left, high = GAP + (GAP + max(map(width, side)) if side else 0), max(text.count("\n") + 1 for text in head) * LINE
     top = 2 * GAP + (title.count("\n") + 1) * LINE + high
     image = Image.new("RGB", (left + max(len(head) * cell, width(title)) + GAP, top + len(rows) * cell + GAP), "white")
-    draw = ImageDraw.Draw(image)
-    draw.text((left, GAP), title, "black", FONT)
+    canvas = ImageDraw.Draw(image)
+    canvas.text((left, GAP), title, "black", FONT)
     for j, text in enumerate(head):
-        draw.text((left + j * cell + cell // 2, top - GAP // 2), text, "black", FONT, anchor="md", align="center")
-    for i, row in enumerate(rows):
+        canvas.text((left + j * cell + cell // 2, top - GAP // 2), text, "black", FONT, anchor="md", align="center")
+    for i, entry in enumerate(rows):
         if side:
-            draw.text((GAP, top + i * cell + cell // 2), side[i], "black", FONT, anchor="lm")
-        for j, picture in enumerate(row):
+            canvas.text((GAP, top + i * cell + cell // 2), side[i], "black", FONT, anchor="lm")
+        for j, picture in enumerate(entry):
             image.paste(picture, (left + j * cell, top + i * cell))
     return image
 
 
 # ---- the four pictures ----------------------------------------------------------------------------------------------
 
-def unseen(args, size):
+def test_clips(args, size):
     """People of the test split -> [(frames (F, 3, H, W), true motion (F, M) and identity (I,), or None)]."""
     if args.data:
         (people,) = data.load_sets([args.data], "test")
         if len(people) < 2:
             raise InputError(f"{args.data}: one person in the test split; re-enactment needs two")
         return [(data.read_clip(people[name][0]["path"], size)[0][: FRAMES["clip"]], None, None) for name in sorted(people)[:PEOPLE]]
-    made = clip(HELD_OUT + torch.arange(PEOPLE), FRAMES["clip"])
-    return [(show(who, motion, size), motion, who) for motion, who in zip(made["motion"], made["identity"], strict=True)]
+    clips = random_clip(HELD_OUT + torch.arange(PEOPLE), FRAMES["clip"])
+    return [(render_batched(person, motion, size), motion, person)
+            for motion, person in zip(clips["motion"], clips["identity"], strict=True)]
 
 
-def errors(release, clips):
+def errors(checkpoint, clips):
     """A clip's first frame is the photo, the frame least like it drives: this person, then the photo of the next one, B."""
-    def wrong(made, true):
-        return tile(difference(made, true, GAIN), f"{metrics.psnr(made[None], true[None]).item():.1f} dB")
+    def error_tile(pred, target):
+        return tile(difference(pred, target, GAIN), f"{metrics.psnr(pred[None], target[None]).item():.1f} dB")
 
     rows = []
-    for (frames, motion, _), (photos, _, who) in zip(clips, clips[1:] + clips[:1], strict=True):
+    for (frames, motion, _), (photos, _, person) in zip(clips, clips[1:] + clips[:1], strict=True):
         at = (frames - frames[:1]).abs().mean((1, 2, 3)).argmax()
-        token = encode(release, frames[at][None])
-        ours, other = (depict(release, photo, token, release.meta["steps"], 0)[0] for photo in (frames[0], photos[0]))
-        rows.append([*map(tile, (frames[0], frames[at], ours)), wrong(ours, frames[at]), tile(photos[0]), tile(other)])
+        token = encode(checkpoint, frames[at][None])
+        ours, other = (decode_clip(checkpoint, photo, token, checkpoint.meta["steps"], 0)[0] for photo in (frames[0], photos[0]))
+        rows.append([*map(tile, (frames[0], frames[at], ours)), error_tile(ours, frames[at]), tile(photos[0]), tile(other)])
         if motion is not None:
-            true = show(who, motion[at][None], release.meta["size"])[0]
-            rows[-1] += [tile(true), wrong(other, true)]
+            target = render_batched(person, motion[at][None], checkpoint.meta["size"])[0]
+            rows[-1] += [tile(target), error_tile(other, target)]
     error = f"error x {GAIN}\n(white: {100 / GAIN:.0f}%)"
     head = ["photo of A", "driving frame", "ours", error, "photo of B", "ours: B as A", "true: B as A", error]
     title = ("Unseen people: A's photo driven by the frame of A's clip that is least like it (left half), and the photo of another\n"
@@ -118,43 +119,43 @@ def principal(tokens, count):
     return mean, axes[:count], (s / (len(tokens) - 1) ** 0.5).clamp(min=1e-9)[:count], (s**2 / (s**2).sum())[:count]
 
 
-def survey(release):
+def token_pca(checkpoint):
     """PCA of tokens of many people in free motion, each direction pointing to where the factor grows that it correlates with
     most -> mean, axes (k, D), deviations, shares (k,), scores (n, k) in deviations, motion (n, M), correlations (k, M)."""
-    ids = HELD_OUT + 10_000 + torch.arange(FRAMES["survey"])
+    ids = HELD_OUT + 10_000 + torch.arange(FRAMES["pca"])
     motion = random_motion(ids)
-    tokens = encode(release, show(identity(ids), motion, release.meta["size"])).cpu()
+    tokens = encode(checkpoint, render_batched(random_identity(ids), motion, checkpoint.meta["size"])).cpu()
     mean, axes, deviations, shares = principal(tokens, DIRECTIONS)
     scores = (tokens - mean) @ axes.T / deviations
-    found = torch.stack([metrics.correlation(scores[:, k: k + 1].expand_as(motion), motion) for k in range(len(axes))])
-    sign = torch.where(found.gather(1, found.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)                    # (k, 1)
+    correlations = torch.stack([metrics.correlation(scores[:, k: k + 1].expand_as(motion), motion) for k in range(len(axes))])
+    sign = torch.where(correlations.gather(1, correlations.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)                    # (k, 1)
     return SimpleNamespace(mean=mean, axes=sign * axes, deviations=deviations, shares=shares, scores=scores * sign.T,
-                           motion=motion, correlations=sign * found)
+                           motion=motion, correlations=sign * correlations)
 
 
-def directions(release, photo, found):
+def directions(checkpoint, photo, pca):
     """The token of photo (3, H, W) moved along each direction, painted."""
-    still, side, rows = encode(release, photo[None]), [], []
-    for k, near in enumerate(found.correlations):
-        moved = still + (torch.tensor(STEPS)[:, None] * found.deviations[k] * found.axes[k]).to(still)             # (n, L*D)
-        frames = depict(release, photo, moved, release.meta["steps"], 0)
+    m_ref, side, rows = encode(checkpoint, photo[None]), [], []
+    for k, near in enumerate(pca.correlations):
+        motions = m_ref + (torch.tensor(STEPS)[:, None] * pca.deviations[k] * pca.axes[k]).to(m_ref)             # (n, L*D)
+        frames = decode_clip(checkpoint, photo, motions, checkpoint.meta["steps"], 0)
         rows.append([tile(x) for x in (*frames, difference(frames[0], frames[-1], GAIN / 2))])
         most = [f"{NAMES[j]} {near[j]:+.2f}" for j in near.abs().topk(2).indices.tolist()]
-        side.append(f"{k + 1}: {found.shares[k]:.1%} of variance\n\n{most[0]}\n({most[1]})")
-    title = (f"A photo's token moved along each principal direction (sd: standard deviations) of the tokens of {len(found.motion)}\n"
+        side.append(f"{k + 1}: {pca.shares[k]:.1%} of variance\n\n{most[0]}\n({most[1]})")
+    title = (f"A photo's token moved along each principal direction (sd: standard deviations) of the tokens of {len(pca.motion)}\n"
              "unseen synthetic people. Left: the true motion factors that correlate most with the place along it, and how much.")
     return sheet(title, [*(f"{x:+d} sd" if x else "as it is" for x in STEPS), f"change, first\nto last, x {GAIN / 2:g}"], rows, side)
 
 
-def trajectories(release, found):
+def trajectories(checkpoint, pca):
     """Left a clip's tokens along the directions of the factors SHOWN, over time; right all frames on the first two."""
-    made, yaw = clip(torch.tensor([HELD_OUT]), FRAMES["speech"]), found.motion[:, NAMES.index("yaw")]
-    true = made["motion"][0]                                                                                       # (F, M)
-    tokens = encode(release, show(made["identity"][0], true, release.meta["size"])).cpu()
-    path = (tokens - found.mean) @ found.axes.T / found.deviations                                                 # (F, k)
+    clip, yaw = random_clip(torch.tensor([HELD_OUT]), FRAMES["speech"]), pca.motion[:, NAMES.index("yaw")]
+    motion = clip["motion"][0]                                                                                       # (F, M)
+    tokens = encode(checkpoint, render_batched(clip["identity"][0], motion, checkpoint.meta["size"])).cpu()
+    path = (tokens - pca.mean) @ pca.axes.T / pca.deviations                                                 # (F, k)
     seconds, widest = f"{len(path) / FPS:g} s", math.degrees(yaw.abs().max())
     image = Image.new("RGB", (1200, 640), "white")
-    draw = ImageDraw.Draw(image)
+    canvas = ImageDraw.Draw(image)
     texts = [(20, 10, f"An unseen synthetic person speaks for {seconds}: the tokens along the principal direction that\n"
               "carries each factor, and the factor's true course (both scaled to mean 0 and deviation 1)", "black", "la"),
              (20, 620, "0 s", "black", "ls"), (640, 620, seconds, "black", "rs"),
@@ -163,49 +164,52 @@ def trajectories(release, found):
              (670, 80, f"yaw -{widest:.0f} degrees", NAVY, "ls"), (1180, 80, f"yaw +{widest:.0f} degrees", ORANGE, "rs")]
     for n, name in enumerate(SHOWN):
         j, y = NAMES.index(name), 80 + 137 * n
-        k = found.correlations[:, j].abs().argmax().item()
-        pair = torch.stack([true[:, j], path[:, k] * found.correlations[k, j].sign()])                             # (2, F)
+        k = pca.correlations[:, j].abs().argmax().item()
+        pair = torch.stack([motion[:, j], path[:, k] * pca.correlations[k, j].sign()])                             # (2, F)
         pair = (pair - pair.mean(1, keepdim=True)) / pair.std(1, keepdim=True).clamp(min=1e-6)
         level = y + 95 - 76 * (pair - pair.min()) / (pair.max() - pair.min()).clamp(min=1e-6)
-        draw.rectangle((20, y + 14, 640, y + 100), outline="silver")
+        canvas.rectangle((20, y + 14, 640, y + 100), outline="silver")
         for values, colour in zip(level.tolist(), (ORANGE, NAVY), strict=True):
-            draw.line([(20 + 620 * t / (len(path) - 1), v) for t, v in enumerate(values)], colour, 2)
+            canvas.line([(20 + 620 * t / (len(path) - 1), v) for t, v in enumerate(values)], colour, 2)
         texts += [(20, y + 8, f"true {name}", ORANGE, "ls"), (150, y + 8, f"token, direction {k + 1}", NAVY, "ls"),
                   (640, y + 8, f"correlation {metrics.correlation(*pair[:, :, None]).item():.2f}", "black", "rs")]
     share = 0.5 + math.degrees(0.5) / widest * yaw[:, None]                                                        # (n, 1) in 0..1
     shades = (torch.tensor(NAVY) + share * (torch.tensor(ORANGE) - torch.tensor(NAVY))).int().tolist()
-    places, way = ([(925 + 95 * x, 347 - 95 * y) for x, y in s[:, :2].clamp(-2.6, 2.6).tolist()] for s in (found.scores, path))
-    draw.rectangle((670, 94, 1180, 602), outline="silver")
-    for (x, y), shade in zip(places, shades, strict=True):
-        draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=tuple(shade))
-    draw.line(way, "black", 2)
+    points, way = ([(925 + 95 * x, 347 - 95 * y) for x, y in s[:, :2].clamp(-2.6, 2.6).tolist()] for s in (pca.scores, path))
+    canvas.rectangle((670, 94, 1180, 602), outline="silver")
+    for (x, y), shade in zip(points, shades, strict=True):
+        canvas.ellipse((x - 2, y - 2, x + 2, y + 2), fill=tuple(shade))
+    canvas.line(way, "black", 2)
     for x, y, text, colour, anchor in texts:
-        draw.text((x, y), text, colour, FONT, anchor=anchor)
+        canvas.text((x, y), text, colour, FONT, anchor=anchor)
     return image
 
 
-def looks(attention, x):
+def attention_weights(attention, x):
     """Weights of an attention layer whose input is x (B, n, E) -> (B, heads, n, n); rows sum to one."""
     q, k, _ = attention.project(x)
     return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
 
 
-def seen(encoder, z):
+def token_attention(encoder, z):
     """Pictures z (B, C, H, W) -> what each layer's motion token attends to, (B, depth, N+L): patches, then tokens. Mean over
     heads (and motion tokens)."""
-    found, tokens = [], encoder.config.num_tokens
-    hooks = [block.attention.register_forward_hook(lambda layer, given, _: found.append(looks(layer, *given)[:, :, -tokens:]))
-             for block in encoder.blocks]
+    weights, tokens = [], encoder.config.num_tokens
+    def keep(layer, given, _):
+        weights.append(attention_weights(layer, *given)[:, :, -tokens:])
+
+    hooks = [block.attention.register_forward_hook(keep) for block in encoder.blocks]
     encoder(z)
     for hook in hooks:
         hook.remove()
-    return torch.stack([x.mean((1, 2)) for x in found], 1)
+    return torch.stack([x.mean((1, 2)) for x in weights], 1)
 
 
-def attention(release, frames):
+def attention(checkpoint, frames):
     """frames (n, 3, H, W), a row each: the frame, then each layer's attention laid over it."""
-    found, c = seen(release.encoder, release.space.encode(frames.to(release.device))).float().cpu(), release.encoder.config
-    maps = found[..., : -c.num_tokens].unflatten(2, (c.image_size // c.patch_size, -1))  # (n, depth, h, w)
+    z, c = checkpoint.space.encode(frames.to(checkpoint.device)), checkpoint.encoder.config
+    weights = token_attention(checkpoint.encoder, z).float().cpu()
+    maps = weights[..., : -c.num_tokens].unflatten(2, (c.image_size // c.patch_size, -1))  # (n, depth, h, w)
     smooth = F.interpolate(maps, size=frames.shape[-2:], mode="bicubic").clamp(min=0)
     smooth = heat(smooth / smooth.amax((2, 3), keepdim=True))                                           # (n, depth, 3, H, W)
     rows = [[tile(x), *(tile(0.45 * x + 0.55 * m + 0.1, f"{share:.0%}") for m, share in zip(*layers, strict=True))]
@@ -218,26 +222,26 @@ def attention(release, frames):
 def main(argv=None):
     """-> exit status: 0, or 2 after one sentence about what cannot be used."""
     p = argparse.ArgumentParser(prog="python -m measure.pictures", description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--ckpt", default=str(WEIGHTS / "semo-tiny.safetensors"), help="release (default: the embedded)")
+    p.add_argument("--ckpt", default=str(WEIGHTS / "semo-tiny.safetensors"), help="weights (default: the embedded)")
     p.add_argument("--out", default="pictures", help="folder for the four PNG files (default: %(default)s)")
     p.add_argument("--data", help="a folder made by data.py prepare, its test split (default: the synthetic world)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     args, began = p.parse_args(argv), time.time()
     try:
         with torch.inference_mode():
-            release = open_release(args, "encoder", "decoder")
-            clips = unseen(args, release.meta["size"])
-            found = survey(release)
-            made = {"errors": errors(release, clips), "directions": directions(release, clips[-2][0][0], found),
-                    "trajectories": trajectories(release, found),
-                    "attention": attention(release, torch.stack([frames[-1] for frames, *_ in clips]))}
-        for name, image in made.items():
+            checkpoint = open_checkpoint(args, "encoder", "decoder")
+            clips = test_clips(args, checkpoint.meta["size"])
+            pca = token_pca(checkpoint)
+            images = {"errors": errors(checkpoint, clips), "directions": directions(checkpoint, clips[-2][0][0], pca),
+                    "trajectories": trajectories(checkpoint, pca),
+                    "attention": attention(checkpoint, torch.stack([frames[-1] for frames, *_ in clips]))}
+        for name, image in images.items():
             with atomic_write(Path(args.out) / f"{name}.png", make_folder=True) as temporary:
                 image.save(temporary, format="PNG", optimize=True)
     except (InputError, ValueError, OSError) as error:
         print(f"measure.pictures: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: {', '.join(f'{name}.png' for name in made)}; {time.time() - began:.0f} s")
+    print(f"{args.out}: {', '.join(f'{name}.png' for name in images)}; {time.time() - began:.0f} s")
     return 0
 
 

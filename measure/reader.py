@@ -1,4 +1,4 @@
-"""The motion reader: a small network that reads the motion factors of the synthetic world off a picture.
+"""The motion reader, a factor regressor: a small network that reads the motion factors of the synthetic world off a picture.
 
     python -m measure.reader [--minutes 15]        train it again; its weights are embedded
 
@@ -24,14 +24,14 @@ from media.device import autocast
 from media.files import atomic_write
 from media.image import to_uint8
 from training import update_ema
-from world.people import HELD_OUT, clip, random_motion
-from world.render import MOTION, identity, render
+from world.people import HELD_OUT, random_clip, random_motion
+from world.render import MOTION, random_identity, render
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "motion-reader.safetensors"
 NAMES = list(MOTION)
 
 
-class MotionReader(nn.Module):
+class FactorRegressor(nn.Module):
     """Picture (B, 3, H, W) in [-1, 1] -> motion factors (B, M). Keeps the place of what it sees (no global pooling)."""
 
     def __init__(self, size=128, widths=(24, 48, 64, 96)):
@@ -51,13 +51,13 @@ class MotionReader(nn.Module):
         return self.middle + self.reach * self.head(self.features(x)).float()
 
 
-def true_frames(number, count, start=0, draw=render):
+def true_frames(number, count, start=0, render_fn=render):
     """The number-th `count` frames, no person twice: half in free motion, half speaking -> images, motion (count, M)."""
     ids = start + number * count + torch.arange(count)
     motion = random_motion(ids)
-    spoken = clip(ids[: math.ceil(count / 16)], 40)["motion"][:, 4::5].flatten(0, 1)[: count // 2]
-    motion[: len(spoken)] = spoken
-    return draw(identity(ids), motion), motion
+    speaking = random_clip(ids[: math.ceil(count / 16)], 40)["motion"][:, 4::5].flatten(0, 1)[: count // 2]
+    motion[: len(speaking)] = speaking
+    return render_fn(random_identity(ids), motion), motion
 
 
 def mirror(images, motion):
@@ -67,81 +67,81 @@ def mirror(images, motion):
     return images.flip(-1), motion[:, order] * sign
 
 
-def degrade(images, draw):
+def augment(images, rng):
     """Softness (the first quarter), half the pixels (the second), a colour cast, noise: generated frames have some, and must
     still be read fairly."""
-    soft, noisy, gain, lift = torch.rand(len(images), 8, 1, 1, generator=draw).split([1, 1, 3, 3], dim=1)
+    soft, noisy, gain, lift = torch.rand(len(images), 8, 1, 1, generator=rng).split([1, 1, 3, 3], dim=1)
     x, n = images.clone(), math.ceil(len(images) / 4)
     x[:n] = x[:n].lerp(metrics.blur(x[:n], 1.2, 7), soft[:n])
     half = F.interpolate(x[n:2 * n], scale_factor=0.5, mode="bilinear", antialias=True)
     x[n:2 * n] = F.interpolate(half, size=x.shape[-2:], mode="bilinear", antialias=True)
-    return x * (0.9 + 0.2 * gain) + 0.2 * lift - 0.1 + 0.08 * noisy * torch.randn(images.shape, generator=draw)
+    return x * (0.9 + 0.2 * gain) + 0.2 * lift - 0.1 + 0.08 * noisy * torch.randn(images.shape, generator=rng)
 
 
-def train_reader(path, minutes, batch=64, rate=2e-3, reuse=4, compiled=True):
+def train_regressor(path, minutes, batch=64, rate=2e-3, reuse=4, compiled=True):
     """Minutes of processor time: a busy machine gets the same reader. Every frame drawn serves `reuse` times. What is saved
     on the way (averaged weights) is already usable. compiled: draw faster, after a minute's start."""
     torch.manual_seed(0)
-    draw_frames = torch.compile(render, dynamic=False) if compiled else render
-    reader = MotionReader().to(memory_format=torch.channels_last)                # faster on CPUs
-    ema = copy.deepcopy(reader).requires_grad_(False)
-    optimiser = torch.optim.AdamW(reader.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    draw, test = torch.Generator().manual_seed(0), [true_frames(k, 64, HELD_OUT) for k in range(8)]
-    images, motions, step, began, spent, said = [], [], 0, time.process_time(), 0.0, 0.0
-    while spent < 60 * minutes:
+    render_fn = torch.compile(render, dynamic=False) if compiled else render
+    regressor = FactorRegressor().to(memory_format=torch.channels_last)                # faster on CPUs
+    ema = copy.deepcopy(regressor).requires_grad_(False)
+    optimiser = torch.optim.AdamW(regressor.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    rng, test = torch.Generator().manual_seed(0), [true_frames(k, 64, HELD_OUT) for k in range(8)]
+    images, motions, step, began, seconds, reported = [], [], 0, time.process_time(), 0.0, 0.0
+    while seconds < 60 * minutes:
         if step % reuse == 0:
-            new, motion = true_frames(step // reuse, batch, draw=draw_frames)
+            new, motion = true_frames(step // reuse, batch, render_fn=render_fn)
             images, motions = (images + [to_uint8(new)])[-200:], (motions + [motion])[-200:]
-        a, b = torch.randint(len(images), (batch,), generator=draw), torch.randint(batch, (batch,), generator=draw)
+        a, b = torch.randint(len(images), (batch,), generator=rng), torch.randint(batch, (batch,), generator=rng)
         x = torch.stack([images[i][j] for i, j in zip(a, b, strict=True)]) / 127.5 - 1                # (B, 3, H, W)
         y = torch.stack([motions[i][j] for i, j in zip(a, b, strict=True)])                           # (B, M)
         x[::2], y[::2] = mirror(x[::2], y[::2])
-        x = degrade(x, draw)
+        x = augment(x, rng)
         for group in optimiser.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * spent / (60 * minutes)))
+            group["lr"] = rate * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * seconds / (60 * minutes)))
         with autocast(torch.device("cpu")):
-            guess = reader(x)
-        loss = F.smooth_l1_loss((guess - y) / reader.reach, torch.zeros_like(y), beta=0.2)
+            guess = regressor(x)
+        loss = F.smooth_l1_loss((guess - y) / regressor.reach, torch.zeros_like(y), beta=0.2)
         optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(regressor.parameters(), 1.0)
         optimiser.step()
-        update_ema(ema, reader, step, decay=0.99)
-        step, spent = step + 1, time.process_time() - began
-        if spent - said > 30 or spent >= 60 * minutes:
-            said, ceiling = spent, read_back(ema, test)
-            save_reader(path, ema, steps=step)
-            print(f"{spent:.0f} s, step {step}, loss {loss:.4f}: correlation "
+        update_ema(ema, regressor, step, decay=0.99)
+        step, seconds = step + 1, time.process_time() - began
+        if seconds - reported > 30 or seconds >= 60 * minutes:
+            reported, ceiling = seconds, read_back(ema, test)
+            save_regressor(path, ema, steps=step)
+            print(f"{seconds:.0f} s, step {step}, loss {loss:.4f}: correlation "
                   + " ".join(f"{name} {value:.3f}" for name, value in zip(NAMES, ceiling.tolist(), strict=True)), flush=True)
 
 
 @torch.no_grad()
-def read_back(reader, batches):
+def read_back(regressor, batches):
     """Correlation of what is read with what is true on (images, motion) batches -> (M,)."""
-    return metrics.correlation(torch.cat([reader(x) for x, _ in batches]), torch.cat([y for _, y in batches]))
+    return metrics.correlation(torch.cat([regressor(x) for x, _ in batches]), torch.cat([y for _, y in batches]))
 
 
-def save_reader(path, reader, **about):
+def save_regressor(path, regressor, **meta):
     """Half precision, and what it is in the metadata."""
-    weights = {name: value.half().contiguous() if value.ndim > 1 else value for name, value in reader.state_dict().items()}
-    about = json.dumps({"format": "semo-motion-reader-1", "factors": NAMES, **about})
+    weights = {name: value.half().contiguous() if value.ndim > 1 else value for name, value in regressor.state_dict().items()}
+    meta = json.dumps({"format": "semo-motion-reader-1", "factors": NAMES, **meta})
     with atomic_write(path, make_folder=True) as temporary:
-        save_file(weights, temporary, metadata={"semo": about})
+        save_file(weights, temporary, metadata={"semo": meta})
 
 
-def load_reader(path):
+def load_regressor(path):
     """ValueError if the file is not there, or not a motion reader of this world."""
     try:
         with safe_open(path, framework="pt") as f:
-            about = json.loads((f.metadata() or {}).get("semo", "{}"))
+            meta = json.loads((f.metadata() or {}).get("semo", "{}"))
             weights = {name: f.get_tensor(name).float() for name in f.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot read the motion reader; `python -m measure.reader` trains it") from error
-    if about.get("format") != "semo-motion-reader-1" or about.get("factors") != NAMES:
+    if meta.get("format") != "semo-motion-reader-1" or meta.get("factors") != NAMES:
         raise ValueError(f"{path}: not a motion reader of this synthetic world; `python -m measure.reader` trains it")
-    reader = MotionReader()
-    reader.load_state_dict(weights)
-    return reader.eval().requires_grad_(False)
+    regressor = FactorRegressor()
+    regressor.load_state_dict(weights)
+    return regressor.eval().requires_grad_(False)
 
 
 def main(argv=None):
@@ -152,8 +152,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.minutes < 0.01:
         p.error("--minutes must be at least 0.01")
-    train_reader(args.out, args.minutes)
-    read = read_back(load_reader(args.out), [true_frames(number, 64, HELD_OUT) for number in range(8, 24)]).tolist()
+    train_regressor(args.out, args.minutes)
+    read = read_back(load_regressor(args.out), [true_frames(number, 64, HELD_OUT) for number in range(8, 24)]).tolist()
     print("true frames of unseen people, correlation of what is read with what is true")
     print("\n".join(f"{name:12} {value:.3f}" for name, value in zip(NAMES, read, strict=True)))
 

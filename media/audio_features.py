@@ -1,12 +1,13 @@
 """Sound -> one feature row per video frame.
 
-    wave (B, S) at 16 kHz --level--> same loudness in every file --features--> (B, F, A), F = frames(S)
+    wave (B, S) at 16 kHz --normalise_loudness--> same loudness in every file --extract_features--> (B, F, A),
+    F = num_frames(S)
 
 Two kinds: "mel", a log-mel spectrogram that needs no weights (A = 320), and "whisper", the states of a Whisper
-encoder (arXiv 2212.04356), as in the paper (A = twice the model's width). Call `level` on whole recordings before
-`features`, in training and in use alike. Long recordings: `level_gain`, then `stream_features`, both over chunks of
+encoder (arXiv 2212.04356), as in the paper (A = twice the model's width). Call `normalise_loudness` on whole recordings before
+`extract_features`, in training and in use alike. Long recordings: `loudness_gain`, then `stream_features`, both over chunks of
 any sizes; the rows equal those of the whole file, and memory does not grow with its length. Live sound, whose end nobody
-knows, is levelled by what was heard so far: `running_level` in place of `level_gain`.
+knows, is levelled by what was heard so far: `streaming_gain` in place of `loudness_gain`.
 """
 
 import functools
@@ -18,22 +19,22 @@ import torch
 import torch.nn.functional as F
 
 from media.files import InputError
-from media.sound import FRAME, SAMPLE_RATE
+from media.sound import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 BINS, N_FFT, STEP = 80, 400, 160  # mel bins, window of 25 ms, hop of 10 ms
 CONTEXT = N_FFT // 2 - STEP // 2  # samples that a frame's mel windows reach beyond the frame, on either side
 MEL_FLOOR, MEL_MEAN, MEL_STD = 1e-4, -1.9, 1.5  # of log10 mel power: measured once, on levelled speech
 WHISPER = "openai/whisper-tiny"
-HEARD = 3000  # frames of loudness that a running level remembers
-FEATURE_DIM = {"mel": BINS * FRAME // STEP, "whisper": 2 * 384}  # the latter for WHISPER; 2 * d_model in general
+GAIN_HISTORY = 3000  # frames of loudness that streaming_gain remembers
+FEATURE_DIM = {"mel": BINS * SAMPLES_PER_FRAME // STEP, "whisper": 2 * 384}  # the latter for WHISPER; 2 * d_model in general
 
 
-def frames(samples):
+def num_frames(samples):
     """Number of video frames, and so of feature rows, of a sound: rounded, at least one."""
-    return max(1, round(samples / FRAME))
+    return max(1, round(samples / SAMPLES_PER_FRAME))
 
 
-def level_gain(chunks, target=0.1):
+def loudness_gain(chunks, target=0.1):
     """The factor that brings the loud part of a recording to RMS `target`; chunks: iterable of (S_i,) tensors.
 
     Loud means within 20 dB of the 95th percentile of 40 ms frames, so pauses do not count. Silence (below -66 dB of
@@ -43,51 +44,51 @@ def level_gain(chunks, target=0.1):
     power, rest = array("f"), torch.zeros(0)                      # not thousands of small tensors, which scatter the memory
     for chunk in chunks:
         chunk = torch.cat([rest, chunk.detach().float().cpu()])
-        whole = len(chunk) // FRAME * FRAME
-        power.extend(chunk[:whole].view(-1, FRAME).square().mean(1).tolist())
-        rest = chunk[whole:].clone()
-    return gain_of(torch.tensor([*power, *([rest.square().mean()] if len(rest) else [])]), target)
+        complete = len(chunk) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME
+        power.extend(chunk[:complete].view(-1, SAMPLES_PER_FRAME).square().mean(1).tolist())
+        rest = chunk[complete:].clone()
+    return gain_from_power(torch.tensor([*power, *([rest.square().mean()] if len(rest) else [])]), target)
 
 
-def gain_of(power, target):
-    """The factor of `level_gain` from the power of each frame, (n,)."""
+def gain_from_power(power, target):
+    """The factor of `loudness_gain` from the power of each frame, (n,)."""
     power = power[power > 1e-12]  # digital silence says nothing about the noise floor
     if len(power) == 0:
         return 1.0
-    quiet, high = power.sort().values[[int(q * (len(power) - 1)) for q in (0.1, 0.95)]].tolist()
+    low, high = power.sort().values[[int(q * (len(power) - 1)) for q in (0.1, 0.95)]].tolist()
     loud = math.sqrt(power[power > high / 100].mean())
     if loud < 10 ** (-66 / 20):
         return 1.0
-    steady = high < quiet * 10 ** (6 / 10)
+    steady = high < low * 10 ** (6 / 10)
     return min(target / loud, 1.0 if steady else 100.0)
 
 
-def running_level(chunks, target=0.1):
+def streaming_gain(chunks, target=0.1):
     """Live sound, levelled by the past alone: iterable of (S_i,) -> iterator of its frames (FRAME,), the last shorter, each
     times a gain that does not depend on how the sound was cut.
 
-    The gain follows the `level_gain` of what was heard so far: at first as the mean of it, later within a second upwards
+    The gain follows the `loudness_gain` of what was heard so far: at first as the mean of it, later within a second upwards
     and a tenth downwards. So the first words of a quiet voice are still quiet. Two minutes of loudness are kept; whenever
     they are full, every other frame is forgotten, so that old sound counts ever less and memory does not grow.
     """
     power, log_gain, held = torch.zeros(0), 0.0, torch.zeros(0)
     for chunk in itertools.chain(chunks, [None]):
         held = held if chunk is None else torch.cat([held, chunk.detach().float().cpu()])
-        while len(held) >= FRAME or (chunk is None and len(held)):
-            frame, held = held[:FRAME], held[FRAME:]
+        while len(held) >= SAMPLES_PER_FRAME or (chunk is None and len(held)):
+            frame, held = held[:SAMPLES_PER_FRAME], held[SAMPLES_PER_FRAME:]
             now = frame.square().mean().view(1)
             if now > 1e-12:
-                power = torch.cat([power if len(power) < HEARD else power[::2], now])
-                step = math.log(gain_of(power, target)) - log_gain
+                power = torch.cat([power if len(power) < GAIN_HISTORY else power[::2], now])
+                step = math.log(gain_from_power(power, target)) - log_gain
                 log_gain += step * max(1 / len(power), 1 / 25 if step > 0 else 1 / 3)
             yield frame * math.exp(log_gain)
 
 
-def level(wave, target=0.1):
-    """Whole recordings (..., S) -> the same, each scaled by its `level_gain`."""
-    rows = wave.reshape(-1, wave.shape[-1])
-    gains = torch.tensor([level_gain([row], target) for row in rows], dtype=wave.dtype, device=wave.device)
-    return (rows * gains[:, None]).view(wave.shape)
+def normalise_loudness(wave, target=0.1):
+    """Whole recordings (..., S) -> the same, each scaled by its `loudness_gain`."""
+    waves = wave.reshape(-1, wave.shape[-1])
+    gains = torch.tensor([loudness_gain([sound], target) for sound in waves], dtype=wave.dtype, device=wave.device)
+    return (waves * gains[:, None]).view(wave.shape)
 
 
 def mel_filters():
@@ -104,12 +105,12 @@ def mel_rows(wave):
     windows = wave.unfold(-1, N_FFT, STEP) * torch.hann_window(N_FFT, device=wave.device)  # (B, 4F, N_FFT)
     power = torch.fft.rfft(windows).abs().square()  # (B, 4F, N_FFT/2+1)
     mel = (power @ mel_filters().to(wave.device)).clamp(min=MEL_FLOOR).log10()  # (B, 4F, BINS)
-    return ((mel - MEL_MEAN) / MEL_STD).unflatten(1, (-1, FRAME // STEP)).flatten(2)  # (B, F, 320)
+    return ((mel - MEL_MEAN) / MEL_STD).unflatten(1, (-1, SAMPLES_PER_FRAME // STEP)).flatten(2)  # (B, F, 320)
 
 
-def fit(wave, count, context):
+def pad_or_trim(wave, count, context):
     """Cut or zero-pad the end of (..., S), which begins `context` samples early, to `count` frames and context."""
-    return F.pad(wave, (0, count * FRAME + 2 * context - wave.shape[-1]))
+    return F.pad(wave, (0, count * SAMPLES_PER_FRAME + 2 * context - wave.shape[-1]))
 
 
 def stream_mel(chunks):
@@ -118,12 +119,12 @@ def stream_mel(chunks):
     for chunk in chunks:
         held = F.pad(chunk.float(), (CONTEXT, 0)) if held is None else torch.cat([held, chunk.float()])
         samples += len(chunk)
-        ready = (len(held) - 2 * CONTEXT) // FRAME
+        ready = (len(held) - 2 * CONTEXT) // SAMPLES_PER_FRAME
         if ready > 0:
-            yield mel_rows(fit(held, ready, CONTEXT)[None])[0]
-            held, done = held[ready * FRAME:], done + ready
-    if held is not None and frames(samples) > done:
-        yield mel_rows(fit(held, frames(samples) - done, CONTEXT)[None])[0]
+            yield mel_rows(pad_or_trim(held, ready, CONTEXT)[None])[0]
+            held, done = held[ready * SAMPLES_PER_FRAME:], done + ready
+    if held is not None and num_frames(samples) > done:
+        yield mel_rows(pad_or_trim(held, num_frames(samples) - done, CONTEXT)[None])[0]
 
 
 @functools.lru_cache(maxsize=2)
@@ -160,25 +161,25 @@ def stream_whisper(chunks, model=None):
     held, samples, skip, done = torch.zeros(0), 0, 0, 0
     for chunk in chunks:
         held, samples = torch.cat([held.to(chunk.device), chunk.float()]), samples + len(chunk)
-        while len(held) > window * FRAME:
-            yield rows(held[:window * FRAME])[skip:window - margin]
+        while len(held) > window * SAMPLES_PER_FRAME:
+            yield rows(held[:window * SAMPLES_PER_FRAME])[skip:window - margin]
             done += window - margin - skip
-            held, skip = held[(window - 2 * margin) * FRAME:], margin
-    if samples and frames(samples) > done:
-        yield rows(held)[skip:skip + frames(samples) - done]
+            held, skip = held[(window - 2 * margin) * SAMPLES_PER_FRAME:], margin
+    if samples and num_frames(samples) > done:
+        yield rows(held)[skip:skip + num_frames(samples) - done]
 
 
 def stream_features(chunks, kind="mel", model=None):
-    """Iterable of (S_i,) chunks of one levelled recording -> iterator of (n, A): the rows of `features`, in order."""
+    """Iterable of (S_i,) chunks of one levelled recording -> iterator of (n, A): the rows of `extract_features`, in order."""
     if kind not in FEATURE_DIM:
         raise ValueError(f"audio features must be one of {sorted(FEATURE_DIM)}, got {kind!r}")
     return stream_mel(chunks) if kind == "mel" else stream_whisper(chunks, model)
 
 
-def features(wave, kind="mel", model=None):
-    """(B, S) float at 16 kHz, levelled -> (B, F, A), F = frames(S)."""
+def extract_features(wave, kind="mel", model=None):
+    """(B, S) float at 16 kHz, levelled -> (B, F, A), F = num_frames(S)."""
     if wave.ndim != 2 or wave.shape[1] == 0:
         raise ValueError(f"wave must be (B, S) with S > 0, got {tuple(wave.shape)}")
     if kind == "mel":
-        return mel_rows(fit(F.pad(wave.float(), (CONTEXT, 0)), frames(wave.shape[1]), CONTEXT))
-    return torch.stack([torch.cat(list(stream_features([row], kind, model))) for row in wave])  # (B, F, A)
+        return mel_rows(pad_or_trim(F.pad(wave.float(), (CONTEXT, 0)), num_frames(wave.shape[1]), CONTEXT))
+    return torch.stack([torch.cat(list(stream_features([sound], kind, model))) for sound in wave])  # (B, F, A)

@@ -7,7 +7,7 @@ from PIL import Image
 from media.files import InputError
 from media.image import open_image, to_tensor
 
-FACE = 0.6                       # height of the face by the side of the crop
+FACE_HEIGHT = 0.6                       # height of the face by the side of the crop
 YUNET = "face_detection_yunet_2023mar.onnx"
 
 
@@ -48,7 +48,7 @@ def load_face(path, size, detector):
     if face is None:
         raise InputError(f"{path}: no face found; give a photo of one that looks at the camera, or leave out --detector")
     left, top, right, bottom = face
-    side = max(2, round((bottom - top) / FACE))
+    side = max(2, round((bottom - top) / FACE_HEIGHT))
     x, y = round((left + right - side) / 2), round((top + bottom - side) / 2)
     rows, columns = (np.arange(start, start + side).clip(0, most - 1) for start, most in ((y, image.height), (x, image.width)))
     return to_tensor(Image.fromarray(np.asarray(image)[rows][:, columns]), size)

@@ -55,8 +55,8 @@ def picture_stream(container):
     return next((stream for stream in container.streams.video if not stream.disposition & covers), None)
 
 
-def decode(container, stream):
-    """Frames of a stream in order. What is damaged is skipped; check_whole tells how much was lost."""
+def decode_stream(container, stream):
+    """Frames of a stream in order. What is damaged is skipped; check_not_truncated tells how much was lost."""
     try:
         for packet in container.demux(stream):
             try:
@@ -67,7 +67,7 @@ def decode(container, stream):
         return
 
 
-def check_whole(path, container, stream, seconds):
+def check_not_truncated(path, container, stream, seconds):
     """Refuse a file of which clearly less than its header promises could be read."""
     name, promised = container.format.name, float((stream.duration or 0) * stream.time_base)
     if name == "wav":                                             # libav looks at the file's size, not at its header
@@ -121,7 +121,7 @@ def read_lines(path):
             rows = [json.loads(line) for line in file if line.strip()]
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as lines of JSON: {error}") from None
-    if not all(isinstance(row, dict) for row in rows):
+    if not all(isinstance(record, dict) for record in rows):
         raise InputError(f"{path} holds lines that are not JSON objects")
     return rows
 
@@ -129,4 +129,4 @@ def read_lines(path):
 def write_lines(path, rows):
     """dicts -> a .jsonl file, complete or absent."""
     with atomic_write(path, ".jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in rows)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from media.face import FACE, YUNET, find_face, load_detector
+from media.face import FACE_HEIGHT, YUNET, find_face, load_detector
 from media.files import InputError, read_lines, write_lines
 from media.image import square_box
 from media.sound import FPS, SAMPLE_RATE, has_audio, load_audio
@@ -28,10 +28,10 @@ from media.video import VideoWriter, read_frames
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".ts", ".wmv", ".flv", ".3gp")
 SHORTEST, LONGEST = 1.0, 10.0    # seconds of a clip
-CUT = 20                         # of 255: mean change from frame to frame of 16 x 16 averages that begins a new scene
-LOOK = 5                         # the detector looks at one frame in so many
-SEEN = 0.9                       # a face must be found in this share of those
-ENLARGE = 2.0                    # crops that would be enlarged more than this are dropped
+SCENE_THRESHOLD = 20                         # of 255: mean change from frame to frame of 16 x 16 averages that begins a new scene
+DETECT_EVERY = 5                         # the detector looks at one frame in so many
+MIN_DETECT_RATE = 0.9                       # a face must be found in this share of those
+MAX_UPSCALE = 2.0                    # crops that would be enlarged more than this are dropped
 SILENT, CLIPPED, NOISY = -50.0, 0.005, 6.0    # dB of full scale; share of samples at the limit; dB from quiet to loud frames
 TEST_SHARE = 0.05                # of the people, where a set has no list of its own
 KEYFRAMES = 5                    # of the clips: any frame is at most four away from one that is coded by itself
@@ -39,7 +39,7 @@ EMOTIONS = ("neutral", "angry", "contempt", "disgusted", "fear", "happy", "sad",
 
 
 # ------------------------------------------------------------------------------------------------------------- people
-def who(path):
+def parse_identity(path):
     """What the names of known sets tell of a video, path relative to its folder -> dict with identity (and more for MEAD)."""
     path = path.replace(os.sep, "/")
     stem = os.path.splitext(path)[0]
@@ -66,62 +66,62 @@ def split_of(identity):
 
 
 # ------------------------------------------------------------------------------------------------------------ prepare
-def squares(path):
+def square_pixel_frames(path):
     """Pictures of a video at 25 fps with square pixels, PIL."""
-    last, made = None, None
+    last, squared = None, None
     for image, aspect in read_frames(path):
         if image is not last:
             last = image
-            made = image if aspect == 1 else image.resize((max(1, round(image.width * aspect)), image.height))
-        yield made
+            squared = image if aspect == 1 else image.resize((max(1, round(image.width * aspect)), image.height))
+        yield squared
 
 
-def look(path, detector):
+def scan_video(path, detector):
     """First pass -> frames, frame numbers where a new scene begins, face boxes {frame number: box or None}, frame size."""
     before, cuts, boxes, size, n = None, [], {}, None, 0
-    for n, image in enumerate(squares(path), 1):
+    for n, image in enumerate(square_pixel_frames(path), 1):
         size, now = size or image.size, np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32)
-        if before is not None and np.abs(now - before).mean() > CUT:
+        if before is not None and np.abs(now - before).mean() > SCENE_THRESHOLD:
             cuts.append(n - 1)
-        if detector is not None and (n - 1) % LOOK == 0:
+        if detector is not None and (n - 1) % DETECT_EVERY == 0:
             boxes[n - 1] = find_face(detector, image)
         before = now
     return n, cuts, boxes, size
 
 
-def pieces(frames, cuts):
+def split_scenes(frames, cuts):
     """Scenes cut into equal parts of at most LONGEST seconds -> [(first frame, number of frames)]."""
-    made = []
+    scenes = []
     for start, end in zip([0, *cuts], [*cuts, frames], strict=True):
         parts = -(-(end - start) // round(LONGEST * FPS))
         marks = [start + (end - start) * k // parts for k in range(parts + 1)]
-        made += [(a, b - a) for a, b in zip(marks, marks[1:], strict=False)]
-    return made
+        scenes += [(a, b - a) for a, b in zip(marks, marks[1:], strict=False)]
+    return scenes
 
 
-def median_face(found):
+def median_face(boxes):
     """The usual one of a clip's face boxes (None where none was found): left, top, right, bottom."""
-    return np.median([box for box in found if box is not None], axis=0)
+    return np.median([box for box in boxes if box is not None], axis=0)
 
 
-def face_square(found, width, height, size):
+def face_square(detections, width, height, size):
     """Boxes of a clip's faces (None where none was found) -> the square to cut (left, top, right, bottom), or the reason not to."""
-    boxes = [box for box in found if box is not None]
-    if len(boxes) < max(1, SEEN * len(found)):
-        return f"face found in {len(boxes)} of {len(found)} frames looked at"
-    left, top, right, bottom = median_face(found)
-    side = min((bottom - top) / FACE, width, height)
-    if side * ENLARGE < size:
+    boxes = [box for box in detections if box is not None]
+    if len(boxes) < max(1, MIN_DETECT_RATE * len(detections)):
+        return f"face found in {len(boxes)} of {len(detections)} frames looked at"
+    left, top, right, bottom = median_face(detections)
+    side = min((bottom - top) / FACE_HEIGHT, width, height)
+    if side * MAX_UPSCALE < size:
         return f"face too small: {bottom - top:.0f} pixels high"
     centre = [(left + right) / 2, (top + bottom) / 2]
     strayed = [box for box in boxes if max(abs((box[k] + box[k + 2]) / 2 - centre[k]) for k in (0, 1)) > 0.35 * side]
-    if len(strayed) > (1 - SEEN) * len(found):
+    if len(strayed) > (1 - MIN_DETECT_RATE) * len(detections):
         return "face leaves the square"
     x, y = (min(max(c - side / 2, 0), most - side) for c, most in zip(centre, (width, height), strict=True))
     return [round(float(v), 1) for v in (x, y, x + side, y + side)]
 
 
-def sound_fault(wave):
+def audio_quality(wave):
     """(S,) at 16 kHz -> why a talking clip cannot have this sound, or None."""
     level = 10 * np.log10(np.square(wave).mean() + 1e-12)
     if level < SILENT:
@@ -129,44 +129,44 @@ def sound_fault(wave):
     clipped = (np.abs(wave) > 0.999).mean()
     if clipped > CLIPPED:
         return f"clipped: {clipped:.1%} of the samples"
-    rows = np.square(wave[: len(wave) // 320 * 320].reshape(-1, 320)).mean(1)            # 20 ms
-    quiet, loud = 10 * np.log10(np.percentile(rows, [10, 95]) + 1e-12)
-    return f"noisy: pauses only {loud - quiet:.0f} dB below speech" if loud - quiet < NOISY else None
+    powers = np.square(wave[: len(wave) // 320 * 320].reshape(-1, 320)).mean(1)            # 20 ms
+    low, loud = 10 * np.log10(np.percentile(powers, [10, 95]) + 1e-12)
+    return f"noisy: pauses only {loud - low:.0f} dB below speech" if loud - low < NOISY else None
 
 
-def prepare_one(path, source, about, out, size, detector):
+def prepare_one(path, source, labels, out, size, detector):
     """One video: its clips are written to out/clips -> {"kept": [manifest rows], "dropped": [rows with a reason]}."""
     try:
         face = None if detector is None else load_detector(detector)
-        frames, cuts, boxes, (width, height) = look(path, face)
+        frames, cuts, boxes, (width, height) = scan_video(path, face)
         wave = load_audio(path).numpy() if has_audio(path) else None
         stem = re.sub(r"[^A-Za-z0-9-]+", "_", os.path.splitext(os.path.basename(path))[0])[:60]
         name = f"{stem}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
         kept, dropped, plan = [], [], {}
-        for number, (start, count) in enumerate(pieces(frames, cuts)):
-            heard = None
+        for number, (start, count) in enumerate(split_scenes(frames, cuts)):
+            audio = None
             if wave is not None:
-                heard = wave[start * SAMPLE_RATE // FPS:(start + count) * SAMPLE_RATE // FPS]
-                heard = np.pad(heard, (0, count * SAMPLE_RATE // FPS - len(heard)))
-            found = [box for k, box in boxes.items() if start <= k < start + count]
-            box = square_box(width, height) if face is None else face_square(found, width, height, size)
+                audio = wave[start * SAMPLE_RATE // FPS:(start + count) * SAMPLE_RATE // FPS]
+                audio = np.pad(audio, (0, count * SAMPLE_RATE // FPS - len(audio)))
+            detections = [box for k, box in boxes.items() if start <= k < start + count]
+            box = square_box(width, height) if face is None else face_square(detections, width, height, size)
             if count < SHORTEST * FPS:
                 reason = f"shorter than {SHORTEST} s"
             elif isinstance(box, str):
                 reason = box
-            elif face is None and min(width, height) * ENLARGE < size:
+            elif face is None and min(width, height) * MAX_UPSCALE < size:
                 reason = f"picture too small: {width}x{height}"
             else:
-                reason = None if heard is None else sound_fault(heard)
+                reason = None if audio is None else audio_quality(audio)
             if reason:
                 dropped.append({"source": source, "start": start / FPS, "frames": count, "reason": reason})
                 continue
-            row = {"file": f"clips/{name}-{number:03d}.mp4", "source": source, **about, "start": start / FPS, "fps": FPS,
-                   "frames": count, "size": size, "crop": list(box), "sound": heard is not None}
+            record = {"file": f"clips/{name}-{number:03d}.mp4", "source": source, **labels, "start": start / FPS, "fps": FPS,
+                   "frames": count, "size": size, "crop": list(box), "sound": audio is not None}
             if face is not None:                                 # where in the square the face is, as shares of its side
-                row["face"] = ((median_face(found) - (box[:2] * 2)) / (box[2] - box[0])).round(3).tolist()
-            kept.append(row)
-            plan[start] = row, heard
+                record["face"] = ((median_face(detections) - (box[:2] * 2)) / (box[2] - box[0])).round(3).tolist()
+            kept.append(record)
+            plan[start] = record, audio
         write_clips(path, plan, out, size)
         return {"kept": kept, "dropped": dropped}
     except InputError as error:
@@ -177,48 +177,50 @@ def prepare_one(path, source, about, out, size, detector):
 
 def write_clips(path, plan, out, size):
     """Second pass: plan {first frame: (manifest row, its sound (S,) or None)}, one clip after the other."""
-    images, n = iter(squares(path) if plan else ()), 0
+    images, n = iter(square_pixel_frames(path) if plan else ()), 0
     for start in sorted(plan):
-        row, heard = plan[start]
+        record, audio = plan[start]
         while n < start:
             next(images)
             n += 1
-        sound = None if heard is None else torch.from_numpy(heard)
-        comment = f"A part of {row['source']}, prepared for training."
-        with VideoWriter(os.path.join(out, row["file"]), size, sound, comment, KEYFRAMES) as video:
-            for _ in range(row["frames"]):
-                video.write(np.asarray(next(images).resize((size, size), Image.Resampling.LANCZOS, box=row["crop"])))
-        n += row["frames"]
+        sound = None if audio is None else torch.from_numpy(audio)
+        comment = f"A part of {record['source']}, prepared for training."
+        with VideoWriter(os.path.join(out, record["file"]), size, sound, comment, KEYFRAMES) as video:
+            for _ in range(record["frames"]):
+                video.write(np.asarray(next(images).resize((size, size), Image.Resampling.LANCZOS, box=record["crop"])))
+        n += record["frames"]
 
 
-def sources(folders):
+def find_videos(folders):
     """All videos below the folders -> sorted [(path, name): folder's own name and the path in it]."""
-    found = []
+    videos = []
     for folder in folders:
         if not os.path.isdir(folder):
             raise InputError(f"{folder} is not a folder; give --videos folders that hold video files")
         base = os.path.basename(os.path.abspath(folder))
         for here, _, files in os.walk(folder, followlinks=True):
             paths = [os.path.join(here, name) for name in files if name.lower().endswith(VIDEO_ENDINGS)]
-            found += [(path, f"{base}/{os.path.relpath(path, folder).replace(os.sep, '/')}") for path in paths]
-    if not found:
+            videos += [(path, f"{base}/{os.path.relpath(path, folder).replace(os.sep, '/')}") for path in paths]
+    if not videos:
         raise InputError(f"{', '.join(folders)}: no video file below; give folders that hold mp4, mov, mkv, webm or avi files")
-    names = Counter(name for _, name in found)
+    names = Counter(name for _, name in videos)
     if max(names.values()) > 1:
         raise InputError(f"--videos names two folders with the same last part and the same file in both: {names.most_common(1)[0][0]}")
-    return sorted(found, key=lambda pair: pair[1])
+    return sorted(videos, key=lambda pair: pair[1])
 
 
 def prepare(args):
     """The command. Each video's outcome is kept in OUT/parts: started again, it goes on with those that lack one."""
-    todo, known = sources(args.videos), {}
+    todo, known = find_videos(args.videos), {}
     if args.people:
         base = os.path.dirname(os.path.abspath(args.people))
-        for row in read_lines(args.people):
-            name = row.get("identity", row.get("ident"))
-            if not isinstance(name, str) or not isinstance(row.get("file"), str) or row.get("split", "train") not in ("train", "test"):
+        for record in read_lines(args.people):
+            name = record.get("identity", record.get("ident"))
+            split = record.get("split", "train")
+            if not isinstance(name, str) or not isinstance(record.get("file"), str) or split not in ("train", "test"):
                 raise InputError(f"{args.people}: each line needs file and identity, and may have split: train or test")
-            known[os.path.realpath(os.path.join(base, row["file"]))] = {"identity": name, "split": row.get("split") or split_of(name)}
+            path = os.path.realpath(os.path.join(base, record["file"]))
+            known[path] = {"identity": name, "split": record.get("split") or split_of(name)}
     detector = None
     if args.crop == "face":
         detector = args.detector
@@ -244,10 +246,10 @@ def prepare(args):
             if os.path.exists(parts[source]):
                 bar.update()
                 continue
-            about = who(source.split("/", 1)[1])
-            about["identity"] = about["identity"] if "/" in about["identity"] else f"{source.split('/')[0]}/{about['identity']}"
-            about = {**about, "split": split_of(about["identity"]), **known.get(os.path.realpath(path), {})}
-            jobs[pool.submit(prepare_one, path, source, about, args.out, args.size, detector)] = source
+            labels = parse_identity(source.split("/", 1)[1])
+            labels["identity"] = labels["identity"] if "/" in labels["identity"] else f"{source.split('/')[0]}/{labels['identity']}"
+            labels = {**labels, "split": split_of(labels["identity"]), **known.get(os.path.realpath(path), {})}
+            jobs[pool.submit(prepare_one, path, source, labels, args.out, args.size, detector)] = source
         try:
             for job in as_completed(jobs):
                 write_lines(parts[jobs[job]], [job.result()])
@@ -256,10 +258,10 @@ def prepare(args):
             pool.shutdown(cancel_futures=True)
             raise
     done = [read_lines(parts[source])[0] for _, source in todo]
-    kept, dropped = ([row for part in done for row in part[kind]] for kind in ("kept", "dropped"))
+    kept, dropped = ([record for part in done for record in part[kind]] for kind in ("kept", "dropped"))
     write_lines(os.path.join(args.out, "dropped.jsonl"), dropped)
     write_lines(os.path.join(args.out, "manifest.jsonl"), kept)
-    minutes, people = sum(row["frames"] for row in kept) / FPS / 60, len({row["identity"] for row in kept})
+    minutes, people = sum(record["frames"] for record in kept) / FPS / 60, len({record["identity"] for record in kept})
     print(f"{len(kept)} clips, {minutes:.1f} minutes, {people} people in {args.out}/manifest.jsonl; "
           f"{len(dropped)} dropped, each with its reason in {args.out}/dropped.jsonl")
     if not kept:

@@ -1,6 +1,6 @@
 """Sound: any file or pipe -> 16 kHz mono.
 
-    sound --pcm--> blocks at the file's own rate --resample--> 16 kHz mono: audio_chunks (streamed), load_audio (whole)
+    sound --decode_audio--> blocks at the file's own rate --resample--> 16 kHz mono: audio_chunks (streamed), load_audio (whole)
     raw PCM on a pipe --pcm_chunks--> (S,) pieces as they arrive
 
 Frames and sound of one file share time zero: its first picture.
@@ -12,11 +12,11 @@ import av
 import numpy as np
 import torch
 
-from media.files import MAX_GAP, SOUND_WANTED, VIDEO_WANTED, InputError, check_whole, decode, open_media, picture_stream
+from media.files import MAX_GAP, SOUND_WANTED, VIDEO_WANTED, InputError, check_not_truncated, decode_stream, open_media, picture_stream
 
 FPS = 25                                   # frames per second of every video here
 SAMPLE_RATE = 16000                        # samples per second of every sound here
-FRAME = SAMPLE_RATE // FPS                 # samples per video frame
+SAMPLES_PER_FRAME = SAMPLE_RATE // FPS                 # samples per video frame
 LAYOUTS = {1: "mono", 2: "stereo"}
 
 
@@ -26,7 +26,7 @@ def has_audio(path):
         return len(container.streams.audio) > 0
 
 
-def to_float(frame):
+def samples_to_float(frame):
     """A decoded frame in any sample format -> (channels, n) float32; full scale is 1."""
     x = frame.to_ndarray()
     if not frame.format.is_planar:
@@ -37,7 +37,7 @@ def to_float(frame):
         return x.astype(np.float32)
 
 
-def pcm(path):
+def decode_audio(path):
     """Sound of a file, in blocks: yields ((channels, n) float32, rate). Raises InputError, at the end at the latest.
 
     In a video, silence fills what its timestamps leave open, so that sample 0 belongs to the first picture.
@@ -48,8 +48,8 @@ def pcm(path):
         stream, picture = container.streams.audio[0], picture_stream(container)
         zero = picture.start_time * picture.time_base if picture and picture.start_time is not None else None
         given, drop, seconds = 0, None, 0.0                       # samples yielded; those before time zero, to drop
-        for frame in decode(container, stream):
-            x, rate = to_float(frame), frame.sample_rate
+        for frame in decode_stream(container, stream):
+            x, rate = samples_to_float(frame), frame.sample_rate
             if not np.isfinite(x).all():
                 raise InputError(f"{path} holds NaN or infinite samples; export it again as 16-bit wav")
             late = 0 if zero is None or frame.time is None else round((frame.time - float(zero)) * rate) - given
@@ -61,7 +61,7 @@ def pcm(path):
             drop, given, seconds = drop - cut, given + x.shape[1] - cut, seconds + x.shape[1] / rate
             if cut < x.shape[1]:
                 yield x[:, cut:], rate
-        check_whole(path, container, stream, seconds)
+        check_not_truncated(path, container, stream, seconds)
         if given == 0:
             raise InputError(f"{path} holds no sound that can be decoded; give {SOUND_WANTED}")
 
@@ -102,7 +102,7 @@ def rechunk(blocks, n):
 
 def audio_chunks(path, seconds=1.0):
     """Sound of a file as (S,) float32 pieces of `seconds` (the last is shorter), 16 kHz mono; memory does not grow."""
-    for chunk in rechunk(resample(pcm(path), SAMPLE_RATE, 1), round(seconds * SAMPLE_RATE)):
+    for chunk in rechunk(resample(decode_audio(path), SAMPLE_RATE, 1), round(seconds * SAMPLE_RATE)):
         yield chunk[:, 0].clone()                                                                       # (S,)
 
 
@@ -112,10 +112,10 @@ def pcm_chunks(pipe, name="stdin"):
     wanted, given, half = "signed 16-bit little-endian PCM, mono, 16 kHz, 0.1 s or more", 0, b""
     while data := pipe.read1(SAMPLE_RATE):                                                  # 0.5 s at most
         given, data = given + len(data), half + data
-        whole = len(data) // 2 * 2
-        half = data[whole:]
-        if whole:
-            yield torch.from_numpy(np.frombuffer(data[:whole], "<i2").astype(np.float32) / 2**15)       # (S,)
+        even = len(data) // 2 * 2
+        half = data[even:]
+        if even:
+            yield torch.from_numpy(np.frombuffer(data[:even], "<i2").astype(np.float32) / 2**15)       # (S,)
     if given == 0:
         raise InputError(f"{name} is empty (0 bytes); give {wanted}")
     if half:
@@ -129,14 +129,14 @@ def load_audio(path):
     return torch.cat(list(audio_chunks(path)))
 
 
-def measure(path):
+def probe_audio(path):
     """One pass over a sound file, nothing kept -> rate, channels, gain. Raises InputError for what is unusable.
 
     gain: what the written sound is multiplied by. Peaks above full scale are brought down to it; the mean of more than
     two channels is brought up to the peak of the loudest of them.
     """
     rate, channels, peak, mixed = 0, 0, 1e-9, 1e-9
-    for x, here in pcm(path):
+    for x, here in decode_audio(path):
         rate, channels = rate or here, channels or len(x)
         peak, mixed = max(peak, float(np.abs(x).max())), max(mixed, float(np.abs(x.mean(0)).max()))
     return rate, channels, min(1.0, peak) / (mixed if channels > 2 else peak)

@@ -13,15 +13,24 @@ import numpy as np
 import torch
 from PIL import Image
 
-from media.files import MAX_GAP, VIDEO_WANTED, InputError, atomic_write, check_whole, decode, open_media, picture_stream
+from media.files import (
+    MAX_GAP,
+    VIDEO_WANTED,
+    InputError,
+    atomic_write,
+    check_not_truncated,
+    decode_stream,
+    open_media,
+    picture_stream,
+)
 from media.image import MIN_SIDE, to_tensor
-from media.sound import FPS, LAYOUTS, SAMPLE_RATE, measure, pcm, rechunk, resample, sound_frame
+from media.sound import FPS, LAYOUTS, SAMPLE_RATE, decode_audio, probe_audio, rechunk, resample, sound_frame
 
 PROVENANCE = "AI-generated video: made by SeMo from one photo; not a recording of a real event."
 
 
 # -------------------------------------------------------------------------------------------------------------- video
-def upright(frame, aspect):
+def to_upright_rgb(frame, aspect):
     """A decoded frame -> (PIL image, a pixel's width by its height): colours to RGB, turned as its metadata says.
 
     Of an interlaced frame every other line is kept: both fields in one picture would show a moving mouth twice.
@@ -37,7 +46,7 @@ def upright(frame, aspect):
 
 
 def read_frames(path):
-    """Pictures of a video as upright() gives them, 25 a second: (image, aspect). Raises InputError.
+    """Pictures of a video as to_upright_rgb() gives them, 25 a second: (image, aspect). Raises InputError.
 
     At each 1/25 s the frame nearest in time, so that 30 fps and variable rates keep their speed.
     """
@@ -48,8 +57,8 @@ def read_frames(path):
         if not MIN_SIDE <= min(stream.width, stream.height) <= max(stream.width, stream.height) <= 8192:
             raise InputError(f"{path} is {stream.width}x{stream.height}; give a video of {MIN_SIDE} to 8192 pixels")
         stream.thread_type, aspect = "AUTO", float(stream.sample_aspect_ratio or 1)
-        step, zero, last, shown, made = 1 / float(stream.average_rate or FPS), 0.0, 0.0, None, 0
-        for frame in decode(container, stream):
+        step, zero, last, shown, count = 1 / float(stream.average_rate or FPS), 0.0, 0.0, None, 0
+        for frame in decode_stream(container, stream):
             now = frame.time if frame.time is not None else last + step * (shown is not None)
             if shown is None:
                 zero = now
@@ -57,26 +66,26 @@ def read_frames(path):
                 continue                                          # a timestamp that stands still or runs backwards
             elif now - last > MAX_GAP:
                 raise InputError(f"{path} jumps {now - last:.0f} s between two frames; convert it to mp4 again")
-            while shown is not None and zero + made / FPS < (last + now) / 2:
+            while shown is not None and zero + count / FPS < (last + now) / 2:
                 yield shown
-                made += 1
+                count += 1
             step = float(frame.duration * frame.time_base) if frame.duration else step
             step = step if step > 0.01 else 1 / FPS               # one tick: the writer did not know
-            shown, last = upright(frame, aspect), now
+            shown, last = to_upright_rgb(frame, aspect), now
         if shown is None:
             raise InputError(f"{path} holds no frame that can be decoded; give {VIDEO_WANTED}")
         end = last + min(step, 1.0) - zero
-        check_whole(path, container, stream, end)
-        yield from [shown] * max(made == 0, round(end * FPS) - made)
+        check_not_truncated(path, container, stream, end)
+        yield from [shown] * max(count == 0, round(end * FPS) - count)
 
 
 def read_video(path, size):
     """Frames of a video as (3, size, size) float in [-1, 1], 25 a second, upright and square (square_box). Raises InputError."""
-    last, made = None, None
+    last, tensor = None, None
     for image, aspect in read_frames(path):
         if image is not last:                                     # slow videos show a picture more than once
-            last, made = image, to_tensor(image, size, aspect)
-        yield made
+            last, tensor = image, to_tensor(image, size, aspect)
+        yield tensor
 
 
 class VideoWriter:
@@ -136,8 +145,8 @@ class VideoWriter:
             source, channels, self.gain = SAMPLE_RATE, 1, 1.0
             blocks = ((chunk.numpy()[None], SAMPLE_RATE) for chunk in wave)                             # (1, S)
         elif wave is not None:
-            source, channels, self.gain = measure(wave)
-            blocks = pcm(wave)
+            source, channels, self.gain = probe_audio(wave)
+            blocks = decode_audio(wave)
         if wave is not None:
             self.rate = max(16000, source) if source in (22050, 24000, 32000, 44100) or source <= 16000 else 48000
             self.channels = channels if channels <= 2 else 1
@@ -154,15 +163,15 @@ class VideoWriter:
             n = self.rate // FPS
             x = next(self.blocks, torch.zeros(0, self.channels)) * self.gain
             x = np.pad(x.clamp(-1, 1).numpy().T, ((0, 0), (0, n - len(x))))                             # (C, n)
-            self.container.mux(self.from_zero(self.audio.encode(sound_frame(x, self.rate, self.frames * n))))
+            self.container.mux(self.drop_priming(self.audio.encode(sound_frame(x, self.rate, self.frames * n))))
         self.frames += 1
-        self.send()
+        self.flush_coded()
 
-    def from_zero(self, packets):
+    def drop_priming(self, packets):
         """Fragments cannot say, as an edit list does, that what AAC begins with lies before time zero: leave it out."""
         return packets if self.coded is None else [packet for packet in packets if packet.pts >= 0]
 
-    def send(self):
+    def flush_coded(self):
         """Hand on what is coded to an open file. Not from within libav, where a Ctrl-C would be lost."""
         if self.coded:
             data = memoryview(b"".join(self.coded))
@@ -180,11 +189,11 @@ class VideoWriter:
         if kind is None:
             try:
                 for stream in self.container.streams:
-                    self.container.mux(self.from_zero(stream.encode(None)))
+                    self.container.mux(self.drop_priming(stream.encode(None)))
             except BaseException:
                 self.stack.__exit__(*sys.exc_info())
                 raise
         done = self.stack.__exit__(kind, error, trace)
         if kind is None:
-            self.send()
+            self.flush_coded()
         return done

@@ -1,5 +1,5 @@
-"""Weights to share: one .safetensors file holds what a user needs: half-precision weights of one or more models, and as JSON
-in its metadata the config of each. Which classes the models have is told by the caller."""
+"""Weights to share: one .safetensors file with the half-precision weights of one or more models, and as JSON in its metadata
+the config of each. The caller tells which classes the models have. Files of the older format semo-1 are converted at load."""
 import json
 from dataclasses import asdict
 
@@ -9,33 +9,62 @@ from safetensors.torch import save_file
 
 from media.files import InputError, atomic_write
 
+# What format semo-1 called otherwise, {kind: {old: new}}: parts of the weights' names, and fields of the configs.
+SEMO_1_NAMES = {
+    "encoder": {"thumb": "patch_summary", "sketch": "token_init", "standardise": "running_norm"},
+    "decoder": {"under": "ref_patch_embed", "change": "motion_delta", "spread": "delta_mix", "slot": "motion_pos_embed",
+                "role": "segment_embed", "still": "ref_condition", "pose": "affine_head"},
+    "generator": {"hear": "cross_attn_audio", "silence": "null_audio", "role": "segment_embed"},
+}
+SEMO_1_FIELDS = {"encoder": {"thumb": "patch_summary"}, "decoder": {"expand": "tokens_per_motion"},
+                 "generator": {"ahead": "lookahead"}}
 
-def save_release(path, models, meta, dtype=torch.float16):
+
+def convert_semo_1(weights, configs):
+    """Rename the weights {"kind.name": tensor} and configs {kind: {field: value}} of format semo-1 to today's names."""
+    def renamed(name):
+        kind, *parts = name.split(".")
+        names = SEMO_1_NAMES.get(kind, {})
+        if kind == "generator":
+            names = {**names, "recall": "cross_attn_ref" if parts[0] == "blocks" else "ref_embed"}
+        return ".".join([kind, *(names.get(part, part) for part in parts)])
+
+    weights = {renamed(name): value for name, value in weights.items()}
+    configs = {kind: {SEMO_1_FIELDS.get(kind, {}).get(field, field): value for field, value in config.items()}
+               for kind, config in configs.items()}
+    return weights, configs
+
+
+def save_weights(path, models, meta, dtype=torch.float16):
     """models {"encoder": ..., "decoder": ..., maybe "generator": ...}, each with a `config`; meta: plain JSON values."""
     weights = {f"{kind}.{name}": value.detach().cpu().to(dtype if value.ndim > 1 else torch.float32).contiguous()
                for kind, model in models.items() for name, value in model.state_dict().items()}
-    about = {"format": "semo-1", "configs": {kind: asdict(model.config) for kind, model in models.items()}, **meta}
+    meta = {**meta, "format": "semo-2", "configs": {kind: asdict(model.config) for kind, model in models.items()}}
     with atomic_write(path, make_folder=True) as temporary:
-        save_file(weights, temporary, metadata={"semo": json.dumps(about)})
+        save_file(weights, temporary, metadata={"semo": json.dumps(meta)})
 
 
-def load_release(path, classes, device="cpu"):
-    """-> ({kind: model in eval mode}, meta). classes: {kind: (class of the model, class of its config)} of all kinds that there are.
-    InputError with one clear sentence if the file is not a sound release."""
+def load_weights(path, classes, device="cpu"):
+    """-> ({kind: model in eval mode}, meta). classes: {kind: (class of the model, class of its config)} of all kinds.
+    InputError with one clear sentence if the file does not hold sound weights."""
     try:
         with safe_open(path, framework="pt") as f:
             meta = json.loads((f.metadata() or {}).get("semo", "null"))
             weights = {name: f.get_tensor(name) for name in f.keys()} if meta else {}
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); "
-                         "give a SeMo release such as weights/semo-tiny.safetensors") from error
-    if not isinstance(meta, dict) or meta.get("format") != "semo-1":
-        raise InputError(f"{path}: a safetensors file, but not a SeMo release; train_ae.py and train_gen.py write those")
+                         "give SeMo weights such as weights/semo-tiny.safetensors") from error
+    if not isinstance(meta, dict) or meta.get("format") not in ("semo-1", "semo-2"):
+        raise InputError(f"{path}: a safetensors file, but not SeMo weights; train_ae.py and train_gen.py write those")
+    configs = meta.pop("configs", {})
+    if meta["format"] == "semo-1":
+        weights, configs = convert_semo_1(weights, configs)
+        meta["format"] = "semo-2"
     bad = [name for name, value in weights.items() if not value.isfinite().all()]
     if bad:
         raise InputError(f"{path}: {len(bad)} weights hold NaN or infinity, first {bad[0]}; the file is damaged or badly trained")
     models = {}
-    for kind, config in meta.pop("configs", {}).items():
+    for kind, config in configs.items():
         try:
             make, make_config = classes[kind]
             model = make(make_config(**config))

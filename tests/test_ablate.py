@@ -28,10 +28,10 @@ def test_every_variant_differs_from_the_base_in_one_thing_and_can_be_built():
             motion = encoder(picture)
             count, width = motion.shape[1:]
             if table == "count":
-                assert count * width == 64 and decoder.config.expand * count == 8          # both budgets are fixed
+                assert count * width == 64 and decoder.config.tokens_per_motion * count == 8          # both budgets are fixed
             if table in ("width", "count"):
                 assert f"{count} x {width}" == row
-            v = decoder(picture, torch.ones(2), motion, decoder.reference(picture, motion))
+            v = decoder(picture, torch.ones(2), motion, decoder.encode_reference(picture, motion))
             assert v.shape == picture.shape
     names = list(ablate.runs(list(ablate.TITLES)))
     assert len(names) == len(set(names)) == 1 + 3 + 3 + 2 + 1 + 1 + 1 + 2
@@ -43,7 +43,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(ablate, "CLIPS", {"reconstruct": 1, "probe": 10, "talk": 1})
     monkeypatch.setattr(evaluate, "FRAMES", {"reconstruct": 3, "probe": 2, "talk": 5})
     monkeypatch.setattr(evaluate, "training_frames", lambda *given, few=evaluate.training_frames: few(*given, count=10))
-    monkeypatch.setattr(ablate, "BASE", {**ablate.BASE, "refs": 2, "targets": 1})
+    monkeypatch.setattr(ablate, "BASE", {**ablate.BASE, "persons": 2, "targets": 1})
     monkeypatch.setattr(ablate, "PAST", {**ablate.PAST, "windows": 2, "clips": 1, "seconds": 2})
     yield tmp_path
     train_ae.PRESETS.pop("ablation", None)

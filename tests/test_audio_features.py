@@ -22,22 +22,22 @@ def test_mel_values_equal_transformers():
     theirs = spectrogram(padded, window_function(400, "hann"), 400, 160, power=2.0, center=False, mel_floor=1e-4,
                          mel_filters=mel_filter_bank(201, 80, 0.0, 8000.0, 16000, norm=None, mel_scale="htk"))
     theirs = (np.log10(theirs.T) - audio_features.MEL_MEAN) / audio_features.MEL_STD  # (80 spectra, 80 bins)
-    ours = audio_features.features(x[None])[0]
+    ours = audio_features.extract_features(x[None])[0]
     assert ours.shape == (20, audio_features.FEATURE_DIM["mel"])
     np.testing.assert_allclose(ours.reshape(80, 80).numpy(), theirs, atol=1e-3)
 
 
 @pytest.mark.parametrize("samples, count", [(1, 1), (319, 1), (640, 1), (959, 1), (961, 2), (1600, 2), (16000, 25)])
 def test_one_row_per_video_frame(samples, count):
-    rows = audio_features.features(torch.ones(3, samples) * 0.1)
-    assert rows.shape == (3, count, 320) and audio_features.frames(samples) == count
+    rows = audio_features.extract_features(torch.ones(3, samples) * 0.1)
+    assert rows.shape == (3, count, 320) and audio_features.num_frames(samples) == count
     assert rows.isfinite().all()
 
 
 def test_a_click_lands_in_its_own_frame():
     wave = torch.zeros(1, 640 * 9)
     wave[0, 640 * 4 + 320] = 1  # the middle of frame 4
-    loudness = audio_features.features(wave)[0].amax(1)
+    loudness = audio_features.extract_features(wave)[0].amax(1)
     assert loudness.argmax() == 4
     floor = (-4 - audio_features.MEL_MEAN) / audio_features.MEL_STD
     torch.testing.assert_close(loudness[[0, 1, 2, 3, 5, 6, 7, 8]], torch.full((8,), floor))
@@ -45,13 +45,14 @@ def test_a_click_lands_in_its_own_frame():
 
 def test_a_tone_peaks_at_its_mel_bin():
     tone = 0.1 * torch.sin(2 * torch.pi * 1000 * torch.arange(6400) / 16000)
-    spectra = audio_features.features(tone[None])[0].view(-1, 80)
+    spectra = audio_features.extract_features(tone[None])[0].view(-1, 80)
     peak = audio_features.mel_filters()[25].argmax()  # 1000 Hz is FFT bin 25
     assert (spectra[2:-2].argmax(1) == peak).all()
 
 
 def test_rows_of_a_batch_are_independent():
-    torch.testing.assert_close(audio_features.features(SPEECHLIKE)[1:], audio_features.features(SPEECHLIKE[1:]), atol=1e-5, rtol=0)
+    both, second = (audio_features.extract_features(x) for x in (SPEECHLIKE, SPEECHLIKE[1:]))
+    torch.testing.assert_close(both[1:], second, atol=1e-5, rtol=0)
 
 
 def pieces(wave, sizes):
@@ -67,7 +68,7 @@ def pieces(wave, sizes):
 def test_chunks_equal_whole(sizes, samples):
     wave = SPEECHLIKE[0, :samples]
     rows = torch.cat(list(audio_features.stream_features(pieces(wave, sizes))))
-    torch.testing.assert_close(rows, audio_features.features(wave[None])[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows, audio_features.extract_features(wave[None])[0], atol=1e-5, rtol=0)
 
 
 def test_streaming_keeps_little_and_answers_early():
@@ -88,10 +89,10 @@ def test_streaming_keeps_little_and_answers_early():
 
 def test_unknown_kind_and_bad_shape_are_refused():
     with pytest.raises(ValueError, match="mel.*whisper.*'mfcc'"):
-        audio_features.features(SPEECHLIKE, kind="mfcc")
+        audio_features.extract_features(SPEECHLIKE, kind="mfcc")
     for bad in (torch.zeros(100), torch.zeros(1, 0)):
         with pytest.raises(ValueError, match="S > 0"):
-            audio_features.features(bad)
+            audio_features.extract_features(bad)
 
 
 # ---- loudness -------------------------------------------------------------------------------------------------------
@@ -102,31 +103,31 @@ def loud_rms(wave):
 
 
 def test_level_makes_recordings_alike():
-    a, b = audio_features.level(SPEECHLIKE[0]), audio_features.level(SPEECHLIKE[0] / 20)
+    a, b = audio_features.normalise_loudness(SPEECHLIKE[0]), audio_features.normalise_loudness(SPEECHLIKE[0] / 20)
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     assert 0.09 < loud_rms(a) < 0.12
-    torch.testing.assert_close(audio_features.level(SPEECHLIKE)[0], a)
-    torch.testing.assert_close(audio_features.features(a[None]), audio_features.features(b[None]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(audio_features.normalise_loudness(SPEECHLIKE)[0], a)
+    torch.testing.assert_close(audio_features.extract_features(a[None]), audio_features.extract_features(b[None]), atol=1e-3, rtol=0)
 
 
 def test_pauses_do_not_count_as_quiet_speech():
     pause = torch.zeros(3 * 50000)
     padded = torch.cat([pause, SPEECHLIKE[0], pause + 1e-5 * torch.randn(len(pause))])
-    ours, plain = audio_features.level_gain([padded]), audio_features.level_gain([SPEECHLIKE[0]])
+    ours, plain = audio_features.loudness_gain([padded]), audio_features.loudness_gain([SPEECHLIKE[0]])
     assert 0.7 < ours / plain < 1.4
 
 
 @pytest.mark.parametrize("wave", [torch.zeros(16000), 1e-4 * torch.randn(16000), 0.003 * torch.randn(16000),
                                   torch.zeros(1), 0.01 * torch.sin(torch.arange(16000) * 0.05)])
 def test_silence_and_noise_floor_are_not_raised(wave):
-    torch.testing.assert_close(audio_features.level(wave), wave)
-    assert audio_features.features(audio_features.level(wave)[None]).isfinite().all()
+    torch.testing.assert_close(audio_features.normalise_loudness(wave), wave)
+    assert audio_features.extract_features(audio_features.normalise_loudness(wave)[None]).isfinite().all()
 
 
 def test_gain_of_chunks_equals_whole():
-    whole = audio_features.level_gain([SPEECHLIKE[0]])
-    assert audio_features.level_gain(pieces(SPEECHLIKE[0], (333, 4000, 0, 1))) == pytest.approx(whole, rel=1e-5)
-    assert audio_features.level_gain([]) == 1.0
+    whole = audio_features.loudness_gain([SPEECHLIKE[0]])
+    assert audio_features.loudness_gain(pieces(SPEECHLIKE[0], (333, 4000, 0, 1))) == pytest.approx(whole, rel=1e-5)
+    assert audio_features.loudness_gain([]) == 1.0
 
 
 def gains(wave, given):
@@ -139,7 +140,7 @@ def test_running_level_does_not_depend_on_the_pieces(sizes):
     """Bit for bit: neither the sound nor, as the frames it comes in are always the same, the features of it."""
     for samples in (50000, 639, 0):
         wave = SPEECHLIKE[0, :samples]
-        whole, parts = list(audio_features.running_level([wave])), list(audio_features.running_level(pieces(wave, sizes)))
+        whole, parts = list(audio_features.streaming_gain([wave])), list(audio_features.streaming_gain(pieces(wave, sizes)))
         assert [len(frame) for frame in parts] == [len(frame) for frame in wave.split(640) if len(frame)]
         assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
@@ -147,42 +148,42 @@ def test_running_level_does_not_depend_on_the_pieces(sizes):
 def test_running_level_hears_nothing_of_the_future():
     """Sound comes out before more is asked for, and what comes later changes nothing."""
     taken = []
-    live = audio_features.running_level(taken.append(k) or SPEECHLIKE[0, 640 * k:640 * (k + 1)] for k in range(70))
+    live = audio_features.streaming_gain(taken.append(k) or SPEECHLIKE[0, 640 * k:640 * (k + 1)] for k in range(70))
     for k in range(70):
         next(live)
         assert len(taken) == k + 1
     other = torch.cat([SPEECHLIKE[0, :32000], 0.9 * torch.randn(18000)])
-    a, b = (list(audio_features.running_level([wave])) for wave in (SPEECHLIKE[0], other))
+    a, b = (list(audio_features.streaming_gain([wave])) for wave in (SPEECHLIKE[0], other))
     assert all(torch.equal(x, y) for x, y in zip(a[:50], b[:50], strict=True)) and not torch.equal(a[50], b[50])
 
 
 @pytest.mark.parametrize("scale", [0.05, 1, 15])
 def test_running_level_comes_to_the_level_of_the_whole(scale):
     wave = scale * torch.cat([SPEECHLIKE[0], SPEECHLIKE[1]])
-    whole = 20 * np.log10(audio_features.level_gain([wave]))
-    live = gains(list(audio_features.running_level([wave])), wave)
+    whole = 20 * np.log10(audio_features.loudness_gain([wave]))
+    live = gains(list(audio_features.streaming_gain([wave])), wave)
     assert (live[75:] - whole).abs().max() < 1.5 and (live[25:] - whole).abs().max() < 6
 
 
 def test_running_level_holds_through_a_pause_and_turns_down_at_once():
     hiss = 1e-3 * torch.randn(640 * 500)
-    pause = gains(list(audio_features.running_level([SPEECHLIKE[0], hiss])), torch.cat([SPEECHLIKE[0], hiss]))
+    pause = gains(list(audio_features.streaming_gain([SPEECHLIKE[0], hiss])), torch.cat([SPEECHLIKE[0], hiss]))
     assert abs(pause[-1] - pause[75]) < 2
     shout = torch.cat([0.05 * SPEECHLIKE[0], 5 * SPEECHLIKE[1]])
-    gain = gains(list(audio_features.running_level([shout])), shout)                   # the shout begins in frame 78
+    gain = gains(list(audio_features.streaming_gain([shout])), shout)                   # the shout begins in frame 78
     assert gain[75] > 15 and gain[88:].max() < 0
 
 
 @pytest.mark.parametrize("wave", [torch.zeros(16000), 1e-4 * torch.randn(16000), 0.003 * torch.randn(16000)])
 def test_running_level_does_not_raise_silence_and_noise_floor(wave):
-    torch.testing.assert_close(torch.cat(list(audio_features.running_level([wave]))), wave)
+    torch.testing.assert_close(torch.cat(list(audio_features.streaming_gain([wave]))), wave)
 
 
 def test_running_level_keeps_little(monkeypatch):
-    most, gain_of = [], audio_features.gain_of
-    monkeypatch.setattr(audio_features, "HEARD", 20)
-    monkeypatch.setattr(audio_features, "gain_of", lambda power, target: most.append(len(power)) or gain_of(power, target))
-    assert len(list(audio_features.running_level([SPEECHLIKE[0]] * 3))) == 235 and max(most) == 20 and min(most[20:]) >= 10
+    most, gain_of = [], audio_features.gain_from_power
+    monkeypatch.setattr(audio_features, "GAIN_HISTORY", 20)
+    monkeypatch.setattr(audio_features, "gain_from_power", lambda power, target: most.append(len(power)) or gain_of(power, target))
+    assert len(list(audio_features.streaming_gain([SPEECHLIKE[0]] * 3))) == 235 and max(most) == 20 and min(most[20:]) >= 10
 
 
 # ---- whisper --------------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def direct(folder, wave):
 
 def test_whisper_rows_are_pairs_of_encoder_states(whisper_folder):
     wave = SPEECHLIKE[:, :640 * 30]
-    rows = audio_features.features(wave, kind="whisper", model=whisper_folder)
+    rows = audio_features.extract_features(wave, kind="whisper", model=whisper_folder)
     assert rows.shape == (2, 30, 32)
     for row, sound in zip(rows, wave, strict=True):
         states = direct(whisper_folder, sound)
@@ -220,7 +221,7 @@ def test_whisper_rows_are_pairs_of_encoder_states(whisper_folder):
 
 def test_whisper_windows_overlap_and_keep_their_centres(whisper_folder):
     wave = SPEECHLIKE[0]  # 78 frames: two windows of 50, overlapping by 12
-    rows = audio_features.features(wave[None], kind="whisper", model=whisper_folder)[0]
+    rows = audio_features.extract_features(wave[None], kind="whisper", model=whisper_folder)[0]
     assert rows.shape == (78, 32)
     first, second = direct(whisper_folder, wave[:32000]), direct(whisper_folder, wave[38 * 640:])
     torch.testing.assert_close(rows[:44].reshape(88, 16), first[:88], atol=1e-5, rtol=0)
@@ -231,14 +232,14 @@ def test_whisper_windows_overlap_and_keep_their_centres(whisper_folder):
 def test_whisper_chunks_equal_whole(whisper_folder, samples):
     encoder = audio_features.load_whisper(whisper_folder)
     wave = SPEECHLIKE[0, :samples]
-    whole = audio_features.features(wave[None], kind="whisper", model=encoder)[0]
+    whole = audio_features.extract_features(wave[None], kind="whisper", model=encoder)[0]
     rows = torch.cat(list(audio_features.stream_features(pieces(wave, (900, 12345)), "whisper", encoder)))
-    assert len(rows) == audio_features.frames(samples)
+    assert len(rows) == audio_features.num_frames(samples)
     torch.testing.assert_close(rows, whole, atol=1e-5, rtol=0)
 
 
 def test_a_missing_whisper_is_explained(tmp_path):
     missing = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="nowhere.*folder") as error:
-        audio_features.features(SPEECHLIKE, kind="whisper", model=missing)
+        audio_features.extract_features(SPEECHLIKE, kind="whisper", model=missing)
     assert "\n" not in str(error.value)

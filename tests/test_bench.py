@@ -13,7 +13,7 @@ from generator import Generator, GeneratorConfig
 from measure import bench
 from media.files import write_lines
 from media.video import VideoWriter
-from media.weights import save_release
+from media.weights import save_weights
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def test_flops_and_parameters_are_those_of_the_network():
     """A linear layer: 2 n a b forward, the same for its weights' gradient; the input needs none. It keeps its input."""
     layer, x = torch.nn.Linear(64, 32), torch.randn(10, 64)
-    found = bench.measure(layer, lambda: layer(x).sum(), 10, CPU, 1)
+    found = bench.training_cost(layer, lambda: layer(x).sum(), 10, CPU, 1)
     assert found["parameters"] == 64 * 32 + 32 and found["flops"] == 2 * (2 * 64 * 32)
     assert found["speed_low"] <= found["speed"] <= found["speed_high"]
     assert found["state_gb"] == pytest.approx(5 * 4 * found["parameters"] / 1e9, rel=0.01)      # Adam: two moments
@@ -30,7 +30,7 @@ def test_flops_and_parameters_are_those_of_the_network():
 
 
 def test_cost_a_picture_does_not_depend_on_their_number():
-    few, many = (bench.measure(*bench.stage_1("nano", n, CPU), CPU, 1) for n in (2, 8))
+    few, many = (bench.training_cost(*bench.stage_1("nano", n, CPU), CPU, 1) for n in (2, 8))
     assert few["parameters"] == many["parameters"] and few["flops"] == pytest.approx(many["flops"], rel=0.01)
     model, _, count = bench.stage_2("nano", 6, CPU)
     assert count == 6 * model.config.window
@@ -63,11 +63,11 @@ def release(tmp_path_factory):
     torch.manual_seed(0)
     path, shape = tmp_path_factory.mktemp("release") / "w.safetensors", {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1,
                                                                          "heads": 1, "token_dim": 8}
-    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape, expand=2)),
-              "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=8, past=4, ahead=1))}
+    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape, tokens_per_motion=2)),
+              "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=8, past=4, lookahead=1))}
     for p in models["decoder"].parameters():
         p.data += 0.05 * torch.randn_like(p)
-    save_release(path, models, {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2, "guidance": 1.5})
+    save_weights(path, models, {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2, "guidance": 1.5})
     return str(path)
 
 
@@ -106,4 +106,4 @@ def test_an_unknown_part_is_refused(capsys):
 def test_real_presets_are_measured_as_they_train():
     """The pass that is timed is that of the training script: targets of so many people."""
     _, _, count = bench.stage_1("tiny", None, CPU)
-    assert count == train_ae.PRESETS["tiny"]["refs"] * train_ae.PRESETS["tiny"]["targets"]
+    assert count == train_ae.PRESETS["tiny"]["persons"] * train_ae.PRESETS["tiny"]["targets"]

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from decoder import Decoder, DecoderConfig, DiTBlock, TemporalBlock, TimeEmbed, modulate, paint
+from decoder import Decoder, DecoderConfig, DiTBlock, TemporalBlock, TimeEmbed, decode_frames, modulate
 from encoder import patchify, unpatchify
-from flow import sample
+from flow import integrate
 
 torch.set_num_threads(1)
 
-SMALL = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 2, "heads": 2, "token_dim": 5, "expand": 3}
+SMALL = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 2, "heads": 2, "token_dim": 5, "tokens_per_motion": 3}
 
 
 def decoder(lively=True, **change):
@@ -22,7 +22,7 @@ def decoder(lively=True, **change):
             if not weight.any():
                 torch.nn.init.normal_(weight, std=0.3)
         if model.config.predict == "x":
-            model.head.weight.data[-2 * model.cells**2:] *= 0.03             # displacements within the picture
+            model.head.weight.data[-2 * model.warp_grid**2:] *= 0.03             # displacements within the picture
     return model
 
 
@@ -36,7 +36,7 @@ def inputs(references=2, frames=1, seed=1, tokens=1):
 
 
 def velocity(model, z_r, m_r, z_t, t, m_t):
-    return model(z_t, t, m_t, model.reference(z_r, m_r))
+    return model(z_t, t, m_t, model.encode_reference(z_r, m_r))
 
 
 def differ(a, b, by=1e-4):
@@ -73,10 +73,10 @@ def test_a_zero_modulation_is_the_identity():
 def by_hand(model, z_r, m_r, z_t, t, m_t, sees):
     """Decoder's output as one joint sequence of reference and target under a mask: sees (2n, 2n), row sees column."""
     c = model.config
-    row, moving = model.target(z_t, t, m_t, z_r, m_r)
-    rows = [model.row(z_r, m_r, 0), row]
+    row, moving = model.embed_target(z_t, t, m_t, z_r, m_r)
+    rows = [model.embed_tokens(z_r, m_r, 0), row]
     n, patches = rows[0].shape[1], (c.image_size // c.patch_size) ** 2
-    still = moving if c.full_attention else model.still.expand_as(moving)
+    still = moving if c.full_attention else model.ref_condition.expand_as(moving)
     condition = torch.stack([still, moving], 1).repeat_interleave(n, 1)                # (B, 2n, E): one for each token
     x = torch.cat(rows, 1)
     for block in model.blocks:
@@ -121,7 +121,7 @@ def test_only_full_attention_lets_the_reference_see_the_target(full):
 def test_a_cache_serves_every_step(full):
     model = decoder(lively=True, full_attention=full)
     z_r, m_r, z_t, t, m_t = inputs()
-    cache = model.reference(z_r, m_r)
+    cache = model.encode_reference(z_r, m_r)
     first = model(z_t, t, m_t, cache)
     model(z_t + 1, t / 2, m_t - 1, cache)                                    # another step leaves no trace
     assert torch.equal(model(z_t, t, m_t, cache), first)
@@ -220,15 +220,15 @@ def test_motion_tokens_stand_in_order():
     """Row = patches, then token 0's `expand` tokens, then token 1's: token l, part k comes from part k of the layer."""
     model = decoder(num_tokens=2)
     z_r, m_r, *_ = inputs(tokens=2)
-    row = model.row(z_r, m_r, role=1)
+    row = model.embed_tokens(z_r, m_r, segment=1)
     assert row.shape == (2, 4 + 2 * 3, 24)
-    torch.testing.assert_close(row[:, :4], model.embed(patchify(z_r, 4)) + model.position + model.role[1])
+    torch.testing.assert_close(row[:, :4], model.embed(patchify(z_r, 4)) + model.position + model.segment_embed[1])
     for token in range(2):
         for part in range(3):
             rows = slice(24 * part, 24 * part + 24)
             want = F.linear(m_r[:, token], model.motion.weight[rows], model.motion.bias[rows])
             place = 3 * token + part
-            torch.testing.assert_close(row[:, 4 + place], want + model.slot[place] + model.role[1])
+            torch.testing.assert_close(row[:, 4 + place], want + model.motion_pos_embed[place] + model.segment_embed[1])
 
 
 @pytest.mark.parametrize("change", [{}, {"frames": 2}, {"predict": "v"}, {"num_tokens": 2}, {"full_attention": True}])
@@ -261,31 +261,31 @@ def test_velocity_follows_from_the_predicted_picture():
 
 def test_the_reference_is_moved_faded_and_painted_over():
     z_r, model, still = torch.randn(1, 3, 8, 8), decoder(), torch.zeros(1, 2, 3)
-    torch.testing.assert_close(model.compose(z_r, still, answer(0.3, 0.75)), 0.25 * z_r + 0.3)
+    torch.testing.assert_close(model.warp_and_blend(z_r, still, answer(0.3, 0.75)), 0.25 * z_r + 0.3)
     pixel = 2 / 8                                                            # in halves of the picture
-    left = model.compose(z_r, still, answer(right=pixel))                    # each pixel looks one to its right
+    left = model.warp_and_blend(z_r, still, answer(right=pixel))                    # each pixel looks one to its right
     torch.testing.assert_close(left[..., :-1], z_r[..., 1:])
     torch.testing.assert_close(left[..., -1], z_r[..., -1])                  # beyond the edge: the edge
-    up = model.compose(z_r, still, answer(down=2 * pixel))
+    up = model.warp_and_blend(z_r, still, answer(down=2 * pixel))
     torch.testing.assert_close(up[:, :, :-2], z_r[:, :, 2:])
     turned = torch.tensor([[[-1.0, -1, 0], [1, -1, 0]]])                     # plus the identity: a quarter turn
-    torch.testing.assert_close(model.compose(z_r, turned, answer()), z_r.rot90(1, (2, 3)))
+    torch.testing.assert_close(model.warp_and_blend(z_r, turned, answer()), z_r.rot90(1, (2, 3)))
 
 
 def test_displacements_run_smoothly_across_patches():
     """A horizontal ramp through a field that grows from patch to patch: no step at the border between pixels 3 and 4."""
     ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
     out = torch.cat([answer(right=0.0), answer(right=0.5)], 0)[[0, 1, 0, 1], 0][None]
-    row = decoder().compose(ramp, torch.zeros(1, 2, 3), out)[0, 0, 4]
+    row = decoder().warp_and_blend(ramp, torch.zeros(1, 2, 3), out)[0, 0, 4]
     assert (row.diff()[1:5] > 0).all() and row.diff()[:6].max() < 2.5 * ramp[0, 0, 0].diff().max()
 
 
 def test_a_new_decoder_copies_the_reference():
     model = decoder(lively=False)
     z_r, m_r, z_t, _, m_t = inputs(2, 3)
-    cache = model.reference(z_r, m_r)
+    cache = model.encode_reference(z_r, m_r)
     for steps in (1, 4):
-        copy = sample(model, z_t, steps, m_t=m_t, cache=cache)
+        copy = integrate(model, z_t, steps, m_t=m_t, cache=cache)
         torch.testing.assert_close(copy, z_r.repeat_interleave(3, 0), atol=1e-5, rtol=0)
 
 
@@ -306,7 +306,7 @@ def test_config_errors_name_the_values(wrong, words):
 
 def painted(model, motion, sizes, **options):
     z_r, m_r, z_t, *_ = inputs(1)
-    return list(paint(model, z_r, m_r.flatten(1), iter(motion.split(sizes)), z_t, **options))
+    return list(decode_frames(model, z_r, m_r.flatten(1), iter(motion.split(sizes)), z_t, **options))
 
 
 @pytest.mark.parametrize("frames", [1, 3])
@@ -315,9 +315,10 @@ def test_paint_gives_a_frame_for_every_motion(count, frames):
     model, motion = decoder(lively=True, frames=frames), inputs(1, count)[4].flatten(1)
     z_r, m_r, z_t, *_ = inputs(1)
     parts = painted(model, motion, count, steps=2, batch=4)
-    cache, sizes = model.reference(z_r, m_r), [3] * (count // 3) + [count % 3] if frames > 1 else [1, min(count - 1, 4), count - 5]
+    cache = model.encode_reference(z_r, m_r)
+    sizes = [3] * (count // 3) + [count % 3] if frames > 1 else [1, min(count - 1, 4), count - 5]
     for part, now in zip(parts, motion.split([size for size in sizes if size > 0]), strict=True):
-        want = sample(model, z_t.expand(len(now), -1, -1, -1), 2, m_t=now[:, None], cache=cache)
+        want = integrate(model, z_t.expand(len(now), -1, -1, -1), 2, m_t=now[:, None], cache=cache)
         torch.testing.assert_close(part, want.detach(), atol=1e-4, rtol=1e-4)
     assert sum(map(len, parts)) == count and not parts[0].requires_grad
 
@@ -336,7 +337,7 @@ def test_paint_of_pictures_waits_for_nothing():
     for frames, needed in [(1, 5), (3, 10)]:
         taken = []
         motions = (taken.append(1) or now for now in inputs(1, 20)[4].flatten(1).split(5))
-        parts = paint(decoder(frames=frames), z_r, m_r.flatten(1), motions, z_t, batch=8)
+        parts = decode_frames(decoder(frames=frames), z_r, m_r.flatten(1), motions, z_t, batch=8)
         assert len(next(parts)) == frames and len(next(parts)) == (4 if frames == 1 else 3)
         assert 5 * len(taken) == needed
 

@@ -11,10 +11,10 @@ from encoder import (
     Block,
     EncoderConfig,
     MotionEncoder,
-    Standardise,
-    attend,
+    RunningNorm,
+    attention,
     patchify,
-    random_keep,
+    random_masking,
     rms_norm,
     sincos,
     sincos_2d,
@@ -94,13 +94,13 @@ def test_attend_trains_as_torch_does():
     torch.manual_seed(0)
     ours = [torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 9, 9)]
     theirs = [x.detach().clone().requires_grad_() for x in ours]
-    out, want = attend(*ours), F.scaled_dot_product_attention(*theirs)
+    out, want = attention(*ours), F.scaled_dot_product_attention(*theirs)
     torch.testing.assert_close(out, want)
     slope = torch.randn_like(out)
     out.backward(slope), want.backward(slope)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
-    torch.testing.assert_close(attend(*(x.detach() for x in ours)), want.detach())
+    torch.testing.assert_close(attention(*(x.detach() for x in ours)), want.detach())
 
 
 def test_rms_norm_equals_torch():
@@ -112,23 +112,23 @@ def test_rms_norm_equals_torch():
 
 @pytest.mark.parametrize("ratio, left", [(0, 64), (0.5, 32), (0.9, 7), (0.999, 1), (1.0, 1)])
 def test_kept_patches(ratio, left):
-    keep = random_keep(50, 64, ratio, torch.Generator().manual_seed(0))
+    keep = random_masking(50, 64, ratio, torch.Generator().manual_seed(0))
     assert keep.shape == (50, left) and keep.min() >= 0 and keep.max() < 64
     assert (keep.diff(dim=1) > 0).all()                                      # sorted, and none twice
-    assert torch.equal(keep, random_keep(50, 64, ratio, torch.Generator().manual_seed(0)))
+    assert torch.equal(keep, random_masking(50, 64, ratio, torch.Generator().manual_seed(0)))
     if 1 < left < 64:
         assert len(keep.unique(dim=0)) == 50                                 # a subset for each sample
-        assert not torch.equal(keep, random_keep(50, 64, ratio, torch.Generator().manual_seed(1)))
+        assert not torch.equal(keep, random_masking(50, 64, ratio, torch.Generator().manual_seed(1)))
 
 
 def test_every_patch_is_kept_equally_often():
-    counts = random_keep(4000, 16, 0.75, torch.Generator().manual_seed(0)).flatten().bincount(minlength=16)
+    counts = random_masking(4000, 16, 0.75, torch.Generator().manual_seed(0)).flatten().bincount(minlength=16)
     assert (counts - 1000).abs().max() < 150                                 # 5 standard deviations
 
 
 def test_dropped_patches_cannot_change_the_motion():
     model, x = encoder(), images(3)
-    keep = random_keep(3, N, 0.6, torch.Generator().manual_seed(0))
+    keep = random_masking(3, N, 0.6, torch.Generator().manual_seed(0))
     patches = patchify(x, 4)
     dropped = torch.ones(3, N, dtype=torch.bool).scatter(1, keep, False)
     spoiled = unpatchify(torch.where(dropped[..., None], torch.nan, patches), 4)
@@ -154,7 +154,7 @@ def test_a_patch_keeps_its_position_when_others_leave():
 def test_keeping_all_is_no_mask():
     model, x = encoder(), images(2)
     torch.testing.assert_close(model(x, torch.arange(N).expand(2, -1)), model(x))
-    torch.testing.assert_close(model(x, random_keep(2, N, 0)), model(x))
+    torch.testing.assert_close(model(x, random_masking(2, N, 0)), model(x))
 
 
 # ---- the token ------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_token_k_is_token_k():
     """Output k belongs to learned token k, its D numbers to it alone: by hand, so a scrambled reshape fails."""
     model, x = encoder(num_tokens=3), images(2)
     z = model.embed(patchify(x, 4)) + model.position
-    sketch = model.sketch(model.thumb(z).flatten(1)).view(2, 3, 24)
+    sketch = model.token_init(model.patch_summary(z).flatten(1)).view(2, 3, 24)
     z = torch.cat([z, model.tokens + sketch], 1)
     for block in model.blocks:
         z = block(z)
@@ -183,7 +183,7 @@ def test_token_k_is_token_k():
     order = torch.tensor([2, 0, 1])
     before = model(x)
     model.tokens.data = model.tokens.data[order]
-    model.sketch.weight.data = model.sketch.weight.data.view(3, 24, -1)[order].flatten(0, 1)
+    model.token_init.weight.data = model.token_init.weight.data.view(3, 24, -1)[order].flatten(0, 1)
     torch.testing.assert_close(model(x), before[:, order], atol=1e-5, rtol=1e-5)        # learned tokens carry no place
 
 
@@ -198,7 +198,7 @@ def test_a_token_learns_by_itself():
 
 def test_shape_precision_and_gradients():
     model = encoder(num_tokens=2, channels=4, image_size=8, patch_size=2).train()
-    motion = model(torch.randn(5, 4, 8, 8), random_keep(5, N, 0.5))
+    motion = model(torch.randn(5, 4, 8, 8), random_masking(5, N, 0.5))
     assert motion.shape == (5, 2, 6) and motion.dtype == torch.float32
     (motion * torch.randn_like(motion)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
@@ -223,7 +223,7 @@ def lopsided(count, seed=0):
 
 
 def test_standardise_makes_zero_mean_and_unit_variance():
-    norm = Standardise(3)
+    norm = RunningNorm(3)
     assert not list(norm.parameters())
     torch.testing.assert_close(norm.eval()(lopsided(4)), lopsided(4))        # before any data: nothing
     norm.train()
@@ -236,7 +236,7 @@ def test_standardise_makes_zero_mean_and_unit_variance():
 
 def test_standardise_averages_plainly_at_first():
     """Until 1 / momentum updates the statistics are those of all that was seen; then old data fades."""
-    norm = Standardise(3)
+    norm = RunningNorm(3)
     for seed in range(50):
         norm(lopsided(8, seed))
     seen = torch.cat([lopsided(8, seed) for seed in range(50)]).flatten(0, 1)
@@ -248,7 +248,7 @@ def test_standardise_averages_plainly_at_first():
 
 
 def test_evaluation_does_not_update():
-    norm = Standardise(3)
+    norm = RunningNorm(3)
     norm(lopsided(8))
     before = {name: value.clone() for name, value in norm.state_dict().items()}
     norm.eval()(lopsided(8) + 100)
@@ -257,7 +257,7 @@ def test_evaluation_does_not_update():
 
 
 def test_a_number_that_never_changes_stays_finite():
-    norm = Standardise(3)
+    norm = RunningNorm(3)
     for _ in range(3):
         out = norm(torch.full((4, 1, 3), 1e3))
     assert out.isfinite().all() and out.abs().max() < 1
@@ -266,7 +266,7 @@ def test_a_number_that_never_changes_stays_finite():
 def half(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    norm = Standardise(3)
+    norm = RunningNorm(3)
     outs = [norm(lopsided(8, seed)[4 * rank:4 * rank + 4]) for seed in range(3)]
     torch.save((norm.state_dict(), torch.stack(outs)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -274,7 +274,7 @@ def half(rank, folder):
 
 def test_two_processes_share_the_statistics_of_the_whole_batch(tmp_path):
     mp.spawn(half, (str(tmp_path),), nprocs=2)
-    one = Standardise(3)
+    one = RunningNorm(3)
     whole = torch.stack([one(lopsided(8, seed)) for seed in range(3)])
     for rank in range(2):
         state, outs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -13,9 +13,9 @@ from generator import Generator, GeneratorConfig
 from measure import checkpoint, evaluate, perceptual, reader
 from media.files import write_lines
 from media.video import VideoWriter
-from media.weights import save_release
-from world.people import HELD_OUT, clip, random_motion
-from world.render import MOTION, identity, render
+from media.weights import save_weights
+from world.people import HELD_OUT, random_clip, random_motion
+from world.render import MOTION, random_identity, render
 
 torch.set_num_threads(1)
 META = {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2, "guidance": 1.5}
@@ -28,11 +28,11 @@ def given(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
     torch.manual_seed(0)
     shape = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 1, "token_dim": 8}
-    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape, expand=2))}
-    save_release(folder / "ae.safetensors", models, META)
-    models["generator"] = Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=8, past=4, ahead=1))
-    save_release(folder / "w.safetensors", models, META)
-    reader.save_reader(folder / "r.safetensors", reader.MotionReader())
+    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape, tokens_per_motion=2))}
+    save_weights(folder / "ae.safetensors", models, META)
+    models["generator"] = Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=8, past=4, lookahead=1))
+    save_weights(folder / "w.safetensors", models, META)
+    reader.save_regressor(folder / "r.safetensors", reader.FactorRegressor())
     return folder
 
 
@@ -65,7 +65,7 @@ def test_a_perfect_decoder_is_measured_as_perfect(given, monkeypatch, capsys):
     for name in ("true frames", "ours, 1 step", "ours, 4 steps", "the same with frame 0", "B as A, 1 step"):
         row = {k: v["mean"] for k, v in found["rows"][name].items()}
         assert row == pytest.approx({"psnr": 100, "ssim": 1, "l1": 0, "face_psnr": 100, "face_ssim": 1, "face_l1": 0,
-                                     "sharpness": 1, "seams": 1}, abs=1e-4)
+                                     "sharpness": 1, "blockiness": 1}, abs=1e-4)
     assert found["motion_correlation"]["ours, 1 step"] == found["motion_correlation"]["true frames"]
     assert found["rows"]["copy the photo"]["psnr"]["mean"] < 50 and found["ids"] == [HELD_OUT, HELD_OUT + 1]
 
@@ -89,7 +89,7 @@ def test_the_nearest_training_frame_is_the_nearest():
     true = (bank[[7, 3]] / 127.5 - 1) + 0.05 * pictures(2, 32, seed=1)
     assert torch.equal(evaluate.nearest(bank, true), bank[[7, 3]] / 127.5 - 1)
     drawn = evaluate.training_frames(evaluate.parse(["reconstruct"]), 32, count=10)
-    again = render(identity(torch.arange(10)), random_motion(torch.arange(10)), 32)
+    again = render(random_identity(torch.arange(10)), random_motion(torch.arange(10)), 32)
     assert (drawn / 127.5 - 1 - again).abs().max() < 0.005                  # people of the training part
 
 
@@ -132,7 +132,7 @@ def test_real_people_are_the_test_split_averaged_by_person(given, grey, monkeypa
 
 def test_real_people_speak_with_their_own_and_with_another_sound(given, grey, monkeypatch):
     heard = []
-    monkeypatch.setattr(evaluate, "spoken", lambda release, photo, wave, *_: heard.append(wave) or photo.expand(6, -1, -1, -1))
+    monkeypatch.setattr(evaluate, "animate", lambda release, photo, wave, *_: heard.append(wave) or photo.expand(6, -1, -1, -1))
     assert run(given, "talk", "--data", str(grey), "--json", str(grey / "out.json")) == 0
     rows = json.loads((grey / "out.json").read_text())["pictures"]
     assert [wave.shape for wave in heard] == 5 * [(1, 8 * 640)]             # the first clip has no other
@@ -188,7 +188,7 @@ def test_steps_are_those_of_the_sampler(given, monkeypatch, capsys):
     found = json.loads((given / "o.json").read_text())
     assert asked == [1, 4, 1, 4] and list(found["rows"]) == ["1", "4"]
     assert found["rows"]["1"]["psnr"]["mean"] < found["rows"]["4"]["psnr"]["mean"] - 3
-    assert found["bend"]["decoder"] == pytest.approx(0, abs=1e-3)            # untrained: one picture from everywhere
+    assert found["straightness"]["decoder"] == pytest.approx(0, abs=1e-3)            # untrained: one picture from everywhere
 
 
 def test_the_mouth_is_judged_against_its_own_truth(given, monkeypatch):
@@ -199,13 +199,13 @@ def test_the_mouth_is_judged_against_its_own_truth(given, monkeypatch):
     monkeypatch.setattr(evaluate, "FRAMES", {"talk": 40})
     monkeypatch.setattr(evaluate, "face_box", lambda person, motion, size: torch.ones(len(motion), 17, 17, dtype=torch.bool))
     monkeypatch.setattr(evaluate, "show", frames)
-    monkeypatch.setattr(reader, "load_reader", lambda path: lambda x: x[:, 0, 0])
-    monkeypatch.setattr(evaluate, "spoken", lambda release, photo, wave, *more: photo.expand(wave.shape[1] // 640, -1, -1, -1))
+    monkeypatch.setattr(reader, "load_regressor", lambda path: lambda x: x[:, 0, 0])
+    monkeypatch.setattr(evaluate, "animate", lambda release, photo, wave, *more: photo.expand(wave.shape[1] // 640, -1, -1, -1))
     assert run(given, "talk", "--clips", "2", "--json", str(given / "o.json")) == 0
     rows = json.loads((given / "o.json").read_text())["rows"]
     assert rows["true frames"]["jaw"]["mean"] == pytest.approx(1, abs=1e-4) and rows["true frames"]["jaw_lag"]["mean"] == 0
     assert rows["ours"]["jaw"]["mean"] == 0 and rows["ours"]["yaw_std"]["mean"] < 1e-4
-    motion = clip(torch.tensor([HELD_OUT, HELD_OUT + 1]), 40)["motion"]
+    motion = random_clip(torch.tensor([HELD_OUT, HELD_OUT + 1]), 40)["motion"]
     assert rows["true frames"]["yaw_std"]["mean"] == pytest.approx(math.degrees(motion[:, :, 0].std(1).mean()), rel=1e-4)
 
 

@@ -31,7 +31,7 @@ def test_velocity_points_to_the_data():
     torch.testing.assert_close(flow.interpolate(z, eps, t) + (t[:, None] - 1) * v, eps)
     slope = (flow.interpolate(z, eps, t + 1e-3) - flow.interpolate(z, eps, t - 1e-3)) / 2e-3
     torch.testing.assert_close(slope, -v)
-    torch.testing.assert_close(flow.sample(lambda *_: v, eps, 3), z)
+    torch.testing.assert_close(flow.integrate(lambda *_: v, eps, 3), z)
 
 
 def test_loss_equals_hand_computation():
@@ -60,14 +60,14 @@ def test_loss_is_fp32_and_has_a_gradient():
 
 
 def test_training_times():
-    t = flow.random_times(20000, torch.Generator().manual_seed(0), noise_share=0.3)
+    t = flow.sample_timesteps(20000, torch.Generator().manual_seed(0), p_pure_noise=0.3)
     assert t.shape == (20000,) and (t > 0).all() and (t <= 1).all()
     assert (t == 1).float().mean() == pytest.approx(0.3, abs=0.02)
     logit = torch.logit(t[t < 1].double())
     assert logit.mean() == pytest.approx(0.8, abs=0.03) and logit.std() == pytest.approx(0.8, abs=0.03)
-    assert torch.equal(t, flow.random_times(20000, torch.Generator().manual_seed(0), noise_share=0.3))
-    assert not (flow.random_times(1000, noise_share=0) == 1).any()
-    assert (flow.random_times(1000, noise_share=1) == 1).all()
+    assert torch.equal(t, flow.sample_timesteps(20000, torch.Generator().manual_seed(0), p_pure_noise=0.3))
+    assert not (flow.sample_timesteps(1000, p_pure_noise=0) == 1).any()
+    assert (flow.sample_timesteps(1000, p_pure_noise=1) == 1).all()
 
 
 # ---- samplers -------------------------------------------------------------------------------------------------------
@@ -78,18 +78,18 @@ def test_a_point_is_found_in_any_number_of_steps(steps, method):
     """The true field of data that is one point a is (a - z) / t: straight lines, so every step count is exact."""
     point = draw(4, 3, 2)
     def field(z, t):
-        return flow.velocity_from_data(point, z, t, t_min=1e-6)
+        return flow.x_to_v(point, z, t, t_min=1e-6)
 
-    out = flow.sample(field, draw(4, 3, 2, seed=1), steps, method)
+    out = flow.integrate(field, draw(4, 3, 2, seed=1), steps, method)
     torch.testing.assert_close(out, point, atol=1e-9, rtol=0)
 
 
 def test_velocity_from_data_stops_growing_near_the_data():
     x, z = draw(3, 2), draw(3, 2, seed=1)
-    v = flow.velocity_from_data(x, z, torch.tensor([1, 0.5, 0.01], dtype=torch.float64))
+    v = flow.x_to_v(x, z, torch.tensor([1, 0.5, 0.01], dtype=torch.float64))
     torch.testing.assert_close(v, (x - z) / torch.tensor([[1], [0.5], [0.05]], dtype=torch.float64))
     eps, t = draw(3, 2, seed=2), torch.full((3,), 0.3, dtype=torch.float64)
-    torch.testing.assert_close(flow.velocity_from_data(x, flow.interpolate(x, eps, t), t), x - eps)     # eq. (8) again
+    torch.testing.assert_close(flow.x_to_v(x, flow.interpolate(x, eps, t), t), x - eps)     # eq. (8) again
 
 
 MEAN, DEVIATION = 2.0, 0.5
@@ -104,7 +104,7 @@ def gaussian(z, t):
 
 @pytest.mark.parametrize("method, steps", [("euler", 200), ("heun", 30)])
 def test_noise_becomes_the_gaussian_of_the_data(method, steps):
-    out = flow.sample(gaussian, draw(20000, 1), steps, method)
+    out = flow.integrate(gaussian, draw(20000, 1), steps, method)
     assert out.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert out.std().item() == pytest.approx(DEVIATION, abs=0.02)
 
@@ -112,7 +112,7 @@ def test_noise_becomes_the_gaussian_of_the_data(method, steps):
 def test_halving_the_step_halves_eulers_error_and_quarters_heuns():
     noise = draw(500, 1)
     exact = MEAN + DEVIATION * noise                                         # the flow keeps the order of the points
-    error = {(method, steps): (flow.sample(gaussian, noise, steps, method) - exact).abs().mean()
+    error = {(method, steps): (flow.integrate(gaussian, noise, steps, method) - exact).abs().mean()
              for method in ("euler", "heun") for steps in (40, 80, 160)}
     for steps in (40, 80):
         assert error["euler", steps] / error["euler", 2 * steps] == pytest.approx(2, abs=0.2)
@@ -129,7 +129,7 @@ def test_calls_and_times_of_a_walk(method, calls):
         times.append(t[0].item())
         return torch.zeros_like(z)
 
-    flow.sample(model, torch.zeros(3, 2), 5, method, tag="kept")
+    flow.integrate(model, torch.zeros(3, 2), 5, method, tag="kept")
     assert len(times) == calls and times[0] == 1 and min(times) == pytest.approx(0.2)   # never asks at t = 0
 
 
@@ -149,13 +149,13 @@ def test_trajectory_equals_diffusers(steps):
     z = noise
     for time in scheduler.timesteps:
         z = scheduler.step(-field(z, time.expand(8) / 1000), time, z).prev_sample
-    torch.testing.assert_close(flow.sample(field, noise, steps), z, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(flow.integrate(field, noise, steps), z, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("steps, method", [(0, "euler"), (-1, "heun"), (4, "ddim")])
 def test_bad_walks_are_refused(steps, method):
     with pytest.raises(ValueError, match=f"{steps}.*{method}"):
-        flow.sample(gaussian, draw(2, 1), steps, method)
+        flow.integrate(gaussian, draw(2, 1), steps, method)
 
 
 # ---- guidance -------------------------------------------------------------------------------------------------------
@@ -167,25 +167,25 @@ def conditional(z, t, audio, past):
 def test_guidance_formula():
     z, t = draw(3, 2), torch.rand(3, dtype=torch.float64)
     cond = {"audio": draw(3, 2, seed=1), "past": draw(3, 2, seed=2)}
-    assert flow.guide(conditional, 1, {"audio": None}) is conditional
+    assert flow.with_cfg(conditional, 1, {"audio": None}) is conditional
     free = conditional(z, t, None, cond["past"])                             # only what null names is replaced
     for s in (0, 0.5, 2.5):
         want = free + s * (conditional(z, t, **cond) - free)
-        torch.testing.assert_close(flow.guide(conditional, s, {"audio": None})(z, t, **cond), want)
-    torch.testing.assert_close(flow.guide(conditional, 0, {"audio": None})(z, t, **cond), free)
+        torch.testing.assert_close(flow.with_cfg(conditional, s, {"audio": None})(z, t, **cond), want)
+    torch.testing.assert_close(flow.with_cfg(conditional, 0, {"audio": None})(z, t, **cond), free)
 
 
 def test_guidance_nearly_one_is_nearly_the_model():
     cond = {"audio": draw(3, 2, seed=1), "past": draw(3, 2, seed=2)}
-    plain = flow.sample(conditional, draw(3, 2), 4, **cond)
-    nearly = flow.guide(conditional, 1 + 1e-9, {"audio": None})
-    torch.testing.assert_close(flow.sample(nearly, draw(3, 2), 4, **cond), plain)
+    plain = flow.integrate(conditional, draw(3, 2), 4, **cond)
+    nearly = flow.with_cfg(conditional, 1 + 1e-9, {"audio": None})
+    torch.testing.assert_close(flow.integrate(nearly, draw(3, 2), 4, **cond), plain)
 
 
 def test_bend_of_known_paths():
     """Velocity 3 in the first half of the walk and 1 in the second: mean square 5 against a chord of 2. Straight: 0."""
     noise = draw(4, 3)
-    two = flow.bend(lambda z, t: torch.where(t[:, None] > 0.525, 3.0, 1.0).expand_as(z), noise, 20)
+    two = flow.straightness(lambda z, t: torch.where(t[:, None] > 0.525, 3.0, 1.0).expand_as(z), noise, 20)
     torch.testing.assert_close(two, torch.full((4,), 0.25))
-    point = flow.bend(lambda z, t: flow.velocity_from_data(torch.zeros_like(z), z, t), noise, 8)
+    point = flow.straightness(lambda z, t: flow.x_to_v(torch.zeros_like(z), z, t), noise, 8)
     torch.testing.assert_close(point, torch.zeros(4), atol=1e-5, rtol=0)

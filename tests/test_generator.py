@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import flow
-from generator import CrossAttention, Generator, GeneratorConfig, dream
+from generator import CrossAttention, Generator, GeneratorConfig, generate_motion
 
 torch.set_num_threads(1)
-SMALL = {"token_dim": 6, "audio_dim": 5, "width": 24, "depth": 2, "heads": 2, "window": 4, "past": 3, "ahead": 2}
+SMALL = {"token_dim": 6, "audio_dim": 5, "width": 24, "depth": 2, "heads": 2, "window": 4, "past": 3, "lookahead": 2}
 ROWS = 3 + 4 + 2                                                             # of speech in one pass of SMALL
 
 
@@ -56,7 +56,7 @@ def test_cross_attention_equals_torch():
 def test_blocks_start_as_identity_and_the_output_as_zero():
     model = generator(lively=False)
     x = torch.randn(2, 7, 24)
-    given = torch.randn(2, 24), model.clock[:7], torch.randn(2, ROWS, 24), torch.randn(2, 1, 24)
+    given = torch.randn(2, 24), model.pos_embed[:7], torch.randn(2, ROWS, 24), torch.randn(2, 1, 24)
     assert all(torch.equal(block(x, *given), x) for block in model.blocks)
     assert not model(*inputs()).any()
 
@@ -110,7 +110,7 @@ def test_order_in_time_matters(which):
 def test_past_and_new_frames_are_told_apart():
     """The frame before the window and the first of it swap places: not the same, apart from the clock."""
     model = generator()
-    model.clock.zero_()
+    model.pos_embed.zero_()
     m_t, t, past, reference, audio = inputs()
     plain = model(m_t, t, past, reference, audio)[:, 1:]
     first, last = m_t[:, :1], past[:, -1:]
@@ -170,7 +170,7 @@ def test_lengths_that_disagree_are_refused(which, words):
 
 
 @pytest.mark.parametrize("wrong, words", [({"heads": 5}, "24.*5"), ({"width": 9, "heads": 3}, "9"),
-                                          ({"window": 0}, "0"), ({"past": 0}, "0"), ({"ahead": -1}, "-1")])
+                                          ({"window": 0}, "0"), ({"past": 0}, "0"), ({"lookahead": -1}, "-1")])
 def test_config_errors_name_the_numbers(wrong, words):
     with pytest.raises(ValueError, match=words):
         GeneratorConfig(**{**SMALL, **wrong})
@@ -210,7 +210,7 @@ def test_a_frame_learns_to_hear_its_own_row():
     z, _, cond = batches(torch.Generator().manual_seed(1))
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        error = (flow.sample(model.eval(), noise, 1, **cond) - z)[..., :5].square().mean()
+        error = (flow.integrate(model.eval(), noise, 1, **cond) - z)[..., :5].square().mean()
     assert error < 0.3                                                       # 1 without hearing, 2 with the wrong row
 
 
@@ -225,18 +225,18 @@ def speech(count):
 
 def dreamed(model, rows, **options):
     still = torch.linspace(-2, 2, 6)[None]
-    return list(dream(model, still, rows, torch.Generator().manual_seed(4), SILENCE, **options))
+    return list(generate_motion(model, still, rows, torch.Generator().manual_seed(4), SILENCE, **options))
 
 
 def window_by_window(model, rows, steps, guidance):
     """dream, with all of the speech at hand."""
     c, still, draw = model.config, torch.linspace(-2, 2, 6), torch.Generator().manual_seed(4)
-    silent = SILENCE.expand(c.past + c.window + c.ahead, -1)
+    silent = SILENCE.expand(c.past + c.window + c.lookahead, -1)
     padded, past, out = torch.cat([silent[:c.past], rows, silent]), still.expand(1, c.past, -1), []
     for start in range(0, len(rows), c.window):
         cond = {"past": past, "reference": still[None], "audio": padded[None, start:start + len(silent)]}
-        field = flow.guide(model, guidance, {"audio": None})
-        out.append(flow.sample(field, torch.randn(1, c.window, 6, generator=draw), steps, **cond)[0])
+        field = flow.with_cfg(model, guidance, {"audio": None})
+        out.append(flow.integrate(field, torch.randn(1, c.window, 6, generator=draw), steps, **cond)[0])
         past = torch.cat([past[0], out[-1]])[None, -c.past:]
     return torch.cat(out)[:len(rows)].detach()
 
@@ -265,7 +265,7 @@ def test_dream_answers_as_soon_as_it_can():
             given.append(row)
             yield row
 
-    motions = dream(generator(), torch.zeros(1, 6), source(), torch.Generator(), SILENCE)
+    motions = generate_motion(generator(), torch.zeros(1, 6), source(), torch.Generator(), SILENCE)
     for k in range(3):
         next(motions)
         assert len(given) == 4 * (k + 1) + 2                                 # the window and what is ahead of it

@@ -6,7 +6,7 @@ import torch
 
 from measure import metrics
 from world.people import random_motion
-from world.render import IDENTITY, MOTION, identity
+from world.render import IDENTITY, MOTION, random_identity
 
 torch.set_num_threads(1)
 NAMES = list(MOTION)
@@ -81,12 +81,12 @@ def test_sharpness_is_a_ratio_of_gradients():
 
 def test_seams_are_found_at_patch_borders_only():
     true = pictures(1, 32) * 0.1
-    assert metrics.seams(true, true, 8).item() == pytest.approx(1)
+    assert metrics.blockiness(true, true, 8).item() == pytest.approx(1)
     board = torch.ones(4, 4)
     board[1::2, ::2] = board[::2, 1::2] = -1
     tiles = 0.3 * board.repeat_interleave(8, 0).repeat_interleave(8, 1)
-    assert metrics.seams(true + tiles, true, 8).item() > 3
-    assert metrics.seams(true + tiles.roll((4, 4), (0, 1)), true, 8).item() < 0.6
+    assert metrics.blockiness(true + tiles, true, 8).item() > 3
+    assert metrics.blockiness(true + tiles.roll((4, 4), (0, 1)), true, 8).item() < 0.6
     smooth = torch.arange(16.0).expand(1, 3, 16, 16).clone()
     smooth[..., 8:] += 3                                                    # steps of 1 inside, 4 at the border of 8
     smooth += smooth.transpose(2, 3).clone()
@@ -110,14 +110,14 @@ def test_correlation_by_column():
     assert found[0].item() == pytest.approx(torch.corrcoef(torch.stack([a[:, 0], b[:, 0]]))[0, 1].item(), abs=1e-5)
     assert found[1].item() == pytest.approx(-1, abs=1e-5) and found[2] == 0
     clips = [torch.randn(20, 2) + 100 * k for k in range(3)]                # what differs between clips does not count
-    assert metrics.followed(clips, [x.roll(7, 0) for x in clips])[0] < 0.6
-    assert metrics.followed(clips, [2 * x - 50 * k for k, x in enumerate(clips)]) == pytest.approx([1, 1], abs=1e-4)
+    assert metrics.motion_correlation(clips, [x.roll(7, 0) for x in clips])[0] < 0.6
+    assert metrics.motion_correlation(clips, [2 * x - 50 * k for k, x in enumerate(clips)]) == pytest.approx([1, 1], abs=1e-4)
 
 
 def test_blinks_are_counted_once():
     signal = torch.zeros(60)
     signal[5:9], signal[20:22], signal[22], signal[23], signal[40] = 0.9, 0.6, 0.4, 0.6, 0.45
-    assert metrics.events(signal) == 2                                      # the dip to 0.4 is no new one, 0.45 none at all
+    assert metrics.count_events(signal) == 2                                      # the dip to 0.4 is no new one, 0.45 none at all
 
 
 def test_interval_is_about_two_standard_errors():
@@ -130,7 +130,7 @@ def test_interval_is_about_two_standard_errors():
 
 def test_the_probe_reads_what_is_there_and_nothing_else():
     number = torch.arange(200).repeat_interleave(5)
-    motion, people = random_motion(torch.arange(1000)), identity(number)
+    motion, people = random_motion(torch.arange(1000)), random_identity(number)
     noise = torch.randn(1000, 12, generator=torch.Generator().manual_seed(0))
     turned = motion @ torch.linalg.qr(torch.randn(17, 17, generator=torch.Generator().manual_seed(1))).Q
     m, i = metrics.probe_tokens(torch.cat([turned, noise], 1), motion, people, number)

@@ -9,8 +9,8 @@ import torch
 from media.sound import FPS
 from media.video import read_video
 from world import people
-from world.people import HELD_OUT, clip, pairs, random_motion, render_clip
-from world.render import IDENTITY, MOTION, POSE, identity, render
+from world.people import HELD_OUT, random_clip, random_motion, random_pairs, render_clip
+from world.render import IDENTITY, MOTION, POSE, random_identity, render
 from world.speech import EMOTIONS, speak
 
 torch.set_num_threads(1)
@@ -20,7 +20,7 @@ LOW, HIGH = torch.tensor(list(MOTION.values())).unbind(1)
 # ---- factors --------------------------------------------------------------------------------------------------------
 
 def test_identities_are_spread_over_their_range():
-    people = identity(torch.arange(4000))
+    people = random_identity(torch.arange(4000))
     assert people.shape == (4000, len(IDENTITY)) and (people >= 0).all() and (people < 1).all()
     torch.testing.assert_close(people.mean(0), torch.full((len(IDENTITY),), 0.5), atol=0.03, rtol=0)
     torch.testing.assert_close(people.std(0), torch.full((len(IDENTITY),), 12**-0.5), atol=0.02, rtol=0)
@@ -42,7 +42,7 @@ def test_motions_fill_their_ranges():
         assert (column[name].std() / (MOTION[name][1] - MOTION[name][0])).item() == pytest.approx(24**-0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("make", [identity, random_motion, lambda seeds: clip(seeds, 7)["motion"]])
+@pytest.mark.parametrize("make", [random_identity, random_motion, lambda seeds: random_clip(seeds, 7)["motion"]])
 def test_draws_depend_on_the_seed_alone(make):
     seeds = torch.tensor([3, HELD_OUT + 3, 123_456, 0])
     whole = make(seeds)
@@ -62,13 +62,13 @@ def drawn(seeds, targets, near):
         asked.extend((people, motion, size))
         return torch.arange(float(len(people))).view(-1, 1, 1, 1).expand(-1, 3, size, size)
 
-    first, others, _ = pairs(torch.tensor(seeds), targets, near, 8, draw)
+    first, others, _ = random_pairs(torch.tensor(seeds), targets, near, 8, draw)
     people, motion = (part.unflatten(0, (-1, 1 + targets)) for part in asked[:2])
     return people, motion, first[:, 0, 0, 0], others[:, 0, 0, 0]
 
 
 def test_pairs_are_pictures_of_the_same_people():
-    first, others, truth = pairs(torch.tensor([5, 6]), 3, 0.5, 32)
+    first, others, truth = random_pairs(torch.tensor([5, 6]), 3, 0.5, 32)
     assert first.shape == (2, 3, 32, 32) and others.shape == (6, 3, 32, 32)
     people, motion, *_ = drawn([5, 6], 3, 0.5)
     assert torch.equal(truth, torch.cat([motion[:, 0], motion[:, 1:].flatten(0, 1)]))
@@ -109,7 +109,7 @@ def test_training_pairs_never_show_a_held_out_person(seed, monkeypatch):
 # ---- clips ----------------------------------------------------------------------------------------------------------
 
 SEEDS = torch.tensor([1, 2, HELD_OUT, 77])
-LONG = clip(SEEDS, 30 * FPS)
+LONG = random_clip(SEEDS, 30 * FPS)
 
 
 def factor(made, name):
@@ -117,9 +117,9 @@ def factor(made, name):
 
 
 def test_clips_agree_with_the_voice():
-    made, said = clip(SEEDS, 50), speak(SEEDS, 50)
+    made, said = random_clip(SEEDS, 50), speak(SEEDS, 50)
     assert made["motion"].shape == (4, 50, len(MOTION)) and made["wave"].shape == (4, 50 * 640)
-    assert torch.equal(made["identity"], identity(SEEDS))
+    assert torch.equal(made["identity"], random_identity(SEEDS))
     torch.testing.assert_close(factor(made, "jaw"), said["jaw"])
     torch.testing.assert_close(factor(made, "lip_width"), said["lip_width"])
     torch.testing.assert_close(made["wave"], said["wave"])
@@ -146,7 +146,7 @@ def test_eyes_blink():
 
 
 def test_a_longer_clip_starts_with_the_shorter():
-    short = clip(SEEDS, 40)
+    short = random_clip(SEEDS, 40)
     torch.testing.assert_close(LONG["motion"][:, :40], short["motion"], atol=1e-4, rtol=0)
     torch.testing.assert_close(LONG["wave"][:, :40 * 640], short["wave"], atol=1e-4, rtol=0)
 
@@ -171,7 +171,7 @@ def test_clip_frames_are_the_rendered_ones():
 def test_the_command_writes_clips_and_their_factors(tmp_path):
     assert people.main(f"--out {tmp_path}/made --clips 1 --seconds 0.4 --size 32 --seed 5".split()) == 0
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["000005.mp4", "000005.npz", "000005.wav"]
-    true, stem = clip(torch.tensor([5]), 10), str(tmp_path / "made" / "000005")
+    true, stem = random_clip(torch.tensor([5]), 10), str(tmp_path / "made" / "000005")
     with np.load(stem + ".npz") as kept:                                     # no pickle inside
         assert kept["identity_names"].tolist() == IDENTITY and kept["motion_names"].tolist() == list(MOTION)
         assert kept["emotion_names"].tolist() == list(EMOTIONS)

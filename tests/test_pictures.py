@@ -13,7 +13,7 @@ from measure import pictures
 from measure.pictures import GAP, NAMES, NAVY, ORANGE, SHOWN
 from media.files import write_lines
 from media.video import VideoWriter
-from media.weights import save_release
+from media.weights import save_weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -28,15 +28,16 @@ def given(tmp_path_factory):
     """A small untrained release, and its encoder alone."""
     folder = tmp_path_factory.mktemp("given")
     torch.manual_seed(0)
-    models = {"encoder": MotionEncoder(EncoderConfig(**SHAPE, depth=2)), "decoder": Decoder(DecoderConfig(**SHAPE, depth=1, expand=2))}
-    save_release(folder / "w.safetensors", models, META)
-    save_release(folder / "e.safetensors", {"encoder": models["encoder"]}, META)
+    models = {"encoder": MotionEncoder(EncoderConfig(**SHAPE, depth=2)),
+              "decoder": Decoder(DecoderConfig(**SHAPE, depth=1, tokens_per_motion=2))}
+    save_weights(folder / "w.safetensors", models, META)
+    save_weights(folder / "e.safetensors", {"encoder": models["encoder"]}, META)
     return folder
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(pictures, "FRAMES", {"clip": 6, "survey": 40, "speech": 20})
+    monkeypatch.setattr(pictures, "FRAMES", {"clip": 6, "pca": 40, "speech": 20})
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_a_planted_factor_names_its_direction_and_moves_the_token(monkeypatch, s
     monkeypatch.setattr(pictures, "principal", either)
     noise = 0.01 * torch.randn(40, 12, generator=draw)
     monkeypatch.setattr(pictures, "encode", lambda release, x: 5 * x[:, jaw, None] * line + noise)
-    found = pictures.survey(RELEASE)
+    found = pictures.token_pca(RELEASE)
     assert found.shares[0] > 0.99 and torch.allclose(found.axes[0], line, atol=0.02)
     assert found.correlations[0].argmax() == jaw and found.correlations[0, jaw] > 0.999
     assert (found.correlations.max(1).values >= found.correlations.min(1).values.abs()).all()
@@ -106,7 +107,7 @@ def test_recomputed_attention_is_that_of_the_layer():
         for block in encoder.blocks:                                                # far from uniform, and heads unlike
             block.attention.qkv.weight *= 6
         layer, x = encoder.blocks[0].attention, torch.randn(2, 18, 32)
-        weights, (_, _, v) = pictures.looks(layer, x), layer.project(x)
+        weights, (_, _, v) = pictures.attention_weights(layer, x), layer.project(x)
         assert torch.allclose(weights.sum(-1), torch.ones(2, 2, 18), atol=1e-5) and weights.amax() > 0.3
         assert torch.allclose(layer.out((weights @ v).transpose(1, 2).flatten(2)), layer(x), atol=1e-5)
 
@@ -114,10 +115,10 @@ def test_recomputed_attention_is_that_of_the_layer():
         for block in encoder.blocks:
             block.norm1.register_forward_hook(lambda module, given, out: inputs.append(out))
         z = torch.rand(2, 3, 32, 32) * 2 - 1
-        found = pictures.seen(encoder, z)
+        found = pictures.token_attention(encoder, z)
         assert found.shape == (2, 3, 18) and torch.allclose(found.sum(-1), torch.ones(2, 3), atol=1e-5)
         for k, block in enumerate(encoder.blocks):
-            direct = pictures.looks(block.attention, inputs[k])[:, :, 16:].mean((1, 2))
+            direct = pictures.attention_weights(block.attention, inputs[k])[:, :, 16:].mean((1, 2))
             assert torch.allclose(found[:, k], direct, atol=1e-6)
         assert not any(block.attention._forward_hooks for block in encoder.blocks)
 
@@ -125,7 +126,7 @@ def test_recomputed_attention_is_that_of_the_layer():
 def test_the_overlay_glows_where_the_token_looks(monkeypatch, sheets):
     planted = torch.full((1, 2, 17), 0.01)
     planted[0, 0, 1 * 4 + 3], planted[0, 1, 16] = 0.5, 0.9                          # row 1, column 3; layer 2: the token itself
-    monkeypatch.setattr(pictures, "seen", lambda *given: planted)
+    monkeypatch.setattr(pictures, "token_attention", lambda *given: planted)
     release = SimpleNamespace(encoder=MotionEncoder(EncoderConfig(**SHAPE, depth=2)), space=SimpleNamespace(encode=lambda x: x),
                               device=torch.device("cpu"))
     pictures.attention(release, torch.zeros(1, 3, 32, 32))

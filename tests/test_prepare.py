@@ -16,7 +16,7 @@ import torch
 import data
 from media import prepare as prepare_module
 from media.files import read_lines
-from media.prepare import TEST_SHARE, face_square, pieces, split_of, who
+from media.prepare import TEST_SHARE, face_square, parse_identity, split_of, split_scenes
 
 torch.set_num_threads(1)
 
@@ -74,11 +74,11 @@ def rows(folder, name="manifest"):
     ("anna/holiday 1.mp4", "anna"), ("a/b/c.mp4", "a/b"), ("lonely.mp4", "."),
 ])
 def test_identity_from_known_names_or_the_folder(path, identity):
-    assert who(path)["identity"] == identity
+    assert parse_identity(path)["identity"] == identity
 
 
 def test_mead_names_tell_emotion_level_and_camera():
-    told = who("M003/video/left_30/sad/level_3/012.mp4")
+    told = parse_identity("M003/video/left_30/sad/level_3/012.mp4")
     assert (told["emotion"], told["level"], told["camera"]) == ("sad", 3, "left_30")
 
 
@@ -92,9 +92,9 @@ def test_the_split_depends_on_the_name_alone():
 # ---- prepare --------------------------------------------------------------------------------------------------------
 
 def test_pieces_are_equal_parts_of_scenes():
-    assert pieces(100, []) == [(0, 100)]
-    assert pieces(700, [100]) == [(0, 100), (100, 200), (300, 200), (500, 200)]
-    assert pieces(251, []) == [(0, 125), (125, 126)]
+    assert split_scenes(100, []) == [(0, 100)]
+    assert split_scenes(700, [100]) == [(0, 100), (100, 200), (300, 200), (500, 200)]
+    assert split_scenes(251, []) == [(0, 125), (125, 126)]
 
 
 def test_a_mixed_folder(tmp_path):

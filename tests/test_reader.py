@@ -5,7 +5,7 @@ import torch
 
 from measure import reader
 from world.people import HELD_OUT, random_motion
-from world.render import IDENTITY, identity, render
+from world.render import IDENTITY, random_identity, render
 
 torch.set_num_threads(1)
 
@@ -15,9 +15,9 @@ def pictures(n=3, size=24, seed=0):
 
 
 def test_the_reader_survives_its_file_and_any_picture_size(tmp_path):
-    made = reader.MotionReader().eval()
-    reader.save_reader(tmp_path / "r.safetensors", made)
-    again = reader.load_reader(tmp_path / "r.safetensors")
+    made = reader.FactorRegressor().eval()
+    reader.save_regressor(tmp_path / "r.safetensors", made)
+    again = reader.load_regressor(tmp_path / "r.safetensors")
     assert os.path.getsize(tmp_path / "r.safetensors") < 2e6
     x = pictures(2, 128)
     assert torch.allclose(again(x), made(x), atol=1e-2) and again(x[:, :, ::2, ::2]).shape == (2, 17)
@@ -25,7 +25,7 @@ def test_the_reader_survives_its_file_and_any_picture_size(tmp_path):
 
 def test_a_mirrored_frame_has_mirrored_motion():
     """Where the world is symmetric: the head's place. Everything else that has a side changes sign with it."""
-    people = identity(torch.arange(4))
+    people = random_identity(torch.arange(4))
     people[:, [IDENTITY.index(name) for name in ("parting", "back_dir", "back_wave", "hair_volume")]] = 0.5
     images = render(people, motion := random_motion(torch.arange(4)))
     flipped, told = reader.mirror(images, motion)
@@ -37,7 +37,7 @@ def test_a_mirrored_frame_has_mirrored_motion():
 def test_reader_frames_are_of_the_people_asked_for():
     images, motion = reader.true_frames(2, 8, HELD_OUT)
     ids = HELD_OUT + 16 + torch.arange(8)
-    assert torch.equal(images, render(identity(ids), motion))
+    assert torch.equal(images, render(random_identity(ids), motion))
     free = random_motion(ids)
     assert torch.equal(motion[4:], free[4:]) and not torch.equal(motion[:4], free[:4])
 
@@ -45,7 +45,7 @@ def test_reader_frames_are_of_the_people_asked_for():
 def test_training_the_reader_lowers_its_error(tmp_path, monkeypatch, capsys):
     frames = reader.true_frames(0, 8)
     monkeypatch.setattr(reader, "true_frames", lambda *given, **named: frames)
-    reader.train_reader(tmp_path / "r.safetensors", minutes=0.03, batch=8, compiled=False)
+    reader.train_regressor(tmp_path / "r.safetensors", minutes=0.03, batch=8, compiled=False)
     said = capsys.readouterr().out
     assert "correlation" in said and float(said.split("loss ")[1].split(":")[0]) < 0.35
-    reader.load_reader(tmp_path / "r.safetensors")
+    reader.load_regressor(tmp_path / "r.safetensors")

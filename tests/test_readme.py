@@ -17,7 +17,8 @@ TEXT = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 LINES = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
 ORDER = ("data.py", "train_ae.py", "train_gen.py", "-m world.people", "sample.py", "-m measure.evaluate", "-m measure.pictures",
          "-m measure.ablate", "-m measure.bench")
-SMALLER = {"data.py": "--crop centre --size 32 --jobs 1", "train_ae.py": "--steps 2 --refs 2", "train_gen.py": "--steps 2 --clips 1",
+SMALLER = {"data.py": "--crop centre --size 32 --jobs 1", "train_ae.py": "--steps 2 --persons 2",
+           "train_gen.py": "--steps 2 --clips 1",
            "world.people": "--size 32", "sample.py": "", "measure.evaluate": ""}
 
 

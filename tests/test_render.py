@@ -5,11 +5,11 @@ import torch.nn.functional as F
 
 from measure.metrics import NAMES
 from world.people import HELD_OUT, random_motion
-from world.render import IDENTITY, MOTION, face_box, identity, render
+from world.render import IDENTITY, MOTION, face_box, random_identity, render
 
 torch.set_num_threads(1)
 LOW, HIGH = torch.tensor(list(MOTION.values())).unbind(1)
-PEOPLE = identity(torch.arange(8))
+PEOPLE = random_identity(torch.arange(8))
 
 
 def rest(count=8, **factors):
@@ -29,7 +29,7 @@ def changed(people, a, b, size=64):
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_pictures_are_pictures(size):
-    images = render(identity(torch.arange(40, 50)), random_motion(torch.arange(10)), size)
+    images = render(random_identity(torch.arange(40, 50)), random_motion(torch.arange(10)), size)
     assert images.shape == (10, 3, size, size) and images.isfinite().all() and images.abs().max() <= 1
     assert (images.std((1, 2, 3)) > 0.15).all()
 
@@ -109,7 +109,7 @@ def test_light_comes_from_its_side():
 
 def test_the_face_box_holds_the_face_and_ends_at_the_chin():
     ids = HELD_OUT + torch.arange(12)
-    people, motion = identity(ids), random_motion(ids)
+    people, motion = random_identity(ids), random_motion(ids)
     people[:, IDENTITY.index("hair_length")] = 0                            # no hair below the chin
     motion[:, NAMES.index("jaw")] = motion[:, NAMES.index("jaw")].clamp(min=0.05)
     box, drawn = face_box(people, motion, 128), render(people, motion)

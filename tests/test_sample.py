@@ -26,7 +26,7 @@ from media import device as device_module
 from media.files import InputError
 from media.sound import has_audio, load_audio
 from media.video import VideoWriter, read_video
-from media.weights import save_release
+from media.weights import save_weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -51,7 +51,7 @@ def small_models(**decoder):
 def given(tmp_path_factory):
     """A folder with a release, a photo, a second of speech-like sound, a driving video."""
     folder = tmp_path_factory.mktemp("given")
-    save_release(folder / "w.safetensors", small_models(), META)
+    save_weights(folder / "w.safetensors", small_models(), META)
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(folder / "x.png")
     soundfile.write(folder / "y.wav", 0.2 * rng.normal(size=(22050, 2)).clip(-3, 3), 22050)
@@ -86,8 +86,9 @@ def test_photo_and_speech_make_a_video(given, tmp_path, capsys):
 
 def test_with_a_detector_the_photo_is_cut_round_its_face(given, tmp_path, monkeypatch):
     """The face found fills the photo: its square is larger, and what is beyond repeats the edge."""
-    seen, talk = [], sample.talk
-    monkeypatch.setattr(sample, "talk", lambda models, meta, image, *more: seen.append(image) or talk(models, meta, image, *more))
+    seen, talk = [], sample.animate_from_audio
+    monkeypatch.setattr(sample, "animate_from_audio",
+                        lambda models, meta, image, *more: seen.append(image) or talk(models, meta, image, *more))
     monkeypatch.setattr(sample, "load_detector", lambda path: path)
     monkeypatch.setattr(face, "find_face", lambda detector, image: [0.0, 0.0, *map(float, image.size)])
     assert sample.main(command(given, tmp_path / "o.mp4", "--detector", "yunet.onnx")) == 0
@@ -145,19 +146,19 @@ def features(frames):
 def test_pieces_of_the_sound_do_not_matter(frames):
     models, rows = small_models(frames=frames), features(43)
     image = torch.rand(3, 32, 32) * 2 - 1
-    whole = list(sample.talk(models, META, image, iter([rows])))
-    parts = list(sample.talk(models, META, image, iter(rows.split(7))))
+    whole = list(sample.animate_from_audio(models, META, image, iter([rows])))
+    parts = list(sample.animate_from_audio(models, META, image, iter(rows.split(7))))
     assert len(whole) == 43 and whole[0].shape == (32, 32, 3) and whole[0].dtype == np.uint8
     assert all(np.array_equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
 def test_frames_depend_on_photo_sound_and_guidance():
     models, image = small_models(), torch.rand(3, 32, 32) * 2 - 1
-    base, other = (np.stack(list(sample.talk(models, META, image, iter([features(17) * k])))) for k in (1, -1))
+    base, other = (np.stack(list(sample.animate_from_audio(models, META, image, iter([features(17) * k])))) for k in (1, -1))
     assert not np.array_equal(base, other)
-    strong = np.stack(list(sample.talk(models, META, image, iter([features(17)]), guidance=3.0)))
+    strong = np.stack(list(sample.animate_from_audio(models, META, image, iter([features(17)]), guidance=3.0)))
     assert not np.array_equal(base, strong)
-    assert not np.array_equal(base, np.stack(list(sample.talk(models, META, -image, iter([features(17)])))))
+    assert not np.array_equal(base, np.stack(list(sample.animate_from_audio(models, META, -image, iter([features(17)])))))
 
 
 def test_early_frames_do_not_wait_for_late_sound():
@@ -169,7 +170,7 @@ def test_early_frames_do_not_wait_for_late_sound():
             taken.append(k)
             yield features(1)
 
-    frames = sample.talk(small_models(), META, torch.zeros(3, 32, 32), rows())
+    frames = sample.animate_from_audio(small_models(), META, torch.zeros(3, 32, 32), rows())
     next(frames)
     assert len(taken) <= 16 + 3
     for _ in range(100):
@@ -181,17 +182,18 @@ def test_early_frames_do_not_wait_for_late_sound():
 def test_live_sound_gives_the_frames_of_the_file(size, monkeypatch):
     """With the same gain, live frames are the file's; the running gain is all that differs."""
     models, image, wave = small_models(), torch.rand(3, 32, 32) * 2 - 1, 0.1 * torch.randn(30000)
-    want = np.stack(list(sample.talk(models, META, image, iter([audio_features.features(2 * wave[None])[0]]), 5)))
-    assert len(list(sample.stream(models, META, image, iter(wave.split(size)), 5))) == len(want) == 47
-    monkeypatch.setattr(audio_features, "running_level", lambda chunks: (2 * chunk for chunk in chunks))
-    live = np.stack(list(sample.stream(models, META, image, iter(wave.split(size)), 5)))
+    features = audio_features.extract_features(2 * wave[None])[0]
+    want = np.stack(list(sample.animate_from_audio(models, META, image, iter([features]), 5)))
+    assert len(list(sample.animate_live(models, META, image, iter(wave.split(size)), 5))) == len(want) == 47
+    monkeypatch.setattr(audio_features, "streaming_gain", lambda chunks: (2 * chunk for chunk in chunks))
+    live = np.stack(list(sample.animate_live(models, META, image, iter(wave.split(size)), 5)))
     assert np.abs(live.astype(int) - want.astype(int)).max() <= 1 and (live == want).mean() > 0.99
 
 
 def test_live_frames_leave_when_their_window_is_heard():
     """Window, what is heard ahead and the mel windows' reach: 20 frames of sound; then 16 more for every 16."""
     given = []
-    live = sample.stream(small_models(), META, torch.zeros(3, 32, 32),
+    live = sample.animate_live(small_models(), META, torch.zeros(3, 32, 32),
                          (given.append(1) or 0.1 * torch.randn(640) for _ in range(100)))
     for k in range(64):
         next(live)
@@ -207,7 +209,7 @@ def test_precision_does_not_leak(monkeypatch):
             assert not torch.is_autocast_enabled("cpu")
             yield features(1)
 
-    frames = sample.talk(small_models(), META, torch.zeros(3, 32, 32), rows())
+    frames = sample.animate_from_audio(small_models(), META, torch.zeros(3, 32, 32), rows())
     for _ in frames:
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
@@ -406,11 +408,11 @@ def test_bad_inputs_end_in_a_sentence(given, tmp_path, capsys):
 
 def test_weights_with_nan_and_without_generator_are_refused(given, tmp_path, capsys):
     models = small_models()
-    save_release(tmp_path / "half.safetensors", {k: models[k] for k in ("encoder", "decoder")}, META)
+    save_weights(tmp_path / "half.safetensors", {k: models[k] for k in ("encoder", "decoder")}, META)
     half = tmp_path / "half.safetensors"
     refused(capsys, command(given, tmp_path / "o.mp4", ckpt=half), "half.safetensors", "--video")
     next(models["decoder"].parameters()).data.fill_(float("nan"))
-    save_release(tmp_path / "nan.safetensors", models, META)
+    save_weights(tmp_path / "nan.safetensors", models, META)
     refused(capsys, command(given, tmp_path / "o.mp4", ckpt=tmp_path / "nan.safetensors"), "nan.safetensors", "NaN")
 
 
@@ -435,7 +437,7 @@ def test_interruption_leaves_no_file(given, tmp_path, monkeypatch, capsys):
         yield np.zeros((32, 32, 3), np.uint8)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample, "talk", interrupted)
+    monkeypatch.setattr(sample, "animate_from_audio", interrupted)
     assert sample.main(command(given, tmp_path / "o.mp4")) == 130
     assert os.listdir(tmp_path) == []
 

@@ -22,16 +22,16 @@ import data
 import train_ae
 import training
 from decoder import Decoder
-from encoder import MotionEncoder, random_keep
+from encoder import MotionEncoder, random_masking
 from generator import Generator, GeneratorConfig
 from media.files import write_lines
 from media.latents import Pixel
 from media.video import VideoWriter
-from media.weights import save_release
+from media.weights import save_weights
 from sample import load_models
 from world import people as people_module
-from world.people import HELD_OUT, clip, random_motion
-from world.render import MOTION, identity, render
+from world.people import HELD_OUT, random_clip, random_motion
+from world.render import MOTION, random_identity, render
 
 torch.set_num_threads(1)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -77,21 +77,21 @@ def auto_encoder(seed=0, nudge=0.05, depth=1, frames=1):
     for parameter in model.parameters():
         parameter.data += nudge * torch.randn(parameter.shape)
     model.encoder.tokens.data.normal_()                                      # tiny tokens and young statistics would
-    model.encoder.standardise.count.fill_(1)                                 # magnify rounding
+    model.encoder.running_norm.count.fill_(1)                                 # magnify rounding
     return model
 
 
 @pytest.fixture
 def people(monkeypatch):
     """Every identity that is drawn, in order."""
-    seen, draw = [], identity
+    seen, draw = [], random_identity
     monkeypatch.setattr(people_module, "identity", lambda ids: seen.extend(ids.tolist()) or draw(ids))
     return seen
 
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(train_ae, "picture", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(train_ae, "save_samples", lambda *_: (0.0, 0.0))
 
 
 def around_step(monkeypatch, hook):
@@ -115,10 +115,10 @@ def test_no_two_steps_or_processes_draw_the_same_people(people):
     args, model = train_ae.parse(["--preset", "nano", "--accumulate", "2"]), auto_encoder()
     for rank in range(2):
         numbers = [(step * 2 + part) * 2 + rank for step in range(3) for part in range(2)]
-        batches = train_ae.feed(args, NANO, None, numbers, render)
+        batches = train_ae.batches(args, NANO, None, numbers, render)
         for step in range(3):
             train_ae.train_step(args, NANO, model, batches, step, rank, 2, Pixel(), CPU, torch.autocast("cpu", enabled=False))
-    assert len(set(people)) == 3 * 2 * 2 * args.refs                         # steps, ranks, passes, people of each
+    assert len(set(people)) == 3 * 2 * 2 * args.persons                         # steps, ranks, passes, people of each
 
 
 @pytest.mark.parametrize("seed", [0, 1, 999])
@@ -128,16 +128,16 @@ def test_held_out_people_are_never_trained_on(people, no_pictures, tmp_path, see
     assert len(set(people)) == 4 and max(people) < HELD_OUT
     args = train_ae.parse(["--preset", "nano", "--seed", str(seed), "--frames", str(frames)])
     people.clear()
-    train_ae.batch(args, NANO, 10**9 // 3, render)                 # nor after a billion passes
+    train_ae.synthetic_batch(args, NANO, 10**9 // 3, render)                 # nor after a billion passes
     assert max(people) < HELD_OUT
     people.clear()
-    train_ae.batch(args, NANO, 0, render, held_out=True)
+    train_ae.synthetic_batch(args, NANO, 0, render, held_out=True)
     assert min(people) >= HELD_OUT
 
 
 def test_a_batch_depends_on_its_number_alone():
     args = train_ae.parse(["--preset", "nano"])
-    one, again, other = (train_ae.batch(args, NANO, number, render) for number in (3, 3, 4))
+    one, again, other = (train_ae.synthetic_batch(args, NANO, number, render) for number in (3, 3, 4))
     assert one[0].shape == (2, 3, 32, 32) and one[1].shape == (4, 3, 32, 32)
     assert same(list(one), list(again)) and not torch.equal(one[0], other[0])
 
@@ -148,8 +148,8 @@ def test_clips_are_frames_in_a_row_of_one_person():
         return torch.cat([people, motion], dim=1)[:, None, None]
 
     seeds = torch.tensor([5, 6])
-    reference, target, _ = train_ae.clips(seeds, 3, 32, draw)
-    made = clip(seeds, 6)
+    reference, target, _ = train_ae.synthetic_video_batch(seeds, 3, 32, draw)
+    made = random_clip(seeds, 6)
     for k in range(2):
         want = torch.cat([made["identity"][k].expand(6, -1), made["motion"][k]], dim=1)[:, None, None]   # (6, 1, 1, I+M)
         assert torch.equal(reference[k], want[0]) and torch.equal(target[3 * k:3 * k + 3], want[3:])
@@ -158,33 +158,34 @@ def test_clips_are_frames_in_a_row_of_one_person():
 def test_randomness_starts_pure_and_ends_as_in_the_paper():
     args = train_ae.parse(["--preset", "nano"])
     shape = (4, 3, 32, 32)
-    noise, t, keep = train_ae.randomness(args, NANO["encoder"], shape, 0, 0, progress=0)
+    noise, t, keep = train_ae.sample_noise_t_mask(args, NANO["encoder"], shape, 0, 0, progress=0)
     assert noise.shape == shape and (t == 1).all() and torch.equal(keep, torch.arange(16).expand(6, 16))
-    late = [train_ae.randomness(args, NANO["encoder"], shape, number, 0, progress=1) for number in range(400)]
+    late = [train_ae.sample_noise_t_mask(args, NANO["encoder"], shape, number, 0, progress=1) for number in range(400)]
     times = torch.cat([t for _, t, _ in late])
     assert (times == 1).float().mean() == pytest.approx(0.9, abs=0.03) and (times > 0).all()
     left = torch.tensor([keep.shape[1] for _, _, keep in late])              # 16 - floor(16 U(0, 0.9)): 2 .. 16
     assert (left.min(), left.max()) == (2, 16) and left.float().mean() == pytest.approx(9.3, abs=0.7)
     assert all(keep.shape[0] == 6 and (keep.diff() > 0).all() for _, _, keep in late)
-    again = train_ae.randomness(args, NANO["encoder"], shape, 7, 0, progress=1)
+    again = train_ae.sample_noise_t_mask(args, NANO["encoder"], shape, 7, 0, progress=1)
     assert same(list(again), list(late[7])) and not torch.equal(late[6][0], late[7][0])
-    assert not torch.equal(again[0], train_ae.randomness(args, NANO["encoder"], shape, 7, 1, progress=1)[0])
+    assert not torch.equal(again[0], train_ae.sample_noise_t_mask(args, NANO["encoder"], shape, 7, 1, progress=1)[0])
 
 
 def test_the_frames_of_a_clip_share_their_time():
     args = train_ae.parse(["--preset", "nano", "--frames", "4"])
-    t = train_ae.randomness(args, NANO["encoder"], (8, 3, 32, 32), 2, 0, progress=1)[1].view(2, 4)
+    t = train_ae.sample_noise_t_mask(args, NANO["encoder"], (8, 3, 32, 32), 2, 0, progress=1)[1].view(2, 4)
     assert (t == t[:, :1]).all()
-    many = [train_ae.randomness(args, NANO["encoder"], (8, 3, 32, 32), k, 0, progress=1)[1].view(2, 4)[:, 0] for k in range(20)]
+    many = [train_ae.sample_noise_t_mask(args, NANO["encoder"], (8, 3, 32, 32), k, 0, progress=1)[1].view(2, 4)[:, 0]
+            for k in range(20)]
     assert any(a != b for a, b in many)                                      # but not clips
 
 
 def test_processes_share_neither_people_nor_clips(folder, people, no_pictures, monkeypatch, tmp_path):
     """main() as each of two processes, without the other."""
     drawn, clips, read = {}, {}, data.Clips.__getitem__
-    monkeypatch.setattr(training, "wrap", lambda model, *_: model)
+    monkeypatch.setattr(training, "ddp_wrap", lambda model, *_: model)
     for rank in range(2):
-        monkeypatch.setattr(training, "start", lambda _, rank=rank: (rank, 2, CPU))
+        monkeypatch.setattr(training, "init_distributed", lambda _, rank=rank: (rank, 2, CPU))
         numbers = clips[rank] = []
         monkeypatch.setattr(data.Clips, "__getitem__", lambda self, n, numbers=numbers: numbers.append(n) or read(self, n))
         people.clear()
@@ -213,10 +214,10 @@ def test_compiled_shapes_stand_still(no_pictures, monkeypatch, tmp_path):
 def given_batch():
     """Two people: reference (2, ...), target and noise (4, ...), t (4,), keep (6, 10)."""
     draw = torch.Generator().manual_seed(0)
-    reference, target, _ = train_ae.batch(train_ae.parse(["--preset", "nano"]), NANO, 0, render)
+    reference, target, _ = train_ae.synthetic_batch(train_ae.parse(["--preset", "nano"]), NANO, 0, render)
     target[3] = reference[1]                                                 # one that copying gets right
     return [reference, target, torch.randn(target.shape, generator=draw), torch.tensor([1, 0.8, 0.5, 0.2]),
-            random_keep(6, 16, 0.4, draw)]
+            random_masking(6, 16, 0.4, draw)]
 
 
 def test_a_fresh_models_loss_is_that_of_copying():
@@ -231,23 +232,23 @@ def test_known_motion_enters_with_its_weight_and_unknown_does_not():
     model, given = auto_encoder().eval(), given_batch()                      # eval: the running statistics stand still
     plain = model(*given, NONE, 0.7)
     told = model.factors(model.encoder(torch.cat(given[:2]), given[4]).flatten(1))
-    error = (told - train_ae.unit(TRUTH)).square().mean()
+    error = (told - train_ae.normalise_factors(TRUTH)).square().mean()
     assert model(*given, TRUTH, 0.7).item() == pytest.approx((plain + 0.7 * error).item(), rel=1e-4)
     assert not torch.equal(model(*given, TRUTH, 0.7), plain) and torch.equal(model(*given, TRUTH, 0.0), plain)
-    many = train_ae.unit(random_motion(torch.arange(4000)))
+    many = train_ae.normalise_factors(random_motion(torch.arange(4000)))
     assert many.shape == (4000, len(MOTION)) and 0.4 < many.std(0).min() and many.std(0).max() < 1.7
 
 
 def test_accumulated_gradients_are_the_mean_of_the_passes():
     args, model = train_ae.parse(["--preset", "nano", "--accumulate", "2"]), auto_encoder()
     other, plain = copy.deepcopy(model), torch.autocast("cpu", enabled=False)
-    batches = train_ae.feed(args, NANO, None, [6, 7], render)
+    batches = train_ae.batches(args, NANO, None, [6, 7], render)
     loss = train_ae.train_step(args, NANO, model, batches, 3, 0, 1, Pixel(), CPU, plain)
     losses, want = [], {name: 0 for name, _ in other.named_parameters()}
     for number in (6, 7):                                                    # step 3 of 2 passes each
-        reference, target, truth = train_ae.batch(args, NANO, number, render)
+        reference, target, truth = train_ae.synthetic_batch(args, NANO, number, render)
         other.zero_grad()
-        random = train_ae.randomness(args, NANO["encoder"], target.shape, number, 0, 3 / 20)
+        random = train_ae.sample_noise_t_mask(args, NANO["encoder"], target.shape, number, 0, 3 / 20)
         losses.append(other(reference, target, *random, truth, 0.3 * 13 / 16))   # fades over 16 of 20 steps; 3 are gone
         losses[-1].backward()
         want = {name: want[name] + p.grad / 2 for name, p in other.named_parameters()}
@@ -270,7 +271,7 @@ def test_only_the_last_pass_of_a_step_sends_gradients(alone):
     model, sent = auto_encoder(), []
     other = copy.deepcopy(model)
     training.checkpoint_activations(model)
-    wrapped = training.wrap(model, 2, CPU)
+    wrapped = training.ddp_wrap(model, 2, CPU)
 
     def hook(_, bucket):
         sent.append(bucket.buffer().numel())
@@ -278,7 +279,7 @@ def test_only_the_last_pass_of_a_step_sends_gradients(alone):
 
     wrapped.register_comm_hook(None, hook)
     for loss_of in (wrapped, other):
-        batches = train_ae.feed(args, NANO, None, [12, 14, 16], render)        # those of step 2, process 0 of 2
+        batches = train_ae.batches(args, NANO, None, [12, 14, 16], render)        # those of step 2, process 0 of 2
         train_ae.train_step(args, NANO, loss_of, batches, 2, 0, 2, Pixel(), CPU, plain)
     assert sum(sent) == sum(p.numel() for p in model.parameters())
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
@@ -287,12 +288,12 @@ def test_only_the_last_pass_of_a_step_sends_gradients(alone):
 
 def test_one_batch_is_learnt(monkeypatch, no_pictures, tmp_path):
     args, losses, work = train_ae.parse(["--preset", "nano"]), [], train_ae.train_step
-    data = train_ae.batch(args, NANO, 0, render)
-    luck = train_ae.randomness(args, NANO["encoder"], data[1].shape, 0, 0, progress=0)
-    monkeypatch.setattr(train_ae, "batch", lambda *_: data)
-    monkeypatch.setattr(train_ae, "randomness", lambda *_: luck)
+    data = train_ae.synthetic_batch(args, NANO, 0, render)
+    luck = train_ae.sample_noise_t_mask(args, NANO["encoder"], data[1].shape, 0, 0, progress=0)
+    monkeypatch.setattr(train_ae, "synthetic_batch", lambda *_: data)
+    monkeypatch.setattr(train_ae, "sample_noise_t_mask", lambda *_: luck)
     monkeypatch.setattr(train_ae, "train_step", lambda *given: losses.append(work(*given)) or losses[-1])
-    assert train(tmp_path, "--truth", "0", steps=60) == 0
+    assert train(tmp_path, "--label-weight", "0", steps=60) == 0
     assert losses[0] > 0.05 and losses[-1] < losses[0] / 5
 
 
@@ -305,10 +306,10 @@ def half(rank, folder):
         mine = slice(2 * rank, 2 * rank + 2)
         model = auto_encoder(seed=rank)                                      # the first process's weights must win
         rows, truth = (torch.cat([x[rank:rank + 1], x[2:][mine]]) for x in (keep, TRUTH))
-        wrapped = training.wrap(model, 2, CPU)
+        wrapped = training.ddp_wrap(model, 2, CPU)
         wrapped(reference[rank:rank + 1], target[mine], noise[mine], t[mine], rows, truth, 0.3).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)              # as in main(): length 1
-        wishes = [training.anyone(wish, CPU) for wish in (rank == 1, False)]
+        wishes = [training.any_rank(wish, CPU) for wish in (rank == 1, False)]
         torch.save({"gradients": {name: p.grad for name, p in model.named_parameters()}, "wishes": wishes,
                     "buffers": dict(model.named_buffers())}, f"{folder}/{rank}.pt")
     finally:
@@ -378,8 +379,8 @@ def test_a_run_writes_its_files(tmp_path, capsys):
 
 def test_pictures_show_reference_target_and_output(tmp_path):
     model, args = auto_encoder(nudge=0), train_ae.parse(["--preset", "nano"])
-    psnr, copied = train_ae.picture(tmp_path / "p.png", model, Pixel(), args, NANO, CPU)
-    reference, target, _ = train_ae.batch(args, NANO, 0, render, held_out=True)
+    psnr, copied = train_ae.save_samples(tmp_path / "p.png", model, Pixel(), args, NANO, CPU)
+    reference, target, _ = train_ae.synthetic_batch(args, NANO, 0, render, held_out=True)
     reference = reference[[0, 0, 1, 1]]
     assert copied == pytest.approx(-10 * math.log10((reference - target).square().mean() / 4), abs=1e-3)
     assert psnr == pytest.approx(copied, abs=1e-3)                           # a fresh model copies
@@ -425,7 +426,7 @@ def test_a_kill_while_the_last_step_is_saved_costs_no_release(monkeypatch, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_ae, "picture", killed)
+        patch.setattr(train_ae, "save_samples", killed)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path)
     assert train(tmp_path) == 0                                              # the same command again
@@ -434,14 +435,14 @@ def test_a_kill_while_the_last_step_is_saved_costs_no_release(monkeypatch, tmp_p
 
 def test_nan_stops_the_run_and_spares_the_state(monkeypatch, no_pictures, tmp_path):
     assert train(tmp_path / "whole", steps=6) == 0
-    make, out = train_ae.batch, tmp_path / "out"
+    make, out = train_ae.synthetic_batch, tmp_path / "out"
 
     def spoilt(args, preset, number, *more):
         reference, target, truth = make(args, preset, number, *more)
         return reference, target * (float("nan") if number == 3 else 1), truth
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_ae, "batch", spoilt)
+        patch.setattr(train_ae, "synthetic_batch", spoilt)
         with pytest.raises(SystemExit) as end:
             train(out, "--save-every", "2", steps=6)
     assert str(end.value).startswith("loss nan") and "step 3" in str(end.value) and "state.pt" in str(end.value)
@@ -462,7 +463,7 @@ def test_an_infinite_gradient_stops_the_run(monkeypatch, tmp_path):
 
 def test_the_video_stage_starts_from_the_image_release(monkeypatch, tmp_path):
     image = auto_encoder(seed=5)
-    save_release(tmp_path / "image.safetensors", {"encoder": image.encoder, "decoder": image.decoder}, {})
+    save_weights(tmp_path / "image.safetensors", {"encoder": image.encoder, "decoder": image.decoder}, {})
     first = []
     make = training.optimisers
     monkeypatch.setattr(training, "optimisers", lambda model, *rates: first.append(copy.deepcopy(model)) or make(model, *rates))
@@ -553,7 +554,7 @@ def test_torchruns_end_is_a_wish_to_stop_and_readers_outlive_it(folder, tmp_path
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("wrong", [["--steps", "-1"], ["--refs", "-2"], ["--frames", "0"], ["--accumulate", "0"],
+@pytest.mark.parametrize("wrong", [["--steps", "-1"], ["--persons", "-2"], ["--frames", "0"], ["--accumulate", "0"],
                                    ["--save-every", "0"], ["--mask-max", "1"], ["--mask-max", "-0.1"], ["--mask-max", "nan"],
                                    ["--preset", "huge"], ["--step", "3"], ["--steps", "many"], ["extra"]])
 def test_bad_arguments_are_refused(wrong, capsys):
@@ -562,7 +563,7 @@ def test_bad_arguments_are_refused(wrong, capsys):
     assert end.value.code == 2 and "error: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["--steps", "--refs"])
+@pytest.mark.parametrize("name", ["--steps", "--persons"])
 def test_zero_is_refused(name):
     with pytest.raises(SystemExit) as end:
         train_ae.parse(["--preset", "nano", name, "0"])
@@ -607,7 +608,7 @@ def test_real_clips_train_and_resume_like_drawn_ones(folder, monkeypatch, tmp_pa
 def test_sets_share_the_batches_and_test_people_are_only_shown(folder):
     args = train_ae.parse(["--preset", "nano", "--data", folder, "synthetic", "--workers", "0"])
     real = train_ae.real_clips(args, NANO, "train")
-    grey = [(x[0][:, 0] - x[0][:, 1]).std().item() < 0.05 for x in train_ae.feed(args, NANO, real, range(40), render)]
+    grey = [(x[0][:, 0] - x[0][:, 1]).std().item() < 0.05 for x in train_ae.batches(args, NANO, real, range(40), render)]
     assert 18 <= sum(grey) <= 22
     assert train_ae.held_out_batch(args, NANO)[0].median() > 0.3             # the test person
 
@@ -624,7 +625,7 @@ def test_a_folder_that_was_not_prepared_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["small", "paper"])
 def test_the_larger_presets_are_what_readme_says(name):
     preset = train_ae.PRESETS[name]
-    assert preset["encoder"].token_dim == preset["decoder"].token_dim and train_ae.side(preset) == 256
+    assert preset["encoder"].token_dim == preset["decoder"].token_dim and train_ae.image_px(preset) == 256
     assert (preset["encoder"].num_tokens, preset["encoder"].token_dim) == (1, {"small": 128, "paper": 512}[name])
 
 
@@ -637,25 +638,25 @@ def teacher(tmp_path_factory):
     torch.manual_seed(5)
     for p in model.decoder.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    generator = Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=4, past=4, ahead=1))
-    save_release(path, {"encoder": model.encoder, "decoder": model.decoder, "generator": generator},
+    generator = Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=4, past=4, lookahead=1))
+    save_weights(path, {"encoder": model.encoder, "decoder": model.decoder, "generator": generator},
                           {"latents": "pixel", "size": 32, "steps": 20, "audio": "mel", "gen_steps": 2, "guidance": 1.5})
     return str(path)
 
 
 def test_reflow_pairs_are_what_the_teacher_paints(teacher):
     models, _ = load_models(teacher)
-    reference, target, _ = train_ae.batch(train_ae.parse(["--preset", "nano"]), NANO, 0, render)
+    reference, target, _ = train_ae.synthetic_batch(train_ae.parse(["--preset", "nano"]), NANO, 0, render)
     noise = torch.randn(target.shape)
-    goal = train_ae.couple(models, reference, target, noise, 3)
+    goal = train_ae.reflow_pairs(models, reference, target, noise, 3)
     with torch.no_grad():
-        cache = models["decoder"].reference(reference, models["encoder"](reference))
+        cache = models["decoder"].encode_reference(reference, models["encoder"](reference))
         z, m_t = noise, models["encoder"](target)
         for t in (1, 2 / 3, 1 / 3):
             z = z + models["decoder"](z, torch.full((len(z),), t), m_t, cache) / 3
     torch.testing.assert_close(goal, z, atol=1e-4, rtol=1e-4)
     model, t = auto_encoder().eval(), torch.ones(len(noise))
-    keep = random_keep(len(reference) + len(target), 16, 0.0)
+    keep = random_masking(len(reference) + len(target), 16, 0.0)
     here, there = (model(reference, target, noise, t, keep, NONE, 0.0, goal) for goal in (target, z))
     plain = model(reference, target, noise, t, keep, NONE, 0.0)
     assert torch.equal(here, plain) and not torch.isclose(there, plain)
@@ -672,10 +673,10 @@ def test_a_student_nears_its_teacher_in_one_step(teacher, tmp_path, monkeypatch,
     assert same(student["generator"].state_dict(), models["generator"].state_dict())
     assert (meta["steps"], meta["gen_steps"], meta["guidance"]) == (1, 2, 1.5)
     args = train_ae.parse(["--preset", "nano"])
-    reference, target, _ = train_ae.batch(args, NANO, 0, render, held_out=True)
+    reference, target, _ = train_ae.synthetic_batch(args, NANO, 0, render, held_out=True)
     noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
-    want = train_ae.couple(models, reference, target, noise, 4)
-    before, after = ((train_ae.couple(m, reference, target, noise, 1) - want).square().mean() for m in (models, student))
+    want = train_ae.reflow_pairs(models, reference, target, noise, 4)
+    before, after = ((train_ae.reflow_pairs(m, reference, target, noise, 1) - want).square().mean() for m in (models, student))
     assert after < 0.7 * before, (before, after)
 
 

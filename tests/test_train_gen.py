@@ -22,9 +22,9 @@ from media import audio_features
 from media.latents import Pixel
 from media.sound import load_audio
 from media.video import read_video
-from media.weights import save_release
+from media.weights import save_weights
 from sample import load_models
-from world.people import HELD_OUT, clip
+from world.people import HELD_OUT, random_clip
 from world.render import render
 
 torch.set_num_threads(1)
@@ -68,7 +68,7 @@ P, K, AHEAD, CLIPS, FRAMES = 3, 4, 2, 5, 14
 QUIET = -1.0                                                                 # stands for a row of silence
 
 
-CONFIG = GeneratorConfig(token_dim=6, window=K, past=P, ahead=AHEAD)
+CONFIG = GeneratorConfig(token_dim=6, window=K, past=P, lookahead=AHEAD)
 
 
 def numbered(sets=(0,) * CLIPS, frames=(FRAMES,) * CLIPS):
@@ -81,7 +81,7 @@ def numbered(sets=(0,) * CLIPS, frames=(FRAMES,) * CLIPS):
 @pytest.fixture(scope="module")
 def drawn():
     """400 windows as numbers: 100 * clip + frame; masked entries carry a half more."""
-    found = train_gen.windows(numbered(), CONFIG, 400, torch.Generator().manual_seed(0), torch.full((320,), QUIET))
+    found = train_gen.sample_windows(numbered(), CONFIG, 400, torch.Generator().manual_seed(0), torch.full((320,), QUIET))
     for part, shape in zip(found, [(400, K, 6), (400, P, 6), (400, 6), (400, P + K + AHEAD, 320)], strict=True):
         assert part.shape == shape and (part == part[..., :1]).all()         # whole rows, not mixtures
     new, past, reference, heard = (part[..., 0] for part in found)
@@ -123,7 +123,7 @@ def test_row_i_of_the_speech_belongs_to_frame_start_minus_past_plus_i(drawn):
 
 
 def test_windows_repeat_with_the_draw():
-    one, again, other = (train_gen.windows(numbered(), CONFIG, 8, torch.Generator().manual_seed(s), torch.zeros(320))
+    one, again, other = (train_gen.sample_windows(numbered(), CONFIG, 8, torch.Generator().manual_seed(s), torch.zeros(320))
                          for s in (0, 0, 1))
     assert same(list(one), list(again)) and not torch.equal(one[0], other[0])
 
@@ -131,7 +131,7 @@ def test_windows_repeat_with_the_draw():
 def test_sets_are_drawn_equally_and_short_clips_from_their_start():
     """Four clips against one, which is too short for a past."""
     given = numbered(sets=(0, 0, 0, 0, 1), frames=(FRAMES,) * 4 + (P + K - 1,))
-    new, past, reference, _ = train_gen.windows(given, CONFIG, 400, torch.Generator().manual_seed(0), torch.zeros(320))
+    new, past, reference, _ = train_gen.sample_windows(given, CONFIG, 400, torch.Generator().manual_seed(0), torch.zeros(320))
     short = new[:, 0, 0] >= 400
     assert short.float().mean() == pytest.approx(0.5, abs=0.08)
     assert (new[short][:, :, 0] == 400 + torch.arange(K)).all() and torch.equal(past[short][:, 0], reference[short])
@@ -139,7 +139,7 @@ def test_sets_are_drawn_equally_and_short_clips_from_their_start():
 
 
 def test_silence_is_the_row_of_a_silent_wave():
-    assert torch.equal(train_gen.silence("mel", None), audio_features.features(torch.zeros(1, 6400))[0, 5])
+    assert torch.equal(train_gen.encode_silence("mel", None), audio_features.extract_features(torch.zeros(1, 6400))[0, 5])
 
 
 # ---- clips ----------------------------------------------------------------------------------------------------------
@@ -147,10 +147,10 @@ def test_silence_is_the_row_of_a_silent_wave():
 def test_a_clip_is_encoded_frame_by_frame(ae):
     encoder = load_models(ae)[0]["encoder"]
     draw, args = torch.Generator().manual_seed(0), train_gen.parse(command("", "", "--clips", "4"))
-    parts, wave = list(train_gen.drawn_speakers(args, {"seconds": 1.2}, 32, 0, 1))[3]
+    parts, wave = list(train_gen.synthetic_clips(args, {"seconds": 1.2}, 32, 0, 1))[3]
     parts = list(parts)
     clear, masked = train_gen.encode_clip(encoder, Pixel(), parts, 0.6, draw, CPU, nullcontext())
-    made = clip(torch.tensor([3]), 30)
+    made = random_clip(torch.tensor([3]), 30)
     with torch.no_grad():
         want = encoder(render(made["identity"].expand(30, -1), made["motion"][0], 32)).flatten(1)
     torch.testing.assert_close(clear, want, atol=1e-5, rtol=1e-4)
@@ -161,14 +161,14 @@ def test_a_clip_is_encoded_frame_by_frame(ae):
 
 
 def test_processes_encode_different_clips_none_held_out(monkeypatch):
-    seen, make = [], clip
+    seen, make = [], random_clip
     monkeypatch.setattr(train_gen, "clip", lambda seeds, frames: seen.extend(seeds.tolist()) or make(seeds, 2))
     for seed in (0, 1, 9):
         for rank in range(2):
             args = train_gen.parse(command("", "", "--clips", "3", "--seed", str(seed)))
-            assert len(list(train_gen.drawn_speakers(args, NANO, 32, rank, 2))) == 3
+            assert len(list(train_gen.synthetic_clips(args, NANO, 32, rank, 2))) == 3
     assert len(set(seen)) == 18 and 0 <= min(seen) and max(seen) < HELD_OUT
-    list(train_gen.drawn_speakers(train_gen.parse(command("", "", "--seed", "12345")), NANO, 32, 0, 1))
+    list(train_gen.synthetic_clips(train_gen.parse(command("", "", "--seed", "12345")), NANO, 32, 0, 1))
     assert max(seen) < HELD_OUT
 
 
@@ -181,13 +181,13 @@ def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
         made.clear()
         args = train_gen.parse(command(path, tmp_path, "--clips", "1", *more))
         encoder = load_models(path)[0]["encoder"]
-        return train_gen.clips(args, NANO, encoder, Pixel(), 32, 0, 1, CPU, nullcontext())
+        return train_gen.encode_dataset(args, NANO, encoder, Pixel(), 32, 0, 1, CPU, nullcontext())
 
     first = get()
     assert made == [0] and [part.shape for part in first] == [(25, 8), (25, 8), (25, 320), (1, 3)]
     assert same(list(first), list(get())) and made == []                     # the second time from the disk
     models["encoder"].tokens.data += 1
-    save_release(tmp_path / "other.safetensors", models, meta)
+    save_weights(tmp_path / "other.safetensors", models, meta)
     other = get(tmp_path / "other.safetensors")
     assert made == [0] and not torch.equal(other[0], first[0])               # another encoder
     assert same(list(get()), list(first)) and made == [0]                    # and back: the old ones are not confused
@@ -204,7 +204,7 @@ def test_processes_read_different_real_clips(monkeypatch):
     read = []
     monkeypatch.setattr(train_gen.data, "read_clip", lambda path, size: read.append(path) or (torch.zeros(1), torch.zeros(1)))
     for rank in range(2):
-        assert list(train_gen.real_speakers(train_gen.parse(command("", "", "--clips", "9")), "set", 32, rank, 2))
+        assert list(train_gen.real_clips(train_gen.parse(command("", "", "--clips", "9")), "set", 32, rank, 2))
     assert sorted(read) == ["a0", "a1", "a2", "b0", "b1"]                    # all, each once
 
 
@@ -228,7 +228,7 @@ def half(rank, folder):
     try:
         model, given, about = given_windows()
         mine = slice(2 * rank, 2 * rank + 2)
-        wrapped = training.wrap(model, 2, CPU)
+        wrapped = training.ddp_wrap(model, 2, CPU)
         train_gen.flow.flow_loss(wrapped, *(x[mine] for x in given), **{name: x[mine] for name, x in about.items()}).backward()
         torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/{rank}.pt")
     finally:
@@ -272,18 +272,18 @@ def test_the_preview_is_the_held_out_person_with_their_words(ae, tmp_path):
     with av.open(path) as container:
         assert container.streams.video[0].average_rate == 25 and len(container.streams.audio) == 1
     frames, sound = list(read_video(path, 32)), load_audio(path)
-    made = clip(torch.tensor([HELD_OUT]), 75)
+    made = random_clip(torch.tensor([HELD_OUT]), 75)
     photo = render(made["identity"], made["motion"][:, 0], 32)[0]
     assert len(frames) == 75 and (frames[0] - photo).square().mean() < 0.05  # a fresh decoder copies the photo
     assert len(sound) == pytest.approx(3 * 16000, abs=1100)                  # AAC pads to whole blocks
-    wave = audio_features.level(made["wave"])[0]
+    wave = audio_features.normalise_loudness(made["wave"])[0]
     n = min(len(wave), len(sound))
     assert torch.corrcoef(torch.stack([wave[:n], sound[:n]]))[0, 1] > 0.9
 
 
 def test_stop_and_resume_give_the_same_run(ae, tmp_path, monkeypatch, no_preview):
     assert train(ae, tmp_path / "whole", steps=10) == 0
-    choose, seeds = train_gen.windows, []
+    choose, seeds = train_gen.sample_windows, []
 
     def windows(*given):
         seeds.append(given[3].initial_seed())
@@ -292,7 +292,7 @@ def test_stop_and_resume_give_the_same_run(ae, tmp_path, monkeypatch, no_preview
         return choose(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_gen, "windows", windows)
+        patch.setattr(train_gen, "sample_windows", windows)
         assert train(ae, tmp_path / "parts", steps=10) == 130
         assert state(tmp_path / "parts")["step"] == 5
         load_models(tmp_path / "parts" / "semo.safetensors")
@@ -306,14 +306,14 @@ def test_stop_and_resume_give_the_same_run(ae, tmp_path, monkeypatch, no_preview
 
 
 def test_one_set_of_windows_is_learnt(ae, tmp_path, monkeypatch, no_preview):
-    choose, loss = train_gen.windows, train_gen.flow.flow_loss
+    choose, loss = train_gen.sample_windows, train_gen.flow.flow_loss
     losses = []
 
     def recorded(*given, **cond):
         losses.append(loss(*given, **cond))
         return losses[-1]
 
-    monkeypatch.setattr(train_gen, "windows",
+    monkeypatch.setattr(train_gen, "sample_windows",
                         lambda given, config, count, draw, quiet: choose(given, config, count, draw.manual_seed(1), quiet))
     monkeypatch.setattr(train_gen.flow, "flow_loss", recorded)
     assert train(ae, tmp_path, steps=100) == 0
@@ -321,14 +321,14 @@ def test_one_set_of_windows_is_learnt(ae, tmp_path, monkeypatch, no_preview):
 
 
 def test_nan_stops_the_run_and_spares_the_state(ae, tmp_path, monkeypatch, no_preview):
-    choose, calls = train_gen.windows, []
+    choose, calls = train_gen.sample_windows, []
 
     def spoilt(*given):
         calls.append(1)
         new, *rest = choose(*given)
         return new * (float("nan") if len(calls) == 4 else 1), *rest
 
-    monkeypatch.setattr(train_gen, "windows", spoilt)
+    monkeypatch.setattr(train_gen, "sample_windows", spoilt)
     with pytest.raises(SystemExit) as end:
         train(ae, tmp_path, "--save-every", "2")
     assert str(end.value).startswith("loss nan") and "step 3" in str(end.value) and "state.pt" in str(end.value)
@@ -386,7 +386,7 @@ def test_a_student_says_in_one_step_what_its_teacher_says_in_many_with_guidance(
     teacher = Generator(replace(NANO["generator"], token_dim=8, audio_dim=320)).eval()
     for p in teacher.parameters():
         p.data += 0.2 * torch.randn_like(p)
-    save_release(tmp_path / "t.safetensors", {**models, "generator": teacher},
+    save_weights(tmp_path / "t.safetensors", {**models, "generator": teacher},
                           {**meta, "audio": "mel", "gen_steps": 4, "guidance": 2.0})
     words = ["--preset", "nano", "--reflow", "t.safetensors", "--teacher-steps", "6", "--steps", "80", "--clips", "1",
              "--windows", "16"]
@@ -396,12 +396,12 @@ def test_a_student_says_in_one_step_what_its_teacher_says_in_many_with_guidance(
     assert (about["gen_steps"], about["guidance"]) == (1, 1.0)
     assert same(student["decoder"].state_dict(), models["decoder"].state_dict())
     kept = torch.load(tmp_path / "runs/reflow_gen/clips-0.pt", weights_only=True)
-    draw, encoded = torch.Generator().manual_seed(9), [kept[name] for name in ("motion", "masked", "rows", "places")]
-    new, past, reference, heard = train_gen.windows(encoded, teacher.config, 32, draw, train_gen.silence("mel", None))
+    draw, encoded = torch.Generator().manual_seed(9), [kept[name] for name in ("motion", "masked", "features", "clip_index")]
+    new, past, reference, heard = train_gen.sample_windows(encoded, teacher.config, 32, draw, train_gen.encode_silence("mel", None))
     noise, cond = torch.randn(new.shape, generator=draw), {"past": past, "reference": reference, "audio": heard}
     with torch.no_grad():
-        want = flow.sample(flow.guide(teacher, 2.0, {"audio": None}), noise, 6, **cond)
-        before, after = ((flow.sample(model, noise, 1, **cond) - want).square().mean() for model in (teacher, student["generator"]))
+        want = flow.integrate(flow.with_cfg(teacher, 2.0, {"audio": None}), noise, 6, **cond)
+        before, after = ((flow.integrate(model, noise, 1, **cond) - want).square().mean() for model in (teacher, student["generator"]))
     assert after < 0.5 * before, (before, after)
 
 

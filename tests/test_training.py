@@ -14,7 +14,7 @@ import training
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig
-from media.weights import save_release
+from media.weights import save_weights
 from sample import load_models
 
 torch.set_num_threads(1)
@@ -25,8 +25,9 @@ META = {"latents": "pixel", "size": 32, "steps": 1, "trained_steps": 20}
 def networks(seed=0, **decoder):
     """All three, no parameter left at zero."""
     torch.manual_seed(seed)
-    models = {"encoder": MotionEncoder(EncoderConfig(**SHAPE)), "decoder": Decoder(DecoderConfig(**SHAPE, expand=2, **decoder)),
-              "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=4, past=4, ahead=1))}
+    models = {"encoder": MotionEncoder(EncoderConfig(**SHAPE)),
+              "decoder": Decoder(DecoderConfig(**SHAPE, tokens_per_motion=2, **decoder)),
+              "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=4, past=4, lookahead=1))}
     for model in models.values():
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.2)
@@ -35,9 +36,15 @@ def networks(seed=0, **decoder):
 
 # ---- processes and randomness ---------------------------------------------------------------------------------------
 
+@pytest.fixture
+def release(tmp_path):
+    save_weights(tmp_path / "w.safetensors", networks(), META)
+    return tmp_path / "w.safetensors"
+
+
 def test_draws_repeat_and_differ():
     def first(*place):
-        return tuple(torch.rand(4, generator=training.draws(*place)).tolist())
+        return tuple(torch.rand(4, generator=training.step_rng(*place)).tolist())
 
     places = [(seed, rank, step) for seed in range(4) for rank in range(4) for step in range(6)]
     assert len({first(*place) for place in places}) == len(places)           # seed, rank and step all count
@@ -49,10 +56,10 @@ def test_draws_repeat_and_differ():
 def test_start_alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert training.start("cpu") == (0, 1, torch.device("cpu"))
+    assert training.init_distributed("cpu") == (0, 1, torch.device("cpu"))
     model = nn.Linear(2, 2)
-    assert training.wrap(model, 1, torch.device("cpu")) is model
-    assert training.anyone(True, "cpu") is True and training.anyone(False, "cpu") is False
+    assert training.ddp_wrap(model, 1, torch.device("cpu")) is model
+    assert training.any_rank(True, "cpu") is True and training.any_rank(False, "cpu") is False
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -102,7 +109,7 @@ def test_every_parameter_has_one_optimiser():
     name = {id(p): n for n, p in model.named_parameters()}
     of_muon = {name[id(p)] for group in muon.param_groups for p in group["params"]}
     layers = {f"{part}.weight" for part in ("attention.qkv", "attention.out", "mlp.0", "mlp.2")}
-    listen = {f"{part}.weight" for at in ("hear", "recall") for part in (f"{at}.q", f"{at}.kv", f"{at}.out")}
+    listen = {f"{part}.weight" for at in ("cross_attn_audio", "cross_attn_ref") for part in (f"{at}.q", f"{at}.kv", f"{at}.out")}
     want = {f"{kind}.blocks.0.{layer}" for kind in model for layer in layers | (listen if kind == "generator" else set())}
     assert of_muon == want                                                   # no embedding, norm, bias, adaLN or head
     assert (adam.param_groups[0]["peak"], muon.param_groups[0]["peak"]) == (1e-3, 0.02)
@@ -115,22 +122,22 @@ def test_a_model_without_blocks_needs_no_muon():
 def test_rate_warms_up_holds_and_decays():
     found = training.optimisers(networks()["encoder"], lr=1e-3, muon_lr=0.02)
     for step, factor in ((0, 0.02), (24, 0.5), (49, 1), (500, 1), (700, 1), (850, 0.5), (970, 0.1), (999, 1 / 300), (1000, 0)):
-        training.set_rate(found, step, 1000, warmup=50)
+        training.set_lr(found, step, 1000, warmup=50)
         assert [o.param_groups[0]["lr"] for o in found] == pytest.approx([1e-3 * factor, 0.02 * factor])
-    training.set_rate(found, 0, 1, warmup=50)                                # a run of one step still moves
+    training.set_lr(found, 0, 1, warmup=50)                                # a run of one step still moves
     assert found[0].param_groups[0]["lr"] == pytest.approx(1e-3 / 50)
 
 
 @pytest.mark.parametrize("step, decay", [(0, 0.1), (8, 0.5), (100_000, 0.999)])
 def test_ema_equals_the_formula(step, decay):
     old, new = networks(0)["encoder"], networks(1)["encoder"]
-    new.standardise.mean.fill_(3.0)
-    new.standardise.count.fill_(7.0)
+    new.running_norm.mean.fill_(3.0)
+    new.running_norm.count.fill_(7.0)
     want = {k: decay * v + (1 - decay) * new.state_dict()[k] for k, v in copy.deepcopy(old.state_dict()).items()}
     training.update_ema(old, new, step)
     for name, value in old.state_dict().items():
         torch.testing.assert_close(value, want[name], msg=name)
-    assert old.standardise.mean[0] == pytest.approx(3 * (1 - decay), rel=1e-4)       # statistics too
+    assert old.running_norm.mean[0] == pytest.approx(3 * (1 - decay), rel=1e-4)       # statistics too
     assert torch.equal(old.position, new.position)
 
 
@@ -149,7 +156,7 @@ def run_of(seed=0, frames=1, steps=2):
 
 
 def save(path, configs, model, ema, found):
-    training.save_run(path, 2, configs, model, ema, found)
+    training.save_checkpoint(path, 2, configs, model, ema, found)
 
 
 def test_resume_restores_everything(tmp_path):
@@ -169,7 +176,7 @@ def test_resume_restores_everything(tmp_path):
 
 def test_resume_refuses_a_state_that_another_node_does_not_see(tmp_path, monkeypatch):
     """The other one sees the opposite."""
-    monkeypatch.setattr(training, "anyone", lambda wish, device: True)
+    monkeypatch.setattr(training, "any_rank", lambda wish, device: True)
     for seen in (False, True):
         with pytest.raises(SystemExit, match="state.pt.*share"):
             training.resume(tmp_path / "state.pt", *run_of(steps=0))
@@ -189,13 +196,13 @@ def test_resume_refuses_other_networks(tmp_path):
 # ---- starting from a release ----------------------------------------------------------------------------------------
 
 def test_a_video_model_starts_as_the_image_model(release):
-    image, video = networks()["decoder"], Decoder(DecoderConfig(**SHAPE, expand=2, frames=4))
+    image, video = networks()["decoder"], Decoder(DecoderConfig(**SHAPE, tokens_per_motion=2, frames=4))
     training.init_from(release, load_models(release)[0], decoder=video)
     for block in video.temporal:
         assert not block.attention.out.weight.any() and not block.attention.out.bias.any()
     image = load_models(release)[0]["decoder"]
     z, m = torch.randn(5, 3, 32, 32), torch.randn(5, 1, 8)
-    one, many = (model(z[1:], torch.full((4,), 0.7), m[1:], model.reference(z[:1], m[:1])) for model in (image, video))
+    one, many = (model(z[1:], torch.full((4,), 0.7), m[1:], model.encode_reference(z[:1], m[:1])) for model in (image, video))
     torch.testing.assert_close(many, one)
     assert one.abs().mean() > 0.1
 
@@ -203,7 +210,7 @@ def test_a_video_model_starts_as_the_image_model(release):
 def test_init_from_says_what_is_wrong(tmp_path, release):
     with pytest.raises(ValueError, match="w.safetensors holds no poser, only encoder, decoder, generator"):
         training.init_from(release, load_models(release)[0], poser=nn.Linear(2, 2))
-    save_release(tmp_path / "video.safetensors", {"decoder": networks(frames=4)["decoder"]}, META)
+    save_weights(tmp_path / "video.safetensors", {"decoder": networks(frames=4)["decoder"]}, META)
     with pytest.raises(ValueError, match="video.safetensors: its decoder has another shape"):
         path = tmp_path / "video.safetensors"
         training.init_from(path, load_models(path)[0], decoder=networks()["decoder"])

@@ -15,9 +15,9 @@ from test_training import META, networks
 import sample
 from measure import metrics, reader
 from media import audio_features
-from media.weights import save_release
+from media.weights import save_weights
 from sample import load_models
-from world.people import HELD_OUT, clip
+from world.people import HELD_OUT, random_clip
 from world.render import MOTION, render
 
 torch.set_num_threads(1)
@@ -31,10 +31,10 @@ def shipped():
     models, meta = load_models(WEIGHTS / "semo-tiny.safetensors")
     clips = []
     for seed in range(HELD_OUT, HELD_OUT + CLIPS):
-        c = clip(torch.tensor([seed]), FRAMES)
+        c = random_clip(torch.tensor([seed]), FRAMES)
         frames = render(c["identity"].expand(FRAMES, -1), c["motion"][0], meta["size"])
         clips.append((frames, c["motion"][0], c["wave"]))
-    return models, meta, reader.load_reader(WEIGHTS / "motion-reader.safetensors"), clips
+    return models, meta, reader.load_regressor(WEIGHTS / "motion-reader.safetensors"), clips
 
 
 def tensor(frames):
@@ -49,8 +49,8 @@ def factor_correlation(motion_reader, frames, motion):
 
 
 def speak(models, meta, photo, wave):
-    rows = audio_features.features(audio_features.level(wave), meta["audio"], meta.get("whisper"))[0]
-    return tensor(sample.talk(models, meta, photo, iter([rows])))
+    rows = audio_features.extract_features(audio_features.normalise_loudness(wave), meta["audio"], meta.get("whisper"))[0]
+    return tensor(sample.animate_from_audio(models, meta, photo, iter([rows])))
 
 
 def test_reader_reads_true_frames(shipped):
@@ -100,11 +100,25 @@ def test_released_defaults(shipped):
     assert (meta["gen_steps"], meta["guidance"], meta["size"]) == (4, 1.5, models["decoder"].config.image_size)
 
 
+def test_the_shipped_file_of_an_older_format_is_converted_once_and_for_all(shipped, tmp_path):
+    """Saved again it is of today's format, and holds the same numbers under today's names."""
+    models, meta, _, _ = shipped
+    save_weights(tmp_path / "w.safetensors", models, meta)
+    again, meta_again = load_models(tmp_path / "w.safetensors")
+    assert meta_again == meta and meta["format"] == "semo-2"
+    old, new = load_file(WEIGHTS / "semo-tiny.safetensors"), load_file(tmp_path / "w.safetensors")
+    assert len(old) == len(new)
+    assert sorted(v.double().sum().item() for v in old.values()) == sorted(v.double().sum().item() for v in new.values())
+    for kind, model in models.items():
+        assert again[kind].config == model.config
+        assert all(torch.equal(value, again[kind].state_dict()[name]) for name, value in model.state_dict().items())
+
+
 # ---- the format ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def release(tmp_path):
-    save_release(tmp_path / "w.safetensors", networks(), META)
+    save_weights(tmp_path / "w.safetensors", networks(), META)
     return tmp_path / "w.safetensors"
 
 
@@ -120,7 +134,7 @@ def rewrite(path, about=None, **weights):
 
 def test_release_round_trip(release):
     want, (got, meta) = networks(), load_models(str(release))
-    assert meta == {"format": "semo-1", **META} and list(got) == ["encoder", "decoder", "generator"]
+    assert meta == {"format": "semo-2", **META} and list(got) == ["encoder", "decoder", "generator"]
     for kind, model in want.items():
         assert got[kind].config == model.config and not got[kind].training
         for name, value in model.state_dict().items():
@@ -131,7 +145,7 @@ def test_release_round_trip(release):
 
 def test_release_of_two_networks(tmp_path):
     models = {kind: model for kind, model in networks(frames=4).items() if kind != "generator"}
-    save_release(tmp_path / "w.safetensors", models, META)
+    save_weights(tmp_path / "w.safetensors", models, META)
     found, _ = load_models(tmp_path / "w.safetensors")
     assert list(found) == ["encoder", "decoder"] and found["decoder"].config.frames == 4
 
@@ -157,10 +171,10 @@ def test_a_folder_and_half_a_file_are_refused(release):
     refused(release, "not a readable safetensors file")
 
 
-@pytest.mark.parametrize("metadata", [None, {"a": "b"}, {"semo": "[1]"}, {"semo": '{"format": "semo-2"}'}])
+@pytest.mark.parametrize("metadata", [None, {"a": "b"}, {"semo": "[1]"}, {"semo": '{"format": "semo-9"}'}])
 def test_foreign_safetensors_are_refused(tmp_path, metadata):
     save_file({"a": torch.ones(2)}, tmp_path / "w.safetensors", metadata)
-    refused(tmp_path / "w.safetensors", "not a SeMo release")
+    refused(tmp_path / "w.safetensors", "not SeMo weights")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,6 +1,6 @@
 """People of the synthetic world who move and speak, drawn from seeds.
 
-    seeds --> random_motion, pairs: single pictures            seeds --> clip: one person talking, with sound
+    seeds --> random_motion, random_pairs: single pictures     seeds --> random_clip: one person talking, with sound
 
     python -m world.people --out DIR --clips N --seconds S [--seed N]     mp4 clips with sound and their factors (.npz)
 """
@@ -18,7 +18,7 @@ from media.files import InputError
 from media.image import to_uint8
 from media.sound import FPS, SAMPLE_RATE
 from media.video import VideoWriter
-from world.render import IDENTITY, MOTION, POSE, identity, render
+from world.render import IDENTITY, MOTION, POSE, random_identity, render
 from world.speech import EMOTIONS, speak, uniform
 
 HELD_OUT = 10**9  # identity ids and clip seeds below are for training, at or above for testing, for ever
@@ -42,23 +42,23 @@ def random_motion(seeds):
     return motion
 
 
-def pairs(seeds, targets, near, size=128, draw=render):
-    """Stage 1's food: one picture of each of R people and `targets` others of the same person -> (R, 3, size, size) and
+def random_pairs(seeds, targets, near, size=128, render_fn=render):
+    """Draw one picture of each of R people and `targets` others of the same person -> (R, 3, size, size) and
     (R*targets, 3, size, size), in [-1, 1], and the motion of them all, (R + R*targets, M).
 
     The share `near` of the people hold still between their pictures, as neighbouring frames of a speaker do: pose and light
     are kept, and a random half of mouth, eyes and brows, so that a gaze is at times all there is to explain. The others
-    change in everything, as distant frames. draw: `render`, or the same compiled.
+    change in everything, as distant frames. render_fn: `render`, or the same compiled.
     """
-    people = identity(seeds)
-    draws = (seeds % HELD_OUT)[:, None] * (targets + 1) + torch.arange(targets + 1, device=seeds.device)
-    draws = draws % HELD_OUT + HELD_OUT * (seeds >= HELD_OUT)[:, None]                    # (R, 1+T) motions, too, are split
-    motion = random_motion(draws.flatten()).unflatten(0, (-1, targets + 1))               # (R, 1+T, M)
-    still = torch.tensor([name in (*POSE, "light_x", "light") for name in MOTION], device=seeds.device)
-    keep = still | (uniform(seeds, len(MOTION), stream=12) < 0.5)                         # (R, M)
+    people = random_identity(seeds)
+    motion_ids = (seeds % HELD_OUT)[:, None] * (targets + 1) + torch.arange(targets + 1, device=seeds.device)
+    motion_ids = motion_ids % HELD_OUT + HELD_OUT * (seeds >= HELD_OUT)[:, None]                    # (R, 1+T) motions, too, are split
+    motion = random_motion(motion_ids.flatten()).unflatten(0, (-1, targets + 1))               # (R, 1+T, M)
+    held = torch.tensor([name in (*POSE, "light_x", "light") for name in MOTION], device=seeds.device)
+    keep = held | (uniform(seeds, len(MOTION), stream=12) < 0.5)                         # (R, M)
     keep = keep & (torch.arange(len(people), device=seeds.device) < round(near * len(people)))[:, None]
     motion = torch.where(keep[:, None], motion[:, :1], motion)
-    images = draw(people.repeat_interleave(targets + 1, 0), motion.flatten(0, 1), size)
+    images = render_fn(people.repeat_interleave(targets + 1, 0), motion.flatten(0, 1), size)
     images = images.unflatten(0, (-1, targets + 1))
     return images[:, 0], images[:, 1:].flatten(0, 1), torch.cat([motion[:, 0], motion[:, 1:].flatten(0, 1)])
 
@@ -80,14 +80,14 @@ def drift(seeds, frames, stream, hertz):
     return 0.4 * torch.sin(2 * math.pi * rate * time + phase).sum(1)
 
 
-def events(seeds, frames, stream, low, high):
+def irregular_events(seeds, frames, stream, low, high):
     """A clock of irregular events every low..high seconds -> (frames since the last, to the next, its random number)."""
     u = uniform(seeds, 3, stream)
     period = FPS * (low + (high - low) * u[:, :1])                                        # (B, 1) frames
     time = torch.arange(frames, device=seeds.device) + period * u[:, 1:2]
     number = torch.div(time, period, rounding_mode="floor")                               # (B, F)
-    draw = uniform((seeds[:, None] * 65_537 + number.long()).flatten(), 2, stream).view(*number.shape, 2)
-    return time - number * period, period, draw
+    u = uniform((seeds[:, None] * 65_537 + number.long()).flatten(), 2, stream).view(*number.shape, 2)
+    return time - number * period, period, u
 
 
 def perform(seeds, jaw, lip_width, emotion):
@@ -103,10 +103,10 @@ def perform(seeds, jaw, lip_width, emotion):
         m[name] = wander * drift(seeds, frames, 21 + k, hertz) + 0.45 * rest[:, k, None]
     m["brow_furrow"] = 0.25 * drift(seeds, frames, 31, 0.5).clamp(min=0)
     m["light"] = (0.5 + 0.5 * rest[:, 10, None] + 0.1 * drift(seeds, frames, 32, 0.2))
-    since, _, draw = events(seeds, frames, 33, 0.7, 2.0)                                  # the eyes jump, then rest
-    m["gaze_x"], m["gaze_y"] = 1.6 * draw[..., 0] - 0.8, 1.2 * draw[..., 1] - 0.6
-    since, period, draw = events(seeds, frames, 34, 2.0, 4.5)                             # a blink takes a fifth of a second
-    blink = torch.exp(-(((since - (0.2 + 0.6 * draw[..., 0]) * period) / 2.4) ** 4))
+    since, _, u = irregular_events(seeds, frames, 33, 0.7, 2.0)                                  # the eyes jump, then rest
+    m["gaze_x"], m["gaze_y"] = 1.6 * u[..., 0] - 0.8, 1.2 * u[..., 1] - 0.6
+    since, period, u = irregular_events(seeds, frames, 34, 2.0, 4.5)                             # a blink takes a fifth of a second
+    blink = torch.exp(-(((since - (0.2 + 0.6 * u[..., 0]) * period) / 2.4) ** 4))
     m["blink_l"] = m["blink_r"] = (blink + 0.12 * drift(seeds, frames, 35, 0.3).clamp(min=0))
     m["jaw"], m["lip_width"] = jaw, lip_width
     low, high = torch.tensor(list(MOTION.values()), device=jaw.device).unbind(1)
@@ -115,11 +115,11 @@ def perform(seeds, jaw, lip_width, emotion):
     return torch.minimum(torch.maximum(motion * angles, low), high)
 
 
-def clip(seeds, frames):
+def random_clip(seeds, frames):
     """Clips of people speaking. seeds (B,) -> identity (B, I), motion (B, F, M), wave (B, F*640), emotion (B, 7)."""
-    said = speak(seeds, frames)
-    motion = perform(seeds, said["jaw"], said["lip_width"], said["emotion"])
-    return {"identity": identity(seeds), "motion": motion, "wave": said["wave"], "emotion": said["emotion"]}
+    speech = speak(seeds, frames)
+    motion = perform(seeds, speech["jaw"], speech["lip_width"], speech["emotion"])
+    return {"identity": random_identity(seeds), "motion": motion, "wave": speech["wave"], "emotion": speech["emotion"]}
 
 
 def render_clip(identity, motion, size=128):
@@ -149,13 +149,13 @@ def main(argv=None):
     try:
         os.makedirs(args.out, exist_ok=True)
         for seed in tqdm(range(args.seed, args.seed + args.clips), unit="clip"):
-            made = {name: value[0] for name, value in clip(torch.tensor([seed]), frames).items()}
+            factors = {name: value[0] for name, value in random_clip(torch.tensor([seed]), frames).items()}
             stem = os.path.join(args.out, f"{seed:06d}")
-            soundfile.write(stem + ".wav", made["wave"].numpy(), SAMPLE_RATE)
+            soundfile.write(stem + ".wav", factors["wave"].numpy(), SAMPLE_RATE)
             with VideoWriter(stem + ".mp4", args.size, sound=stem + ".wav") as video:
-                for frame in render_clip(made["identity"], made["motion"], args.size):
+                for frame in render_clip(factors["identity"], factors["motion"], args.size):
                     video.write(frame)
-            np.savez(stem + ".npz", identity=made["identity"], motion=made["motion"], emotion=made["emotion"],
+            np.savez(stem + ".npz", identity=factors["identity"], motion=factors["motion"], emotion=factors["emotion"],
                      identity_names=IDENTITY, motion_names=list(MOTION), emotion_names=EMOTIONS)
     except (InputError, OSError) as error:
         print(f"world.people: {error}", file=sys.stderr)

@@ -31,7 +31,7 @@ IDENTITY = ["skin", "skin_hue", "hair_light", "hair_red", "hair_length", "hair_v
             "clothes_hue", "clothes_light", "clothes_stripe", "collar", "back_hue", "back_light", "back_wave", "back_dir"]
 
 
-def identity(ids):
+def random_identity(ids):
     """Factors of the people `ids` (B,) integers -> (B, I) in [0, 1]. ids >= HELD_OUT are never trained on."""
     return uniform(ids, len(IDENTITY), stream=10)
 

@@ -127,17 +127,17 @@ def phones(seeds, v, steps):
     seconds[..., 3] *= u[..., 8] < 0.35
     ends = seconds.flatten(1).cumsum(1).contiguous()  # (B, 4Y)
     now = (torch.arange(steps, device=seeds.device) + 0.5) * (HOP / SAMPLE_RATE)
-    slot = torch.searchsorted(ends, now.expand(len(seeds), -1).contiguous(), right=True).clamp(max=ends.shape[1] - 1)
-    said = table[kind.flatten(1).gather(1, slot)]  # (B, T, 12)
-    left = ends.gather(1, slot) - now  # seconds until this phone ends
-    closing = (said[..., 11] > 0) & (left > 0.024)  # a stop is silent, then releases
-    released = (said[..., 11] > 0) & ~closing
-    said[..., 6:8] *= ~closing[..., None]
-    said[..., 10] *= ~released
+    index_of_phone = torch.searchsorted(ends, now.expand(len(seeds), -1).contiguous(), right=True).clamp(max=ends.shape[1] - 1)
+    phone = table[kind.flatten(1).gather(1, index_of_phone)]  # (B, T, 12)
+    left = ends.gather(1, index_of_phone) - now  # seconds until this phone ends
+    closing = (phone[..., 11] > 0) & (left > 0.024)  # a stop is silent, then releases
+    released = (phone[..., 11] > 0) & ~closing
+    phone[..., 6:8] *= ~closing[..., None]
+    phone[..., 10] *= ~released
     how = torch.stack([0.75 + 0.35 * stress, 10 ** (0.8 * (u[..., 9] - 0.7) + 0.15 * stress), stress - 0.5], 2)
-    index = torch.arange(steps, device=seeds.device).expand_as(slot)
-    since = index - torch.where(slot % 4 == 0, index, 0).cummax(1).values
-    return said, how.gather(1, (slot // 4)[..., None].expand(-1, -1, 3)), since
+    index = torch.arange(steps, device=seeds.device).expand_as(index_of_phone)
+    since = index - torch.where(index_of_phone % 4 == 0, index, 0).cummax(1).values
+    return phone, how.gather(1, (index_of_phone // 4)[..., None].expand(-1, -1, 3)), since
 
 
 def excitation(seeds, pitch):
@@ -204,8 +204,8 @@ def speak(seeds, frames):
         raise ValueError(f"frames must be at least 1, got {frames}")
     steps = (frames + 4) * STEPS  # the extra frames let the mouth prepare what is said after the end
     v = voice(seeds)
-    said, how, since = phones(seeds, v, steps)
-    F1, F2, F3, lips, _, voicing, breath, hiss, centre, width, closed, _ = said.unbind(2)  # each (B, T)
+    phone, how, since = phones(seeds, v, steps)
+    F1, F2, F3, lips, _, voicing, breath, hiss, centre, width, closed, _ = phone.unbind(2)  # each (B, T)
     stress, loud, accent = how.unbind(2)
     opening = ((F1 - F1_CLOSED) / F1_SPAN * stress * v["effort"]).clamp(0, 1)
     slow = [opening, lips * v["lips"], F2 - F2_LIPS * lips, F3]
