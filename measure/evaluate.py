@@ -203,7 +203,7 @@ def reconstruct(args):
         other = random_clip(torch.tensor([c.id + 1]), FRAMES["reconstruct"])
         b = other["identity"][0]
         photo, box = render_batched(b, other["motion"][0, :1], size)[0], face_box(b, later, size)
-        b_pred, b_target = decode_clip(checkpoint, photo, tokens[1:], shipped, c.number), render_batched(b, later, size)
+        b_target, b_pred = render_batched(b, later, size), decode_clip(checkpoint, photo, tokens[1:], shipped, c.number)
         return rows | {f"B as A, {step_label(shipped)}": (b_pred, b_target, box, later),
                        "copy B's photo": (photo.expand_as(b_target), b_target, box, None)}
 

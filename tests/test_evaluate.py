@@ -58,8 +58,8 @@ def refused(capsys, status, *words):
 # -------------------------------------------------------------------------------------------------------- the commands
 def test_a_perfect_decoder_is_measured_as_perfect(given, monkeypatch, capsys):
     shown = []                                                              # A's frames, then B's photo and B moved as A
-    monkeypatch.setattr(evaluate, "show", lambda *a, real=evaluate.show: shown.append(real(*a)) or shown[-1])
-    monkeypatch.setattr(evaluate, "depict", lambda *_: shown[-1])
+    monkeypatch.setattr(evaluate, "render_batched", lambda *a, real=evaluate.render_batched: shown.append(real(*a)) or shown[-1])
+    monkeypatch.setattr(evaluate, "decode_clip", lambda *_: shown[-1])
     assert run(given, "reconstruct", "--clips", "2", "--json", str(given / "o.json")) == 0
     found = json.loads((given / "o.json").read_text())
     for name in ("true frames", "ours, 1 step", "ours, 4 steps", "the same with frame 0", "B as A, 1 step"):
@@ -71,7 +71,7 @@ def test_a_perfect_decoder_is_measured_as_perfect(given, monkeypatch, capsys):
 
 
 def test_copying_is_measured_as_copying(given, monkeypatch):
-    monkeypatch.setattr(evaluate, "depict", lambda release, photo, tokens, *_: photo.expand(len(tokens), -1, -1, -1))
+    monkeypatch.setattr(evaluate, "decode_clip", lambda release, photo, tokens, *_: photo.expand(len(tokens), -1, -1, -1))
     assert run(given, "reconstruct", "--clips", "2", "--steps", "4", "--json", str(given / "o.json")) == 0
     rows = json.loads((given / "o.json").read_text())["rows"]
     assert list(rows) == ["true frames", "ours, 4 steps", "the same with frame 0", "copy the photo", "nearest training frame",
@@ -95,7 +95,7 @@ def test_the_nearest_training_frame_is_the_nearest():
 
 def test_masks_take_from_the_token_what_they_hide(given, monkeypatch):
     seen = []
-    monkeypatch.setattr(checkpoint, "random_keep", lambda n, count, ratio, draw: seen.append(ratio) or torch.arange(count)[None]
+    monkeypatch.setattr(checkpoint, "random_masking", lambda n, count, ratio, draw: seen.append(ratio) or torch.arange(count)[None]
                         .expand(n, -1)[:, : round(count * (1 - ratio))])
     assert run(given, "masked", "--clips", "1", "--json", str(given / "m.json")) == 0
     rows = json.loads((given / "m.json").read_text())["rows"]
@@ -117,7 +117,7 @@ def grey(tmp_path):
 
 
 def test_real_people_are_the_test_split_averaged_by_person(given, grey, monkeypatch):
-    monkeypatch.setattr(evaluate, "depict", lambda release, photo, tokens, *_: photo.expand(len(tokens), -1, -1, -1) + 0.1)
+    monkeypatch.setattr(evaluate, "decode_clip", lambda release, photo, tokens, *_: photo.expand(len(tokens), -1, -1, -1) + 0.1)
     assert run(given, "reconstruct", "--data", str(grey), "--json", str(grey / "out.json")) == 0
     found = json.loads((grey / "out.json").read_text())
     assert found["ids"] == ["clips/1.mp4", "clips/2.mp4", "clips/3.mp4"] and "B as A, 1 step" not in found["rows"]
@@ -168,7 +168,7 @@ def test_networks_are_asked_about_every_row(given, monkeypatch, capsys):
     ("masked", 1, ("90% masked", "copy the photo", "jaw")),
     ("probe", 20, ("brow_furrow", "back_dir", "90% masked")),
     ("talk", 1, ("nearest training frame", "Sync-C", "lip width", "other sound", "digital silence", "blinks_per_minute")),
-    ("steps", 1, ("decoder: PSNR", "blinks/min", "bend of the paths"))])
+    ("steps", 1, ("decoder: PSNR", "blinks/min", "straightness of the paths"))])
 def test_commands_on_an_untrained_release(given, capsys, command, clips, words):
     assert run(given, command, "--clips", str(clips), "--json", str(given / f"{command}.json")) == 0
     said = capsys.readouterr().out
@@ -179,10 +179,10 @@ def test_commands_on_an_untrained_release(given, capsys, command, clips, words):
 
 def test_steps_are_those_of_the_sampler(given, monkeypatch, capsys):
     """A decoder that is the better the more steps it takes, a generator asked for each number of steps."""
-    asked, dream = [], evaluate.dream
-    monkeypatch.setattr(evaluate, "dream", lambda *given: asked.append(given[5]) or dream(*given))
+    asked, dream = [], evaluate.generate_motion
+    monkeypatch.setattr(evaluate, "generate_motion", lambda *given: asked.append(given[5]) or dream(*given))
     monkeypatch.setattr(evaluate, "STEPS", (1, 4))
-    monkeypatch.setattr(evaluate, "depict", lambda release, photo, tokens, steps, seed:
+    monkeypatch.setattr(evaluate, "decode_clip", lambda release, photo, tokens, steps, seed:
                         photo.expand(len(tokens), -1, -1, -1) * (1 - 1 / (1 + steps)))
     assert run(given, "steps", "--clips", "2", "--json", str(given / "o.json")) == 0
     found = json.loads((given / "o.json").read_text())
@@ -198,7 +198,7 @@ def test_the_mouth_is_judged_against_its_own_truth(given, monkeypatch):
 
     monkeypatch.setattr(evaluate, "FRAMES", {"talk": 40})
     monkeypatch.setattr(evaluate, "face_box", lambda person, motion, size: torch.ones(len(motion), 17, 17, dtype=torch.bool))
-    monkeypatch.setattr(evaluate, "show", frames)
+    monkeypatch.setattr(evaluate, "render_batched", frames)
     monkeypatch.setattr(reader, "load_regressor", lambda path: lambda x: x[:, 0, 0])
     monkeypatch.setattr(evaluate, "animate", lambda release, photo, wave, *more: photo.expand(wave.shape[1] // 640, -1, -1, -1))
     assert run(given, "talk", "--clips", "2", "--json", str(given / "o.json")) == 0
@@ -212,7 +212,7 @@ def test_the_mouth_is_judged_against_its_own_truth(given, monkeypatch):
 def test_what_cannot_be_used_is_refused(given, tmp_path, capsys):
     refused(capsys, run(given, "talk", ckpt="ae.safetensors"), "ae.safetensors", "generator")
     refused(capsys, run(given, "probe", ckpt="none.safetensors"), "none.safetensors", "not a readable")
-    refused(capsys, run(given, "probe", ckpt="r.safetensors"), "r.safetensors", "not a SeMo release")
+    refused(capsys, run(given, "probe", ckpt="r.safetensors"), "r.safetensors", "not SeMo weights")
     refused(capsys, run(given, "reconstruct", "--reader", str(given / "w.safetensors")), "w.safetensors", "not a motion reader")
     refused(capsys, run(given, "reconstruct", "--reader", str(tmp_path / "no")), "measure.reader")
     refused(capsys, run(given, "probe", "--device", "abacus"), "abacus")

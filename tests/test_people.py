@@ -99,7 +99,7 @@ def test_the_near_share_keeps_pose_and_light(near, count):
 @pytest.mark.parametrize("seed", [7, HELD_OUT - 1, HELD_OUT // 2, HELD_OUT, HELD_OUT + 10**6])
 def test_training_pairs_never_show_a_held_out_person(seed, monkeypatch):
     used = []
-    for name in ("identity", "random_motion"):
+    for name in ("random_identity", "random_motion"):
         made = getattr(people, name)
         monkeypatch.setattr(people, name, lambda seeds, made=made: used.append(seeds) or made(seeds))
     drawn([seed, seed], 3, 0)

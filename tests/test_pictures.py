@@ -74,7 +74,7 @@ def test_a_planted_factor_names_its_direction_and_moves_the_token(monkeypatch, s
     way the decomposition points."""
     draw = torch.Generator().manual_seed(0)
     line, moves, jaw = torch.nn.functional.normalize(torch.randn(12, generator=draw), dim=0), [], NAMES.index("jaw")
-    monkeypatch.setattr(pictures, "show", lambda people, motion, size: motion)
+    monkeypatch.setattr(pictures, "render_batched", lambda people, motion, size: motion)
 
     def either(tokens, count, real=pictures.principal):
         mean, axes, *rest = real(tokens, count)
@@ -91,7 +91,8 @@ def test_a_planted_factor_names_its_direction_and_moves_the_token(monkeypatch, s
     assert torch.corrcoef(torch.stack([found.scores[:, 0], found.motion[:, jaw]]))[0, 1] > 0.999
 
     monkeypatch.setattr(pictures, "encode", lambda release, x: torch.full((1, 12), 3.0))
-    monkeypatch.setattr(pictures, "depict", lambda release, photo, tokens, *_: moves.append(tokens) or photo.expand(5, -1, -1, -1))
+    monkeypatch.setattr(pictures, "decode_clip",
+                        lambda checkpoint, photo, tokens, *_: moves.append(tokens) or photo.expand(5, -1, -1, -1))
     pictures.directions(RELEASE, torch.zeros(3, 32, 32), found)
     (_, head, rows, side), = sheets
     assert "jaw +1.00" in side[0] and "100.0% of variance" in side[0] and "jaw +1.00" not in side[1]
@@ -142,8 +143,8 @@ def test_errors_are_those_of_the_frame_least_like_the_photo(monkeypatch, sheets)
     grey = torch.tensor([0.0, 0.1, 0.7, -0.3]).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
     clips = [(grey - shift, torch.tensor([0, 0, 0.9, 0])[:, None], torch.zeros(32)) for shift in (0, 0.1)]
     monkeypatch.setattr(pictures, "encode", lambda release, x: x[:, :1, 0, 0])
-    monkeypatch.setattr(pictures, "depict", lambda release, photo, tokens, *_: tokens.view(1, 1, 1, 1).expand(1, 3, 32, 32) + 0.2)
-    monkeypatch.setattr(pictures, "show", lambda who, motion, size: motion.view(1, 1, 1, 1).expand(1, 3, 32, 32))
+    monkeypatch.setattr(pictures, "decode_clip", lambda release, photo, tokens, *_: tokens.view(1, 1, 1, 1).expand(1, 3, 32, 32) + 0.2)
+    monkeypatch.setattr(pictures, "render_batched", lambda who, motion, size: motion.view(1, 1, 1, 1).expand(1, 3, 32, 32))
     noted = []
     monkeypatch.setattr(pictures, "tile", lambda x, note="", real=pictures.tile: noted.append(note) or real(x, note))
     pictures.errors(RELEASE, clips)
@@ -163,7 +164,7 @@ def test_trajectories_follow_where_the_token_is_the_factor(monkeypatch):
     n, pick = len(SHOWN), [NAMES.index(name) for name in SHOWN]
     eye, motion = torch.eye(len(NAMES))[pick], torch.zeros(3, len(NAMES))
     motion[:, 0], scores = torch.tensor([-0.2, 0.2, 0.0]), torch.tensor([[-2.0, 2], [2, 2], [0, -2]])
-    monkeypatch.setattr(pictures, "show", lambda people, motion, size: motion)
+    monkeypatch.setattr(pictures, "render_batched", lambda people, motion, size: motion)
     monkeypatch.setattr(pictures, "encode", lambda release, x: x)
     for sign in (1, -1):
         found = SimpleNamespace(mean=torch.zeros(17), axes=sign * eye, deviations=torch.full((n,), 0.5), correlations=sign * eye,

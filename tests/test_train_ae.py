@@ -85,7 +85,7 @@ def auto_encoder(seed=0, nudge=0.05, depth=1, frames=1):
 def people(monkeypatch):
     """Every identity that is drawn, in order."""
     seen, draw = [], random_identity
-    monkeypatch.setattr(people_module, "identity", lambda ids: seen.extend(ids.tolist()) or draw(ids))
+    monkeypatch.setattr(people_module, "random_identity", lambda ids: seen.extend(ids.tolist()) or draw(ids))
     return seen
 
 

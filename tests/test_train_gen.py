@@ -162,7 +162,7 @@ def test_a_clip_is_encoded_frame_by_frame(ae):
 
 def test_processes_encode_different_clips_none_held_out(monkeypatch):
     seen, make = [], random_clip
-    monkeypatch.setattr(train_gen, "clip", lambda seeds, frames: seen.extend(seeds.tolist()) or make(seeds, 2))
+    monkeypatch.setattr(train_gen, "random_clip", lambda seeds, frames: seen.extend(seeds.tolist()) or make(seeds, 2))
     for seed in (0, 1, 9):
         for rank in range(2):
             args = train_gen.parse(command("", "", "--clips", "3", "--seed", str(seed)))
@@ -341,7 +341,7 @@ def test_a_kill_while_the_last_step_is_saved_costs_no_release(ae, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_release", killed)
+        patch.setattr(train_gen, "save_weights", killed)
         with pytest.raises(KeyboardInterrupt):
             train(ae, tmp_path)
     assert train(ae, tmp_path) == 0                                          # the same command again
