@@ -1,0 +1,265 @@
+"""Read mouth, lids and head pose from frames with MediaPipe's face mesh, and compare two readings of a clip.
+
+    python measure/landmarks.py FRAMES.npy CURVES.npz    (F, 256, 256, 3) uint8 -> a curve (F,) per factor
+
+MediaPipe needs numpy < 2 (requirements-measure.txt), so it may live in an environment of its own:
+`read(frames, python)` runs this file with that interpreter. Everything else here needs numpy alone.
+
+Each frame is detected afresh with the attention mesh (478 points, lips and eyes refined). A correlation is
+undefined (nan) where the true factor does not move; it is 0 where only the generated one does not move, or
+where fewer than half of the frames have a face, so that neither a still mouth nor a broken face can drop
+out of a median.
+"""
+import os
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+SIZE = 256              # px, of the frames that are read
+FPS = 25
+LEAST = 8               # frames that both curves need
+REACH = 3               # frames: largest lag, and the largest distance of two blinks that match
+SHUT = 0.55             # of the clip's 80th percentile: lids nearer together than this are a blink
+FACTORS = ("opening", "width", "lids", "yaw", "pitch")
+MEASURES = ("correlation", "near", "amplitude", "concordance", "best", "lag", "error")
+COUNTS = ("frames", "missing", "true_blinks", "blinks", "matched")
+
+
+# ---- frames -> curves ----
+
+def factors(points):
+    """Compute the factors from mesh points.
+
+    points: (F, 478, 3) in pixels, nan where no face. -> {factor: (F,)}: opening d(13, 14) / d(10, 152),
+    width d(61, 291) / d(10, 152), lids (mean over the eyes of gap / width), distances in the picture plane;
+    yaw and pitch in degrees.
+    """
+    def gap(a, b):
+        return np.linalg.norm(points[:, a, :2] - points[:, b, :2], axis=1)
+
+    def tilt(a, b):                                     # out of the picture plane, whatever the roll
+        along = points[:, b] - points[:, a]
+        return np.degrees(np.arctan2(along[:, 2], np.hypot(along[:, 0], along[:, 1])))
+
+    face = gap(10, 152)                                 # forehead to chin
+    return {"opening": gap(13, 14) / face, "width": gap(61, 291) / face,
+            "lids": (gap(159, 145) / gap(33, 133) + gap(386, 374) / gap(362, 263)) / 2,
+            "yaw": tilt(234, 454), "pitch": tilt(10, 152)}
+
+
+def read(frames, python=None):
+    """Read the factors of each frame.
+
+    frames: (F, 256, 256, 3) uint8 RGB. python: an interpreter that has MediaPipe, None for this one. ->
+    {factor: (F,)}, nan where no face is found. ValueError if the frames are of another kind or MediaPipe is
+    missing.
+    """
+    if frames.dtype != np.uint8 or frames.shape[1:] != (SIZE, SIZE, 3):
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}; give uint8 (F, {SIZE}, {SIZE}, 3)")
+    if python:
+        return read_elsewhere(frames, python)
+    try:
+        from mediapipe.python.solutions.face_mesh import FaceMesh
+    except ImportError as error:
+        raise ValueError(f"reading faces needs mediapipe==0.10.21 ({error}); give --landmarks an interpreter "
+                         "that has it: an environment with requirements-measure.txt") from None
+    points = np.full((len(frames), 478, 3), np.nan)
+    with FaceMesh(static_image_mode=True, max_num_faces=1, refine_landmarks=True) as mesh:
+        for k, frame in enumerate(frames):
+            found = mesh.process(np.ascontiguousarray(frame)).multi_face_landmarks
+            if found:
+                points[k] = [(p.x, p.y, p.z) for p in found[0].landmark]
+    return factors(points * SIZE)
+
+
+def read_elsewhere(frames, python):
+    """Run `read` in a process of another interpreter. ValueError with its last line where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, made = os.path.join(folder, "frames.npy"), os.path.join(folder, "curves.npz")
+        np.save(given, frames)
+        try:
+            command = [python, os.path.abspath(__file__), given, made]
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise ValueError(f"--landmarks {python} cannot be run: {error.strerror}") from None
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise ValueError(f"--landmarks {python}: {said[-1]}")
+        with np.load(made) as curves:
+            return dict(curves)
+
+
+# ---- two curves of a clip -> numbers ----
+
+def pair(true, pred):
+    """Select the frames that both curves have -> true, pred (n,); None where too few are known to judge."""
+    known, both = np.isfinite(true), np.isfinite(true) & np.isfinite(pred)
+    if known.sum() < LEAST or np.ptp(true[known]) < 1e-9:
+        return None
+    if both.sum() < max(LEAST, known.sum() / 2):
+        return true[known], np.zeros(known.sum())       # a face that is not there does not follow
+    return true[both], pred[both]
+
+
+def correlation(true, pred):
+    """Compute Pearson's correlation of curves (F,): nan where `true` does not move, 0 where only `pred`
+    does not."""
+    found = pair(true, pred)
+    if found is None or np.ptp(found[0]) < 1e-9:
+        return np.nan
+    return 0.0 if np.ptp(found[1]) < 1e-9 else float(np.corrcoef(*found)[0, 1])
+
+
+def shifted(true, pred, lag):
+    """Correlate `pred` `lag` frames later with `true`."""
+    late, early = max(lag, 0), max(-lag, 0)
+    return correlation(true[early: len(true) - late], pred[late: len(pred) - early])
+
+
+def follow(true, pred):
+    """Compare two curves (F,) of one clip.
+
+    -> correlation at lag 0; near: the best within 1 frame; amplitude: ratio of standard deviations;
+    concordance (Lin 1989: also mean and amplitude must agree); best: the best correlation within REACH
+    frames, at `lag` (> 0: late); error: root of the mean squared difference.
+    """
+    found = pair(true, pred)
+    if found is None:
+        return dict.fromkeys(MEASURES, np.nan)
+    by_lag = {lag: shifted(true, pred, lag) for lag in sorted(range(-REACH, REACH + 1), key=abs)}
+    by_lag = {lag: r for lag, r in by_lag.items() if np.isfinite(r)}
+    best = max(by_lag, key=by_lag.get, default=0)
+    a, b = found
+    spread = a.var() + b.var() + (a.mean() - b.mean()) ** 2
+    return {"correlation": by_lag.get(0, np.nan),
+            "near": max((r for lag, r in by_lag.items() if abs(lag) < 2), default=np.nan),
+            "amplitude": float(b.std() / a.std()),
+            "concordance": float(2 * np.cov(a, b, bias=True)[0, 1] / spread),
+            "best": by_lag.get(best, np.nan), "lag": float(best) if np.ptp(b) > 1e-9 else np.nan,
+            "error": float(np.sqrt(np.mean((a - b) ** 2)))}
+
+
+def blinks(lids):
+    """Find the blinks of a clip, lids (F,) -> the frame of each where the lids are nearest together."""
+    if not np.isfinite(lids).any():
+        return []
+    shut = np.nan_to_num(lids, nan=np.inf) < SHUT * np.nanpercentile(lids, 80)
+    shut = np.concatenate([[False], shut, [False]])
+    edges = np.flatnonzero(shut[1:] != shut[:-1])
+    return [int(start + np.argmin(lids[start:end])) for start, end in edges.reshape(-1, 2)]
+
+
+def matches(true, pred, reach=REACH):
+    """Count the blinks (frames, in order) of `true` that have one of `pred` of their own within `reach`
+    frames."""
+    count, k = 0, 0
+    for frame in true:
+        while k < len(pred) and pred[k] < frame - reach:
+            k += 1
+        if k < len(pred) and pred[k] <= frame + reach:
+            count, k = count + 1, k + 1
+    return count
+
+
+def scores(true, pred):
+    """Compare the readings of a clip, {factor: (F,)} each -> {factor_measure: number} and the counts of
+    COUNTS."""
+    found = {f"{name}_{k}": x for name in FACTORS for k, x in follow(true[name], pred[name]).items()}
+    shut, made = blinks(true["lids"]), blinks(pred["lids"])
+    return found | {"frames": len(pred["lids"]), "missing": int(np.isnan(pred["opening"]).sum()),
+                    "true_blinks": len(shut), "blinks": len(made), "matched": matches(shut, made)}
+
+
+# ---- many clips -> a table ----
+
+def rates(counts):
+    """Compute blinks a minute, F1 of the blinks, share of frames without a face from summed counts {count:
+    (...)}."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        seen = counts["frames"] - counts["missing"]
+        return {"blinks_a_minute": counts["blinks"] / seen * FPS * 60,
+                "blink_f1": 2 * counts["matched"] / (counts["true_blinks"] + counts["blinks"]),
+                "no_face": counts["missing"] / counts["frames"]}
+
+
+def summary(clips, people, rounds=2000, seed=0):
+    """Summarize a row of clips by person.
+
+    clips: what `scores` returned for each; people: whose each is. -> {measure: {value, low, high}}: the
+    median over people of the mean of each one's clips; blinks and missing frames counted over all; with
+    bootstrap intervals (95%) over people. None where nothing can be said.
+    """
+    names = sorted(set(people))
+    of = np.array([names.index(who) for who in people])
+    draw = np.random.default_rng(seed).random((rounds, len(names)))
+    result = {}
+
+    def add(key, value, drawn):
+        drawn = drawn[np.isfinite(drawn)]
+        low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
+        numbers = {"value": value, "low": low, "high": high}
+        result[key] = {name: float(x) if np.isfinite(x) else None for name, x in numbers.items()}
+
+    for key in clips[0].keys() - set(COUNTS):
+        x = np.array([clip[key] for clip in clips])
+        mean = np.array([x[(of == k) & np.isfinite(x)].mean() if np.isfinite(x[of == k]).any() else np.nan
+                         for k in range(len(names))])
+        known = mean[np.isfinite(mean)]
+        if len(known):
+            drawn = known[(draw[:, :len(known)] * len(known)).astype(int)]
+            add(key, np.median(known), np.median(drawn, axis=1))
+        else:
+            add(key, np.nan, known)
+    sums = {key: np.bincount(of, [clip[key] for clip in clips], len(names)) for key in COUNTS}
+    drawn = rates({key: x[(draw * len(names)).astype(int)].sum(1) for key, x in sums.items()})
+    for key, value in rates({key: x.sum() for key, x in sums.items()}).items():
+        add(key, value, drawn[key])
+    return result
+
+
+def lines(rows):
+    """Format rows {name: summary} as a table of text lines.
+
+    Per factor: correlation at lag 0 [95% interval] amplitude; then more about the opening, blinks, frames
+    without a face.
+    """
+    def number(x, digits=2):
+        return "-" if x["value"] is None else f"{x['value']:.{digits}f}"
+
+    def bounds(x):
+        return "" if x["low"] is None else f"[{x['low']:.2f} {x['high']:.2f}]"
+
+    head = ["", *(text for name in FACTORS for text in (name, "", "ampl")),
+            "+-1", "lag", "concord", "blinks/min", "F1", "no face"]
+    body = []
+    for name, row in rows.items():
+        line = [name]
+        for factor in FACTORS:
+            r = row[factor + "_correlation"]
+            line += [number(r), bounds(r), number(row[factor + "_amplitude"])]
+        line += [number(row["opening_near"]), number(row["opening_lag"], 1)]
+        line += [number(row["opening_concordance"]), number(row["blinks_a_minute"], 1), number(row["blink_f1"])]
+        body.append([*line, f"{row['no_face']['value']:.1%}"])
+    wide = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    return ["  ".join(x.rjust(w) if k else x.ljust(w) for k, (x, w) in enumerate(zip(row, wide, strict=True)))
+            .rstrip() for row in [head, *body]]
+
+
+def main(argv):
+    """Read FRAMES.npy, write CURVES.npz -> exit status."""
+    if len(argv) != 2:
+        print("usage: python measure/landmarks.py FRAMES.npy CURVES.npz", file=sys.stderr)
+        return 2
+    try:
+        curves = read(np.load(argv[0]))
+        np.savez(argv[1], **curves)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
