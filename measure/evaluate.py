@@ -9,7 +9,8 @@
 --data DIR: reconstruct, masked and talk on real people, of the test split of a folder of data.py prepare. Each prints a
 table; --json FILE also writes its numbers and the clips they are of. All is measured on raw frames, before any video coding,
 beside its floor (copying the photo; the nearest training frame) and its ceiling (true frames). A clip, or of real people a
-person, counts once; intervals are of their mean. Where the true motion is known, it is also read off the frames (reader.py).
+person, counts once; intervals are of their mean. Where the true motion is known, it is also read off the frames (reader.py);
+of real people, --landmarks reads mouth, lids and head pose with a face mesh (landmarks.py).
 """
 import argparse
 import json
@@ -19,6 +20,7 @@ from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -26,7 +28,7 @@ from tqdm import tqdm
 import data
 import flow
 from generator import generate_motion
-from measure import metrics, perceptual, reader
+from measure import landmarks, metrics, perceptual, reader
 from measure.checkpoint import WEIGHTS, cell, decode_clip, encode, open_checkpoint, render_batched, summary, table
 from measure.metrics import NAMES
 from media import audio_features
@@ -66,14 +68,15 @@ def test_clips(args, size, sound=False):
     manifest_rows = [entry for person in sorted(people) for entry in people[person]][:args.clips]
     for number, entry in enumerate(tqdm(manifest_rows, unit="clip", disable=None)):
         images, wave = data.read_clip(entry["path"], size)
-        images = images[:FRAMES[args.command]]
+        images = images[:FRAMES["talk" if args.landmarks else args.command]]        # blinks need seconds
         face = entry.get("face", perceptual.FACE)
         left, top, right, bottom = (round(size * share) for share in face)
         box = torch.zeros(len(images), size, size)
         box[:, max(0, top):bottom, max(0, left):right] = 1
         wave = wave[None, : len(images) * SAMPLES_PER_FRAME] if sound else None
-        yield SimpleNamespace(number=number, id=entry["file"], who=entry["identity"], images=images, box=box, wave=wave, motion=None,
-                              face=face)
+        large = data.read_clip(entry["path"], landmarks.SIZE)[0][:len(images)] if args.landmarks else None
+        yield SimpleNamespace(number=number, id=entry["file"], who=entry["identity"], images=images, box=box, wave=wave,
+                              motion=None, face=face, large=large, reenacted={})
 
 
 def training_frames(args, size, count=1000):
@@ -98,13 +101,17 @@ def picture_metrics(args, checkpoint, rows_of, sound=False):
     """Pictures against true ones. rows_of(clip) -> {row: (pred, target, box, motion)} of each unseen clip -> SimpleNamespace: rows
     {row: measures}, read {row: [(n, M)]} and commanded {row: [(n, M)]} where motion is known, ids of the clips, the regressor."""
     by_row, by_network, read, commanded, ids, size = {}, {}, {}, {}, [], checkpoint.meta["size"]
+    by_mesh = {}
     patch = checkpoint.decoder.config.patch_size * checkpoint.space.factor
     read_motion = None if args.data else reader.load_regressor(args.reader)
     nets, absent = perceptual.load(args.networks, checkpoint.device) if args.networks else ({}, [])
     for c in test_clips(args, size, sound):
         ids.append(c.id)
         features = {}                                               # of this clip's pictures, each once
-        for name, (pred, target, box, motion) in rows_of(c).items():
+        rows = rows_of(c)
+        for name, scores in (landmark_scores(args, c, rows) if args.landmarks else {}).items():
+            by_mesh.setdefault(name, []).append((c.who, scores))
+        for name, (pred, target, box, motion) in rows.items():
             by_row.setdefault(name, {}).setdefault(c.who, []).append(metrics.compare(pred, target, box, patch))
             by_network.setdefault(name, []).append(network_metrics(nets, c, pred, target, features, sound))
             if motion is not None:
@@ -117,9 +124,47 @@ def picture_metrics(args, checkpoint, rows_of, sound=False):
     pictures_table(rows)
     if nets:
         networks_table(by_network, rows)
+    mesh = landmarks_table(by_mesh, size) if by_mesh else {}
     print(PAPER.get(args.command, ""))
     print(*(absent or ["LPIPS, FID, FVD, Sync and CSIM need published networks: --networks DIR"] * (not nets)), sep="\n")
-    return SimpleNamespace(rows=rows, read=read, commanded=commanded, ids=ids, read_motion=read_motion)
+    return SimpleNamespace(rows=rows, read=read, commanded=commanded, ids=ids, read_motion=read_motion, landmarks=mesh)
+
+
+def landmark_scores(args, c, rows):
+    """Compare what a face mesh reads from a clip's rows {row: (pred, ...)} with what it reads from the clip.
+
+    All frames are read at 256 px, rows enlarged; the target is the clip at that size, so that the row `true frames` is the
+    ceiling at the model's size. -> {row: landmarks.scores}, with the rows of c.reenacted {row: pred}.
+    """
+    first = int(args.command == "reconstruct")                      # its rows begin after the photo
+    pred = {name: row[0] for name, row in rows.items() if name not in ("the same with frame 0", "nearest training frame")}
+    pred |= c.reenacted
+    clips = [c.large[first:], *(F.interpolate(x.float(), landmarks.SIZE, mode="bicubic") for x in pred.values())]
+    frames = to_uint8(torch.cat(clips)).permute(0, 2, 3, 1).contiguous().numpy()
+    try:
+        curves = landmarks.read(frames, args.landmarks)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    ends = np.cumsum([len(x) for x in clips])[:-1]
+    target, *read = ({k: np.split(curve, ends)[n] for k, curve in curves.items()} for n in range(len(clips)))
+    return {name: landmarks.scores({k: curve[:len(x["opening"])] for k, curve in target.items()}, x)
+            for name, x in zip(pred, read, strict=True)}
+
+
+def landmarks_table(by_mesh, size):
+    """Print what the face mesh read, {row: [(person, scores) of each clip]} -> {row: landmarks.summary}."""
+    rows = {name: landmarks.summary([scores for _, scores in x], [who for who, _ in x]) for name, x in by_mesh.items()}
+    print(f"\nread by a face mesh at {landmarks.SIZE} px (true frames: reduced to {size} px, the ceiling); median over people: "
+          "correlation [95%],\nampl(itude): ratio of standard deviations; of the opening also the correlation within 1 frame, "
+          "lag, concord(ance)")
+    print(*landmarks.lines(rows), sep="\n")
+    if "other sound" in rows:
+        other = [scores["opening_error"] for _, scores in by_mesh["other sound"]]
+        own = [scores["opening_error"] for _, scores in by_mesh["ours"][-len(other):]]         # the first clip has no other
+        gain = float(np.nanmean(other) / np.nanmean(own))
+        print(f"audio gain {gain:.3f}: error of the opening with another recording's sound, divided by that with its own")
+        rows["ours"]["audio_gain"] = {"value": gain, "low": None, "high": None}
+    return rows
 
 
 def network_metrics(nets, c, pred, target, features, sound):
@@ -187,7 +232,7 @@ def reconstruct(args):
     of the next person B, moved as A moves, against the true B."""
     checkpoint = open_checkpoint(args, "encoder", "decoder")
     size, shipped = checkpoint.meta["size"], args.steps or checkpoint.meta["steps"]
-    bank = training_frames(args, size)
+    bank, photos = training_frames(args, size), {}
 
     def rows_of(c):
         photo, target, tokens, motion = c.images[0], c.images[1:], encode(checkpoint, c.images), c.motion
@@ -198,6 +243,10 @@ def reconstruct(args):
                 "the same with frame 0": (pred[shipped], c.images, c.box, None),
                 "copy the photo": (photo.expand_as(target), target, c.box[1:], None),
                 "nearest training frame": (nearest(bank, target), target, c.box[1:], None)}
+        if args.landmarks:                                          # the person before, moved as this one moves
+            photos.setdefault(c.who, photo)
+            for other in [x for who, x in photos.items() if who != c.who][-1:]:
+                c.reenacted["another person"] = decode_clip(checkpoint, other, tokens[1:], shipped, c.number)
         if motion is None:
             return rows
         other = random_clip(torch.tensor([c.id + 1]), FRAMES["reconstruct"])
@@ -208,7 +257,7 @@ def reconstruct(args):
                        "copy B's photo": (photo.expand_as(b_target), b_target, box, None)}
 
     result = picture_metrics(args, checkpoint, rows_of)
-    return {"rows": result.rows, "motion_correlation": motion_table(result), "ids": result.ids}
+    return {"rows": result.rows, "motion_correlation": motion_table(result), "ids": result.ids, "landmarks": result.landmarks}
 
 
 def masked(args):
@@ -298,7 +347,7 @@ def talk(args):
 
     result = picture_metrics(args, checkpoint, rows_of, sound=True)
     if args.data:
-        return {"rows": {}, "pictures": result.rows, "ids": result.ids}
+        return {"rows": {}, "pictures": result.rows, "ids": result.ids, "landmarks": result.landmarks}
     mouth = {name: summary([metrics.sync(*pair) for pair in zip(x, result.commanded[name], strict=True)])
              for name, x in result.read.items()}
     for number, (seed, photo) in enumerate(zip(result.ids, photos, strict=True)):
@@ -364,12 +413,17 @@ def parse(argv):
     p.add_argument("--clips", type=int, help=f"unseen clips, or for probe people (default: {CLIPS})")
     p.add_argument("--data", help="reconstruct, masked, talk: the test split of a folder of data.py prepare (default: synthetic)")
     p.add_argument("--networks", help="folder of published networks, for LPIPS, FID, FVD, Sync-C, Sync-D, CSIM (perceptual.py)")
+    p.add_argument("--landmarks", nargs="?", const=sys.executable, metavar="PYTHON",
+                   help="reconstruct, talk with --data: read mouth, lids and head pose with MediaPipe's face mesh; PYTHON: the "
+                        "interpreter that has it, if not this one (requirements-measure.txt)")
     p.add_argument("--json", help="also write the numbers to this file")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     p.add_argument("--reader", default=str(reader.WEIGHTS), help="weights of the motion reader")
     args = p.parse_args(argv)
     if args.data and args.command in ("probe", "steps"):
         p.error(f"--data is not for {args.command}: of real clips the true motion is not known")
+    if args.landmarks and (not args.data or args.command not in ("reconstruct", "talk")):
+        p.error("--landmarks is for reconstruct and talk with --data")
     if args.clips is None and not args.data:
         args.clips = CLIPS[args.command]
     least = 10 if args.command == "probe" else 1

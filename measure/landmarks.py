@@ -240,7 +240,8 @@ def lines(rows):
             r = row[factor + "_correlation"]
             line += [number(r), bounds(r), number(row[factor + "_amplitude"])]
         line += [number(row["opening_near"]), number(row["opening_lag"], 1)]
-        line += [number(row["opening_concordance"]), number(row["blinks_a_minute"], 1), number(row["blink_f1"])]
+        line += [number(row["opening_concordance"])]
+        line += [number(row["blinks_a_minute"], 1), number(row["blink_f1"])]
         body.append([*line, f"{row['no_face']['value']:.1%}"])
     wide = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     return ["  ".join(x.rjust(w) if k else x.ljust(w) for k, (x, w) in enumerate(zip(row, wide, strict=True)))

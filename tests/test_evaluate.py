@@ -1,6 +1,7 @@
 """measure/evaluate.py: the commands, on models whose answer is known."""
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from test_metrics import pictures
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig
-from measure import checkpoint, evaluate, perceptual, reader
+from measure import checkpoint, evaluate, landmarks, perceptual, reader
 from media.files import write_lines
 from media.video import VideoWriter
 from media.weights import save_weights
@@ -139,6 +140,51 @@ def test_real_people_speak_with_their_own_and_with_another_sound(given, grey, mo
     assert torch.equal(heard[0], heard[2]) and torch.equal(heard[1], heard[4]) and not torch.equal(heard[0], heard[1])
     assert rows["true frames"]["psnr"]["mean"] == 100 and list(rows)[:2] == ["true frames", "ours"]
     assert rows["ours"]["l1"]["mean"] == pytest.approx((15 + 40) / 2 * 5 / 6 / 255, abs=1.5 / 255)         # 6 frames were made
+
+
+def test_faces_are_read_beside_ceiling_and_floor(given, grey, monkeypatch, capsys):
+    """A stand-in for the face mesh, to which brightness is the opening of the mouth; decoded frames follow at 0.1 of it."""
+    asked = []
+
+    def read(frames, python):
+        asked.append((frames.shape, python))
+        light = frames.astype(float).mean((1, 2, 3))
+        return {k: light if k == "opening" else np.full(len(light), np.nan) for k in landmarks.FACTORS}
+
+    monkeypatch.setattr(landmarks, "read", read)
+    monkeypatch.setattr(landmarks, "LEAST", 3)
+    for k, path in enumerate(sorted((grey / "clips").iterdir())):           # brightness goes up and down
+        with VideoWriter(path, 32, sound=0.1 * torch.randn(12 * 640)) as video:
+            for n in range(12):
+                video.write(np.full((32, 32, 3), 100 + 10 * k + 40 * (n % 4 > 1), np.uint8))
+    monkeypatch.setattr(evaluate, "encode", lambda checkpoint, images: images.mean((1, 2, 3))[:, None])
+    monkeypatch.setattr(evaluate, "decode_clip", lambda checkpoint, photo, tokens, *_:
+                        (photo - photo.mean() + 0.1 * tokens[:, :, None, None]).expand(-1, 3, -1, -1))
+    monkeypatch.setitem(evaluate.FRAMES, "talk", 12)
+    out = ["--json", str(grey / "out.json")]
+    assert run(given, "reconstruct", "--data", str(grey), "--landmarks", "python-of-the-mesh", *out) == 0
+    rows = json.loads((grey / "out.json").read_text())["landmarks"]
+    assert [shape[0] for shape, _ in asked] == [5 * 11, 5 * 11, 6 * 11]     # only the last has another person before it
+    assert {python for _, python in asked} == {"python-of-the-mesh"}
+    want = {"true frames": [1, 1], "ours, 1 step": [1, 0.1], "ours, 4 steps": [1, 0.1], "another person": [1, 0.1],
+            "copy the photo": [0, 0]}
+    found = {name: [row["opening_" + k]["value"] for k in ("correlation", "amplitude")] for name, row in rows.items()}
+    assert found == {name: pytest.approx(x, abs=0.03) for name, x in want.items()}
+    monkeypatch.setattr(evaluate, "animate", lambda checkpoint, photo, *_: photo.expand(12, -1, -1, -1))
+    assert run(given, "talk", "--data", str(grey), "--landmarks", *out) == 0
+    rows = json.loads((grey / "out.json").read_text())["landmarks"]
+    assert asked[-1][1] == sys.executable
+    assert rows["true frames"]["opening_correlation"]["value"] == pytest.approx(1, abs=0.01)
+    assert rows["ours"]["opening_correlation"]["value"] == 0
+    assert rows["ours"]["audio_gain"]["value"] == pytest.approx(1)
+
+
+def test_faces_are_read_of_real_clips_alone(given, grey, capsys):
+    for bad in (["reconstruct"], ["masked", "--data", str(grey)]):
+        with pytest.raises(SystemExit):
+            run(given, bad[0], "--landmarks", *bad[1:])
+    nobody = str(grey / "no-python")
+    refused(capsys, run(given, "reconstruct", "--data", str(grey), "--landmarks", nobody), nobody, "cannot be run")
 
 
 def test_networks_are_asked_about_every_row(given, monkeypatch, capsys):
