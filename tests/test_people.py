@@ -158,6 +158,88 @@ def test_emotions_show_on_the_face():
     assert corner["happy"] > corner["neutral"] + 0.3 > corner["sad"] + 0.6
 
 
+def moved(mood, frames=20 * FPS, count=24, movement=True):
+    """Motion of people who say nothing, in one mood (7,) or (F, 7)."""
+    mute = torch.zeros(count, frames)
+    return {"motion": people.perform(torch.arange(count), mute, mute, mood.expand(count, *mood.shape), movement)}
+
+
+def pace(made):
+    """How fast the head turns, how far, and how often the eyes jump: a mean over people each."""
+    yaw, jumps = factor(made, "yaw"), factor(made, "gaze_x").diff(dim=1).abs() > 1e-3
+    return yaw.diff(dim=1).abs().mean(), yaw.std(1).mean(), jumps.float().mean()
+
+
+def test_emotions_show_in_movement_where_asked_for():
+    eye = dict(zip(EMOTIONS, torch.eye(7), strict=True))
+    calm, sad, afraid = (moved(eye[name]) for name in ("neutral", "sad", "afraid"))
+    assert factor(sad, "blink_l").median() == pytest.approx(factor(calm, "blink_l").median().item() + 0.2, abs=0.03)
+    ratio = [(a / b).item() for a, b in zip(pace(sad), pace(calm), strict=True)]
+    assert ratio == pytest.approx([0.36, 0.6, 1], abs=0.06)                  # reach times tempo, reach, no haste
+    ratio = [(a / b).item() for a, b in zip(pace(afraid), pace(calm), strict=True)]
+    assert ratio[2] == pytest.approx(2, abs=0.1) and ratio[0] > 1.5          # some turns end at the range's limit
+    for name in EMOTIONS:                                                    # without movement: the expression alone
+        plain = moved(eye[name], 50, 4, movement=False)
+        assert torch.equal(factor(plain, "yaw"), factor(moved(eye["neutral"], 50, 4), "yaw"))
+    assert torch.equal(moved(eye["neutral"], 50)["motion"], moved(eye["neutral"], 50, movement=False)["motion"])
+
+
+def test_six_emotions_are_six_directions():
+    """Shifts of face and lids, logs of tempo and gaze rate: a palette can be read back from a clip."""
+    table = [[people.EMOTION_FACE[e].get(name, 0.0) for name in ("lip_corner", "brow_raise", "brow_furrow")]
+             + list(people.EMOTION_MOVEMENT[e]) for e in EMOTIONS[1:]]
+    assert torch.linalg.matrix_rank(torch.tensor(table)) == 6
+
+
+def test_moods_may_change_within_a_clip():
+    eye = torch.eye(7)
+    mood = eye[EMOTIONS.index("happy")].repeat(100, 1)
+    mood[50:] = eye[EMOTIONS.index("sad")]
+    switched, happy = moved(mood, 100)["motion"], moved(eye[EMOTIONS.index("happy")], 100)["motion"]
+    torch.testing.assert_close(switched[:, :50], happy[:, :50])
+    corner = list(MOTION).index("lip_corner")
+    assert (switched[:, 50:, corner] < happy[:, 50:, corner] - 1).float().mean() > 0.9
+    assert torch.equal(moved(mood[:1].expand(100, -1), 100)["motion"], happy)                # (F, 7) that stays is (7,)
+
+
+def test_voice_and_face_may_feel_apart():
+    eye, seeds = torch.eye(7), SEEDS
+    angry, happy = (eye[[EMOTIONS.index(name)]].expand(4, -1) for name in ("angry", "happy"))
+    plain, made = random_clip(seeds, 50, emotion=angry), random_clip(seeds, 50, face=happy, emotion=angry)
+    assert torch.equal(made["wave"], plain["wave"]) and torch.equal(made["emotion"], angry)
+    assert torch.equal(factor(made, "jaw"), factor(plain, "jaw"))            # the voice moves the mouth
+    assert (factor(made, "lip_corner").mean(1) > factor(plain, "lip_corner").mean(1) + 0.8).all()
+    own = random_clip(seeds, 50, emotion=random_clip(seeds, 1)["emotion"])
+    assert torch.equal(own["wave"], random_clip(seeds, 50)["wave"]) and torch.equal(own["motion"], random_clip(seeds, 50)["motion"])
+
+
+def test_moods_of_training_clips():
+    voice, face, change = people.random_moods(torch.arange(4000), 100)
+    assert voice.shape == (4000, 7) and face.shape == (4000, 100, 7) and change.shape == (4000,)
+    for mood in (voice, face):
+        assert mood.min() >= 0
+        torch.testing.assert_close(mood.sum(-1), torch.ones(mood.shape[:-1]))
+    first, last = face[:, 0], face[:, -1]
+    assert (change < 100).float().mean() == pytest.approx(0.5, abs=0.03) and change.min() >= 25 and change[change < 100].max() < 75
+    assert torch.equal(first[change == 100], last[change == 100])
+    switched = face[change < 100]
+    before = torch.arange(100) <= change[change < 100][:, None]              # the fade begins at the change
+    assert torch.equal(torch.where(before[..., None], switched, 0), torch.where(before[..., None], switched[:, :1], 0))
+    assert (first == voice).all(1).float().mean() == pytest.approx(0.2, abs=0.05)
+    one = first[:, 1:].amax(1) > 0
+    assert (first[one][:, 1:] >= 0.39).any(1).float().mean() > 0.6
+    own = people.random_mood(torch.arange(4000), 43)
+    seen = {tuple(EMOTIONS[1 + k] for k in mood[1:].nonzero()[:, 0].tolist()) for mood in own if (mood[1:] > 0).sum() == 2}
+    assert len(seen) == 10 and not seen & set(people.UNSEEN_PAIRS)           # 15 pairs in all
+
+
+def test_a_clip_of_which_nothing_new_is_asked_is_as_ever():
+    """Sums of numbers that weights and published results rest on."""
+    made = random_clip(torch.tensor([5, HELD_OUT + 5]), 50)
+    found = [made[name].double().abs().sum((1, 2) if name == "motion" else 1).tolist() for name in ("motion", "wave", "emotion")]
+    assert found == [pytest.approx(row, rel=1e-5) for row in [[164.9775, 205.1789], [1698.0209, 350.6903], [1.0, 1.0]]]
+
+
 def test_clip_frames_are_the_rendered_ones():
     motion = LONG["motion"][0, :20]
     frames = np.stack(list(render_clip(LONG["identity"][0], motion, 32)))

@@ -108,7 +108,7 @@ def spectrum_of(vowel, monkeypatch):
     plain |= {"tract": one.expand(-1, 3), "effort": one, "lips": one, "pitch": 100 * one, "snr": 60 * one,
               "breath": 0 * one, "eq_tilt": 0 * one, "eq_bump": 0 * one}
     monkeypatch.setattr(speech, "PHONES", table)
-    monkeypatch.setattr(speech, "voice", lambda seeds: plain)
+    monkeypatch.setattr(speech, "voice", lambda seeds, emotion: plain)
     clips = speech.speak(SEEDS, 50)
     monkeypatch.undo()
     spectra = torch.stft(clips["wave"], 1024, window=torch.hann_window(1024), return_complex=True).abs().square()

@@ -70,56 +70,107 @@ EMOTION_FACE = {
     "neutral": {}, "happy": {"lip_corner": 0.9, "brow_raise": 0.15}, "sad": {"lip_corner": -0.8, "brow_raise": 0.4},
     "angry": {"brow_furrow": 0.9, "lip_corner": -0.3, "brow_raise": -0.3}, "afraid": {"brow_raise": 0.7, "brow_furrow": 0.4},
     "disgusted": {"brow_furrow": 0.5, "lip_corner": -0.6}, "surprised": {"brow_raise": 1.0}}
+# What each emotion does to movement: lids (added to both blinks), log of the head's speed and reach, log rate of gaze jumps.
+EMOTION_MOVEMENT = {
+    "neutral": (0, 0, 0), "happy": (0, 0, 0), "sad": (0.2, math.log(0.6), 0), "angry": (0, math.log(1.4), 0),
+    "afraid": (-0.1, math.log(1.4), math.log(2)), "disgusted": (0, 0, 0), "surprised": (-0.1, 0, 0)}
 
 
-def drift(seeds, frames, stream, hertz):
-    """Smooth wandering in about [-1, 1], (B,) -> (B, frames): five sine waves up to `hertz`."""
+def drift(seeds, clock, stream, hertz):
+    """Smooth wandering in about [-1, 1], (B,) -> (B, F): five sine waves up to `hertz`. clock: frames, (F,) or (B, F)."""
     u = uniform(seeds, 10, stream)
-    time = torch.arange(frames, device=seeds.device) / FPS
+    time = clock / FPS
     rate, phase = hertz * (0.15 + 0.85 * u[:, :5, None]), 2 * math.pi * u[:, 5:, None]
-    return 0.4 * torch.sin(2 * math.pi * rate * time + phase).sum(1)
+    return 0.4 * torch.sin(2 * math.pi * rate * time.unsqueeze(-2) + phase).sum(1)
 
 
-def irregular_events(seeds, frames, stream, low, high):
-    """A clock of irregular events every low..high seconds -> (frames since the last, to the next, its random number)."""
+def irregular_events(seeds, clock, stream, low, high):
+    """Irregular events every low..high seconds by a clock in frames, (F,) or (B, F) -> (frames since the last, to the next,
+    its random number)."""
     u = uniform(seeds, 3, stream)
     period = FPS * (low + (high - low) * u[:, :1])                                        # (B, 1) frames
-    time = torch.arange(frames, device=seeds.device) + period * u[:, 1:2]
+    time = clock + period * u[:, 1:2]
     number = torch.div(time, period, rounding_mode="floor")                               # (B, F)
     u = uniform((seeds[:, None] * 65_537 + number.long()).flatten(), 2, stream).view(*number.shape, 2)
     return time - number * period, period, u
 
 
-def perform(seeds, jaw, lip_width, emotion):
-    """Motion of a speaker, with all that the voice does not decide. (B, F), (B, F), (B, 7) -> (B, F, M)."""
-    frames = jaw.shape[1]
-    face = torch.tensor([[EMOTION_FACE[e].get(name, 0.0) for name in MOTION] for e in EMOTIONS], device=jaw.device)
-    shown = (emotion @ face)[:, None]                                                     # (B, 1, M)
+def perform(seeds, jaw, lip_width, emotion, movement=False):
+    """Motion of a speaker, with all that the voice does not decide. (B, F), (B, F), (B, 7) or (B, F, 7) -> (B, F, M).
+
+    movement: emotion also changes the lids, how fast and far the head moves and how often the eyes jump
+    (EMOTION_MOVEMENT); without, only the expression (EMOTION_FACE). Neutral is the same in both.
+    """
+    frames, device = jaw.shape[1], jaw.device
+    emotion = emotion.expand(frames, -1, -1).transpose(0, 1) if emotion.ndim == 2 else emotion       # (B, F, 7)
+    face = torch.tensor([[EMOTION_FACE[e].get(name, 0.0) for name in MOTION] for e in EMOTIONS], device=device)
+    moves = torch.tensor([EMOTION_MOVEMENT[e] for e in EMOTIONS], device=device) * movement
+    lids, tempo, jumps = (emotion @ moves).unbind(2)                                      # (B, F)
+    tempo, jumps = tempo.exp(), jumps.exp()
+    now = torch.arange(frames, device=device)
+    head_clock, gaze_clock = (x.cumsum(1) - x for x in (tempo, jumps))                    # (B, F); frames where neutral
     rest = uniform(seeds, len(MOTION), stream=20) * 2 - 1                                 # (B, M) this clip's usual pose
     m = {}
     for k, (name, hertz, wander) in enumerate((("yaw", 0.5, 0.5), ("pitch", 0.6, 0.45), ("roll", 0.4, 0.4), ("shift_x", 0.3, 0.4),
                                                ("shift_y", 0.3, 0.4), ("scale", 0.15, 0.4), ("lip_corner", 0.4, 0.25),
                                                ("brow_raise", 0.7, 0.35), ("light_x", 0.1, 0.2))):
-        m[name] = wander * drift(seeds, frames, 21 + k, hertz) + 0.45 * rest[:, k, None]
-    m["brow_furrow"] = 0.25 * drift(seeds, frames, 31, 0.5).clamp(min=0)
-    m["light"] = (0.5 + 0.5 * rest[:, 10, None] + 0.1 * drift(seeds, frames, 32, 0.2))
-    since, _, u = irregular_events(seeds, frames, 33, 0.7, 2.0)                                  # the eyes jump, then rest
+        head = name in POSE
+        m[name] = (wander * tempo if head else wander) * drift(seeds, head_clock if head else now, 21 + k, hertz)
+        m[name] = m[name] + 0.45 * rest[:, k, None]
+    m["brow_furrow"] = 0.25 * drift(seeds, now, 31, 0.5).clamp(min=0)
+    m["light"] = (0.5 + 0.5 * rest[:, 10, None] + 0.1 * drift(seeds, now, 32, 0.2))
+    since, _, u = irregular_events(seeds, gaze_clock, 33, 0.7, 2.0)                              # the eyes jump, then rest
     m["gaze_x"], m["gaze_y"] = 1.6 * u[..., 0] - 0.8, 1.2 * u[..., 1] - 0.6
-    since, period, u = irregular_events(seeds, frames, 34, 2.0, 4.5)                             # a blink takes a fifth of a second
+    since, period, u = irregular_events(seeds, now, 34, 2.0, 4.5)                                # a blink takes a fifth of a second
     blink = torch.exp(-(((since - (0.2 + 0.6 * u[..., 0]) * period) / 2.4) ** 4))
-    m["blink_l"] = m["blink_r"] = (blink + 0.12 * drift(seeds, frames, 35, 0.3).clamp(min=0))
+    m["blink_l"] = m["blink_r"] = (blink + 0.12 * drift(seeds, now, 35, 0.3).clamp(min=0)) + lids
     m["jaw"], m["lip_width"] = jaw, lip_width
-    low, high = torch.tensor(list(MOTION.values()), device=jaw.device).unbind(1)
-    motion = torch.stack([m[name] for name in MOTION], dim=2) + shown                     # (B, F, M)
-    angles = torch.tensor([high[k] if name in ("yaw", "pitch", "roll") else 1.0 for k, name in enumerate(MOTION)], device=jaw.device)
+    low, high = torch.tensor(list(MOTION.values()), device=device).unbind(1)
+    motion = torch.stack([m[name] for name in MOTION], dim=2) + emotion @ face            # (B, F, M)
+    angles = torch.tensor([high[k] if name in ("yaw", "pitch", "roll") else 1.0 for k, name in enumerate(MOTION)], device=device)
     return torch.minimum(torch.maximum(motion * angles, low), high)
 
 
-def random_clip(seeds, frames):
-    """Clips of people speaking. seeds (B,) -> identity (B, I), motion (B, F, M), wave (B, F*640), emotion (B, 7)."""
-    speech = speak(seeds, frames)
-    motion = perform(seeds, speech["jaw"], speech["lip_width"], speech["emotion"])
+def random_clip(seeds, frames, face=None, emotion=None):
+    """Clips of people speaking. seeds (B,) -> identity (B, I), motion (B, F, M), wave (B, F*640), emotion (B, 7).
+
+    emotion (B, 7): the mood of the voice (default: the seed's own). face (B, 7) or (B, F, 7): the mood of the face, with
+    its movement (default: the voice's, expression alone).
+    """
+    speech = speak(seeds, frames, emotion)
+    motion = perform(seeds, speech["jaw"], speech["lip_width"], speech["emotion"] if face is None else face, face is not None)
     return {"identity": random_identity(seeds), "motion": motion, "wave": speech["wave"], "emotion": speech["emotion"]}
+
+
+# Pairs of emotions that no training clip mixes: what experts make of them is a test.
+UNSEEN_PAIRS = (("happy", "surprised"), ("sad", "angry"), ("afraid", "disgusted"), ("happy", "disgusted"), ("angry", "surprised"))
+FADE = 10         # frames from one mood to the next
+
+
+def random_mood(seeds, stream):
+    """(B,) -> (B, 7): 19% neutral, 56% one emotion at a strength of 0.4 to 1, 25% a seen pair at such a strength."""
+    eye, u = torch.eye(len(EMOTIONS), device=seeds.device), uniform(seeds, 5, stream)
+    pairs = [(a, b) for a in range(1, 7) for b in range(a + 1, 7) if (EMOTIONS[a], EMOTIONS[b]) not in UNSEEN_PAIRS]
+    pair = torch.tensor(pairs, device=seeds.device)[(len(pairs) * u[:, 3]).long()]                   # (B, 2)
+    share, strength = 0.3 + 0.4 * u[:, 4:], 0.4 + 0.6 * u[:, 1:2]
+    mixed = share * eye[pair[:, 0]] + (1 - share) * eye[pair[:, 1]]
+    felt = torch.where(u[:, :1] < 0.75, eye[1 + (6 * u[:, 2]).long()], mixed)
+    return torch.where(u[:, :1] < 0.19, eye[0], strength * felt + (1 - strength) * eye[0])
+
+
+def random_moods(seeds, frames):
+    """Moods of training clips, (B,) -> of the voice (B, 7), of the face (B, F, 7), and the frame at which the face's changes
+    (B,), which half of them do; of the others it is `frames`. A fifth of the faces feel what the voice does."""
+    u = uniform(seeds, 4, stream=40)
+    neutral = torch.eye(len(EMOTIONS), device=seeds.device)[0]
+    voice = neutral.lerp(random_mood(seeds, 41), (2 * u[:, :1]).clamp(max=1))                          # half are weaker
+    first, second = random_mood(seeds, 42), random_mood(seeds, 43)
+    first = torch.where(u[:, 1:2] < 0.2, voice, first)
+    change = (frames * (0.25 + 0.5 * u[:, 3])).long()
+    change = torch.where(u[:, 2] < 0.5, change, frames)
+    now = torch.arange(frames, device=seeds.device)
+    share = 0.5 - 0.5 * torch.cos(math.pi * ((now - change[:, None]) / FADE).clamp(0, 1))            # (B, F)
+    return voice, first[:, None].lerp(second[:, None], share[..., None]), change
 
 
 def render_clip(identity, motion, size=128):

@@ -76,13 +76,17 @@ def smooth(x, width):
     return (x.unfold(1, width, 1) * (weight / weight.sum())).sum(-1)
 
 
-def voice(seeds):
-    """Who speaks, in what mood, into what microphone: dict of (B, 1) numbers, but tract (B, 3) and emotion (B, 7)."""
+def voice(seeds, emotion=None):
+    """Who speaks, in what mood, into what microphone: dict of (B, 1) numbers, but tract (B, 3) and emotion (B, 7).
+
+    emotion: weights (B, 7) in the order of EMOTIONS in place of those that the seeds draw.
+    """
     u = uniform(seeds, 22, 1)[..., None]  # (B, 22, 1)
     strength, share = u[:, 0] ** 1.5, 0.7 + 0.3 * u[:, 1]  # most clips are mostly neutral
     first, second = (1 + (6 * u[:, i, 0]).long() for i in (2, 3))
     one_hot = torch.eye(7, device=seeds.device)
-    emotion = (1 - strength) * one_hot[0] + strength * (share * one_hot[first] + (1 - share) * one_hot[second])
+    if emotion is None:
+        emotion = (1 - strength) * one_hot[0] + strength * (share * one_hot[first] + (1 - share) * one_hot[second])
     mood = (emotion[:, :, None] * torch.tensor(list(EMOTION_VOICE.values()), device=seeds.device)).sum(1)  # (B, 5)
     size = u[:, 4]  # 0 a large man .. 1 a small woman: pitch and formants rise together, loosely
     return {
@@ -194,16 +198,17 @@ def source_filter(seeds, v, pitch, levels, formants, hiss_band):
 
 
 @torch.no_grad()
-def speak(seeds, frames):
+def speak(seeds, frames, emotion=None):
     """seeds (B,) int64 -> wave (B, frames * 640) at 16 kHz in [-1, 1]; jaw (B, frames) in [0, 1], 0 is shut; lip_width
     (B, frames) in [-1, 1], rounded to spread, 0 at rest; emotion (B, 7), weights in the order of EMOTIONS.
 
-    Everything is a function of the seed alone, and a longer clip begins with the shorter one.
+    Everything is a function of the seed alone, and a longer clip begins with the shorter one. emotion (B, 7): the mood of
+    the voice in place of the seed's own.
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, got {frames}")
     steps = (frames + 4) * STEPS  # the extra frames let the mouth prepare what is said after the end
-    v = voice(seeds)
+    v = voice(seeds, emotion)
     phone, how, since = phones(seeds, v, steps)
     F1, F2, F3, lips, _, voicing, breath, hiss, centre, width, closed, _ = phone.unbind(2)  # each (B, T)
     stress, loud, accent = how.unbind(2)
