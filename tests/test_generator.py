@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import flow
-from generator import CrossAttention, Generator, GeneratorConfig, generate_motion
+from generator import CrossAttention, Generator, GeneratorBlock, GeneratorConfig, generate_motion
 
 torch.set_num_threads(1)
 SMALL = {"token_dim": 6, "audio_dim": 5, "width": 24, "depth": 2, "heads": 2, "window": 4, "past": 3, "lookahead": 2}
@@ -62,8 +62,8 @@ def test_blocks_start_as_identity_and_the_output_as_zero():
 
 
 def test_every_parameter_learns():
-    model = generator(num_tokens=2).train()                                  # (softmax over one token is 1)
-    v = model(*inputs(motion=12), drop=torch.tensor([True, False]))
+    model = generator(num_tokens=2, experts=3, mood_table=True).train()      # (softmax over one token is 1)
+    v = model(*inputs(motion=12), drop=torch.tensor([True, False]), mood=MOOD)
     (v * torch.randn_like(v)).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     assert "clock" not in model.state_dict()
@@ -281,3 +281,89 @@ def test_dream_starts_from_the_photo():
 
 def test_dream_of_nothing_is_nothing():
     assert dreamed(generator(), []) == [] and dreamed(generator(), [speech(0)]) == []
+
+
+# ---- experts --------------------------------------------------------------------------------------------------------
+
+MOOD = torch.rand(2, 7, 7, generator=torch.Generator().manual_seed(7)) / 7                           # (B, P+K, 7)
+
+
+def test_no_mood_is_a_mood_of_zeros_and_the_generator_without_experts():
+    plain, model = generator(), generator(experts=3)
+    model.load_state_dict(plain.state_dict(), strict=False)                  # all but the experts
+    want = plain(*inputs())
+    assert torch.equal(model(*inputs()), want) and torch.equal(model(*inputs(), mood=torch.zeros(2, 7, 7)), want)
+    assert differ(model(*inputs(), mood=MOOD), want)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(*inputs(), mood=torch.zeros(2, 7, 7)), plain(*inputs()))
+
+
+def test_fresh_experts_change_nothing():
+    torch.manual_seed(0)
+    block = GeneratorBlock(24, 2, experts=3)
+    torch.nn.init.normal_(block.modulation[1].weight)
+    torch.nn.init.zeros_(block.experts.down.weight)
+    given = torch.randn(2, 7, 24), torch.randn(2, 24), torch.randn(7, 24), torch.randn(2, ROWS, 24), torch.randn(2, 1, 24)
+    assert torch.equal(block(*given, MOOD), block(*given))
+    assert not any(b.experts.down.weight.any() for b in generator(lively=False, experts=3).blocks)
+
+
+@pytest.mark.parametrize("which", range(7))
+def test_a_frame_of_one_emotion_teaches_one_expert(which):
+    model = generator(experts=3).train()
+    mood = torch.eye(7)[which].expand(2, 7, 7)
+    (model(*inputs(), mood=mood) * torch.randn(2, 4, 6)).sum().backward()
+    for block in model.blocks:
+        taught = [block.experts.up.weight.grad.unflatten(0, (7, 3)).abs().sum((1, 2)),
+                  block.experts.up.bias.grad.unflatten(0, (7, 3)).abs().sum(1),
+                  block.experts.down.weight.grad.unflatten(1, (7, 3)).abs().sum((0, 2))]
+        for grad in taught:
+            assert grad[which] > 0 and not grad[torch.arange(7) != which].any()
+
+
+def test_a_mood_is_felt_at_its_frame_first():
+    """Without attention between frames, a mood changes its own frame alone."""
+    model, mood = generator(experts=3), MOOD.clone()
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attention.out.weight)
+        torch.nn.init.zeros_(block.attention.out.bias)
+    plain = model(*inputs(), mood=mood)
+    mood[:, 3 + 2] += 0.5                                                    # the third new frame
+    moved = (model(*inputs(), mood=mood) - plain).abs().amax(2) > 1e-5
+    assert moved.tolist() == [[False, False, True, False]] * 2
+
+
+def test_a_table_of_moods():
+    model = generator(mood_table=True)
+    assert torch.equal(model(*inputs()), model(*inputs(), mood=torch.zeros(2, 7, 7)))
+    assert differ(model(*inputs(), mood=MOOD), model(*inputs()))
+
+
+class Numbered:
+    """Moods that name their frame: row i is i/100 everywhere."""
+
+    def __init__(self):
+        self.done = 0
+
+    def __call__(self, rows):
+        self.done += len(rows)
+        return (torch.arange(self.done - len(rows), self.done) / 100)[:, None].expand(-1, 7)
+
+
+@pytest.mark.parametrize("count, sizes", [(9, 9), (9, 1), (9, [5, 0, 4]), (2, 2), (12, [11, 1])])
+def test_moods_keep_step_with_speech(count, sizes):
+    model, seen = generator(experts=3), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["mood"][0, :, 0]), with_kwargs=True)
+    motion = torch.cat(dreamed(model, iter(speech(count).split(sizes)), steps=1, emotion=Numbered()))
+    for k, mood in enumerate(seen):                                          # P=3 frames before, K=4 new; ends repeated
+        torch.testing.assert_close(mood, torch.arange(4 * k - 3, 4 * k + 4).clamp(0, count - 1) / 100)
+    assert len(seen) == -(-count // 4) and len(motion) == count
+
+
+def test_dream_in_a_mood_does_not_care_how_speech_arrives():
+    model, rows = generator(experts=3), speech(9)
+    whole = torch.cat(dreamed(model, [rows], emotion=Numbered(), guidance=1.5))
+    torch.testing.assert_close(torch.cat(dreamed(model, iter(rows.split(2)), emotion=Numbered(), guidance=1.5)), whole)
+    assert not torch.equal(whole, torch.cat(dreamed(model, [rows], guidance=1.5)))
+    torch.testing.assert_close(torch.cat(dreamed(model, [rows], emotion=lambda rows: torch.zeros(len(rows), 7))),
+                               torch.cat(dreamed(model, [rows])), atol=0, rtol=0)
