@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from decoder import Decoder, DecoderConfig, decode_frames
+from emotion import VoiceConfig, VoiceEmotion
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig, generate_motion
 from media import audio_features
@@ -38,7 +39,8 @@ from media.weights import load_weights
 
 BATCH = 16  # frames decoded, or encoded, at once
 DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "semo-tiny.safetensors")
-MODELS = {"encoder": (MotionEncoder, EncoderConfig), "decoder": (Decoder, DecoderConfig), "generator": (Generator, GeneratorConfig)}
+MODELS = {"encoder": (MotionEncoder, EncoderConfig), "decoder": (Decoder, DecoderConfig), "generator": (Generator, GeneratorConfig),
+          "voice": (VoiceEmotion, VoiceConfig)}
 
 
 def load_models(path, device="cpu"):

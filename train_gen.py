@@ -5,7 +5,9 @@
     torchrun --nproc_per_node=8 train_gen.py --preset paper --ae runs/ae/semo.safetensors --data DIR
     python train_gen.py --preset tiny --reflow runs/gen/semo.safetensors     straighter paths: one step, no guidance
 
-First every clip is drawn or read and encoded once, kept in --out; then the generator learns from random windows of them.
+First every clip is drawn or read and encoded once, kept in --out, and the emotion of voices is learned from their sound; then
+the generator learns from random windows of the clips. A clip's mood, seven weights a frame, is known in the synthetic world and
+of MEAD and DH-FaceEmoVid; of other sets it is none, as of a share of all windows.
 Run the same command again to resume. --out holds state.pt (to go on), semo.safetensors (all three networks: what
 sample.py reads), log.jsonl and short clips with sound. Ctrl-C and SIGTERM save first.
 """
@@ -15,8 +17,11 @@ import os
 import sys
 import time
 from dataclasses import replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -24,29 +29,35 @@ import flow
 import sample
 import training
 from decoder import decode_frames
+from emotion import VoiceConfig, VoiceEmotion
 from encoder import random_masking
 from generator import Generator, GeneratorConfig, generate_motion
 from media import audio_features
 from media.device import autocast
 from media.files import InputError
-from media.image import to_uint8
+from media.image import from_uint8, to_uint8
 from media.latents import SD, load_latents
 from media.sound import FPS, SAMPLES_PER_FRAME
 from media.video import VideoWriter
 from media.weights import save_weights
-from world.people import HELD_OUT, random_clip
-from world.render import render
+from world.people import HELD_OUT, perform, random_clip, random_mood, random_moods
+from world.render import MOTION, render
+from world.speech import EMOTIONS, speak
 
-# clips: of `seconds` each, encoded once a process; windows: drawn from them at each step; audio: kind of features
+# clips: of `seconds` each, encoded once a process; windows: drawn from them at each step; audio: kind of features; voices:
+# synthetic ones, without pictures, from which the emotion of a voice is learned
 PRESETS = {
-    "nano": dict(generator=GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, lookahead=1),
-                 steps=20, windows=4, clips=2, seconds=1, lr=1e-3, muon_lr=0.02),
-    "tiny": dict(generator=GeneratorConfig(), steps=3000, windows=64, clips=768, seconds=4, lr=1e-3, muon_lr=0.02),
-    "small": dict(generator=GeneratorConfig(width=256, depth=8, heads=8), steps=100000, windows=128, clips=4096, seconds=4,
-                  lr=5e-4, muon_lr=0.01),
-    "paper": dict(generator=GeneratorConfig(width=512, depth=8, heads=8), audio="whisper", steps=200000, windows=128, clips=4096,
-                  seconds=4, lr=1e-4, muon_lr=0.005),
+    "nano": dict(generator=GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, lookahead=1, experts=4),
+                 steps=20, windows=4, clips=2, seconds=1, voices=8, lr=1e-3, muon_lr=0.02),
+    "tiny": dict(generator=GeneratorConfig(experts=16), steps=3000, windows=64, clips=768, seconds=4, voices=3000, lr=1e-3,
+                 muon_lr=0.02),
+    "small": dict(generator=GeneratorConfig(width=256, depth=8, heads=8, experts=32), steps=100000, windows=128, clips=4096,
+                  seconds=4, voices=20000, lr=5e-4, muon_lr=0.01),
+    "paper": dict(generator=GeneratorConfig(width=512, depth=8, heads=8, experts=64), audio="whisper", steps=200000, windows=128,
+                  clips=4096, seconds=4, voices=20000, lr=1e-4, muon_lr=0.005),
 }
+LEVELS = {1: 0.4, 2: 0.7, 3: 1.0}             # strength of MEAD's levels
+OTHERS = 4                                # pictures of the same person in other moods kept beside each clip
 
 
 def parse(argv):
@@ -64,6 +75,7 @@ def parse(argv):
                    help="preset paper: the Whisper model, hub id or folder (default: %(default)s)")
     p.add_argument("--steps", type=int, help="length of the run (default: the preset's)")
     p.add_argument("--clips", type=int, help="most clips of each set that each process encodes (default: the preset's)")
+    p.add_argument("--voices", type=int, help="synthetic voices from which the emotion of a voice is learned (default: the preset's)")
     p.add_argument("--windows", type=int, help="windows a step and process (default: the preset's)")
     p.add_argument("--mask-max", type=float, default=0.2, help="masks of the past frames, U(0, this) (paper: 0.2)")
     p.add_argument("--seed", type=int, default=0)
@@ -72,16 +84,37 @@ def parse(argv):
                    help="draw the clips with torch.compile: a minute to start, then five times faster (needs a C++ compiler)")
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and preview clips")
     args = p.parse_args(argv)
-    for name in ("steps", "clips", "windows"):
+    for name in ("steps", "clips", "windows", "voices"):
         setattr(args, name, PRESETS[args.preset][name] if getattr(args, name) is None else getattr(args, name))
     if args.one_step and not args.reflow:
         p.error("--one-step goes with --reflow")
     args.ae, args.out = args.reflow or args.ae, args.out or ("runs/reflow_gen" if args.reflow else "runs/gen")
-    counts = (args.steps, args.clips, args.windows, args.save_every, args.teacher_steps, args.seed + 1)
+    counts = (args.steps, args.clips, args.windows, args.voices, args.save_every, args.teacher_steps, args.seed + 1)
     if min(counts) < 1 or not 0 <= args.mask_max < 1:
-        p.error("--steps, --clips, --windows, --teacher-steps and --save-every must be positive, --seed not negative, "
-                "--mask-max in [0, 1)")
+        p.error("--steps, --clips, --windows, --voices, --teacher-steps and --save-every must be positive, --seed not "
+                "negative, --mask-max in [0, 1)")
     return args
+
+
+class Clip(NamedTuple):
+    """A clip before it is encoded."""
+    parts: object                  # iterable of pictures (n, 3, H, W)
+    wave: torch.Tensor             # (1, S)
+    mood: torch.Tensor             # (F, 7) of the face; zeros: unknown
+    change: int                    # the frame at which it changes; F: it does not
+    voice: torch.Tensor            # (7,) mood of the voice; zeros: unknown
+    others: torch.Tensor | None    # (OTHERS, 3, H, W) pictures of the person in other moods
+
+
+class Encoded(NamedTuple):
+    """Clips, encoded and put end to end, n frames in all."""
+    motion: torch.Tensor           # (n, L*D)
+    masked: torch.Tensor           # (n, L*D) seen through a mask
+    features: torch.Tensor         # (n, A) of the speech
+    mood: torch.Tensor             # (n, 7)
+    others: torch.Tensor           # (clips, OTHERS, L*D) the person in other moods, seen through a mask
+    clip_index: torch.Tensor       # (clips, 4) first frame, length, number of its set, frame at which its mood changes
+    voices: torch.Tensor           # (clips, 7) moods of the voices; zeros: unknown
 
 
 @torch.no_grad()
@@ -100,21 +133,45 @@ def encode_clip(encoder, space, parts, mask_max, rng, device, bf16):
 
 
 def synthetic_clips(args, preset, size, rank, world):
-    """Clips of the synthetic world: (pictures in parts, sound (1, S))."""
+    """Clips of the synthetic world, one after the other. The pictures of each must be taken before the next."""
     render_fn = torch.compile(render, dynamic=False) if args.compile else render
+    frames, lips = round(preset["seconds"] * FPS), [list(MOTION).index(name) for name in ("jaw", "lip_width")]
     for number in range(args.clips):
-        clip = random_clip(torch.tensor([((args.seed * 100_000 + number) * world + rank) % HELD_OUT]),
-                              round(preset["seconds"] * FPS))
-        yield (render_fn(clip["identity"].expand(len(part), -1), part, size) for part in clip["motion"][0].split(25)), clip["wave"]
+        seed = torch.tensor([((args.seed * 100_000 + number) * world + rank) % HELD_OUT])
+        voice, face, change = random_moods(seed, frames)
+        clip = random_clip(seed, frames, face, voice)
+        moods = random_mood(seed * OTHERS + torch.arange(OTHERS), 44)              # the same movements in other moods
+        jaw, lip_width = clip["motion"][:, :, lips].expand(OTHERS, -1, -1).unbind(2)
+        others = perform(seed.expand(OTHERS), jaw, lip_width, moods, movement=True)
+        others = others[torch.arange(OTHERS), (2 * torch.arange(OTHERS) + 1) * frames // (2 * OTHERS)]      # (OTHERS, M)
+        parts = (render_fn(clip["identity"].expand(len(part), -1), part, size) for part in clip["motion"][0].split(25))
+        yield Clip(parts, clip["wave"], face[0], change.item(), voice[0], render(clip["identity"].expand(OTHERS, -1), others, size))
+
+
+def mood_label(record):
+    """The mood (7,) of a prepared clip from the emotion and level of its manifest; zeros where they say nothing of the seven."""
+    name, strength, mood = record.get("emotion"), LEVELS.get(record.get("level"), 1.0), torch.zeros(len(EMOTIONS))
+    name = {"fear": "afraid", "disgust": "disgusted", "surprise": "surprised"}.get(name, name)
+    if name in EMOTIONS:                                                           # contempt is not
+        mood[0] = 1 - strength
+        mood[EMOTIONS.index(name)] += strength
+    return mood
 
 
 def real_clips(args, folder, size, rank, world):
-    """Clips with sound of a prepared folder, its train split: (pictures in parts, sound (1, S))."""
+    """Clips with sound of a prepared folder, its train split. Others of a labelled clip: the person's neutral clips, else any."""
     people, = data.load_sets([folder], "train", sound=True)
     rows = [record for identity in sorted(people) for record in people[identity]]
     for record in rows[rank::world][:args.clips]:
         frames, wave = data.read_clip(record["path"], size)
-        yield frames.split(25), wave[None]
+        mood, others = mood_label(record), None
+        if mood.any():
+            found = [x for x in people[record["identity"]] if x["path"] != record["path"]]
+            found = [x for x in found if x.get("emotion") == "neutral"] or found
+            if found:
+                found = [found[k * len(found) // OTHERS] for k in range(OTHERS)]
+                others = from_uint8(np.concatenate([data.read_at(x["path"], [x["frames"] // 2], size) for x in found]))
+        yield Clip(frames.split(25), wave[None], mood.expand(len(frames), -1), len(frames), mood, others)
 
 
 def fingerprint(path):
@@ -123,10 +180,9 @@ def fingerprint(path):
 
 
 def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16):
-    """This process's clips, encoded, end to end: motion, masked (n, L*D), features (n, A); for each clip its first frame, its
-    length and the number of its set, (clips, 3). Kept in --out, for the next start."""
+    """This process's clips, encoded. Kept in --out, for the next start."""
     inputs = [args.ae, *(os.path.join(name, "manifest.jsonl") for name in args.data if name != "synthetic")]
-    key = [*map(fingerprint, inputs), args.clips, args.seed, args.mask_max, preset["seconds"], world, args.whisper, "semo-2",
+    key = [*map(fingerprint, inputs), args.clips, args.seed, args.mask_max, preset["seconds"], world, args.whisper, "moods",
            *args.data]
     path = os.path.join(args.out, f"clips-{rank}.pt")
     if os.path.exists(path):
@@ -134,57 +190,124 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
         if cached["key"][0] != key[0] and os.path.exists(os.path.join(args.out, "state.pt")):
             raise SystemExit(f"train_gen.py: the run in {args.out} learned the tokens of another encoder; give another --out")
         if cached["key"] == key:
-            return [cached[name] for name in ("motion", "masked", "features", "clip_index")]
-    encoded, clip_index, number, first = [], [], 0, 0
+            return Encoded(*(cached[name] for name in Encoded._fields))
+    parts, clip_index, voices, number, first = [], [], [], 0, 0
     for k, name in enumerate(args.data):
         if name == "synthetic":
-            speakers = synthetic_clips(args, preset, size, rank, world)
+            clips = synthetic_clips(args, preset, size, rank, world)
         else:
-            speakers = real_clips(args, name, size, rank, world)
-        for parts, wave in tqdm(speakers, desc=f"encoding {name}", unit="clip", disable=rank > 0):
+            clips = real_clips(args, name, size, rank, world)
+        for clip in tqdm(clips, desc=f"encoding {name}", unit="clip", disable=rank > 0):
             rng = training.step_rng(args.seed, rank, number)
-            motion, masked = encode_clip(encoder, space, parts, args.mask_max, rng, device, bf16)
-            wave = audio_features.normalise_loudness(wave)
+            motion, masked = encode_clip(encoder, space, clip.parts, args.mask_max, rng, device, bf16)
+            wave = audio_features.normalise_loudness(clip.wave)
             features = audio_features.extract_features(wave, preset.get("audio", "mel"), args.whisper)[0]              # (F, A)
             frames = min(len(motion), len(features))
+            others = masked[torch.arange(OTHERS) * frames // OTHERS]               # where there are no others: its own frames
+            if clip.others is not None:
+                others = encode_clip(encoder, space, [clip.others], args.mask_max, rng, device, bf16)[1]
             number += 1
             if frames >= preset["generator"].window:
-                encoded.append((motion[:frames], masked[:frames], features[:frames]))
-                clip_index.append([first, frames, k])
+                parts.append((motion[:frames], masked[:frames], features[:frames], clip.mood[:frames], others[None]))
+                clip_index.append([first, frames, k, min(clip.change, frames)])
+                voices.append(clip.voice)
                 first += frames
-    if not encoded:
+    if not parts:
         window = preset["generator"].window
         raise SystemExit(f"train_gen.py: no clip of {', '.join(args.data)} is as long as a window, {window} frames")
-    motion, masked, features = (torch.cat(part) for part in zip(*encoded, strict=True))
-    training.atomic_save(path, key=key, motion=motion, masked=masked, features=features, clip_index=torch.tensor(clip_index))
-    return motion, masked, features, torch.tensor(clip_index)
+    encoded = Encoded(*(torch.cat(x) for x in zip(*parts, strict=True)), torch.tensor(clip_index), torch.stack(voices))
+    training.atomic_save(path, key=key, **encoded._asdict())
+    return encoded
 
 
 def sample_windows(encoded, config, count, rng, silence_features):
-    """Random windows -> new motion (B, K, L*D), past (B, P, L*D), reference (B, L*D), audio (B, P+K+lookahead, A).
+    """Random windows -> new motion (B, K, L*D), past (B, P, L*D), reference (B, L*D), audio (B, P+K+lookahead, A), mood (B, P+K, 7).
 
     Sets are drawn equally, then their clips. Two kinds: within a clip, and (a quarter, and all of clips too short for a
     past) at its start, where the past is the reference motion, repeated, and the audio before is silence
-    (silence_features, (A,)), as sample.py begins. The reference is a frame from anywhere in the clip.
+    (silence_features, (A,)), as sample.py begins. The reference is a frame from anywhere in the clip or, of half the windows
+    with a mood, of the person in another: otherwise it would tell the emotion, and the label nothing. A share of 0.15 has no
+    mood; its reference has the window's, so that without a mood the face keeps the photo's.
     """
-    motion, masked, features, clip_index = encoded
+    motion, masked, features, moods, others, clip_index, _ = encoded
     P, K = config.past, config.window
-    sets = clip_index[:, 2].bincount()                                                                    # clips of each
+    sets = clip_index[:, 2].bincount()                                                                # clips of each
     kinds = sets.nonzero()[:, 0]
     kind = kinds[torch.randint(len(kinds), (count,), generator=rng)]
     chosen = (sets.cumsum(0) - sets)[kind] + (torch.rand(count, generator=rng) * sets[kind]).long()
-    first, frames = clip_index[chosen, 0], clip_index[chosen, 1]                                                  # (B,)
+    first, frames, _, change = clip_index[chosen].unbind(1)                                           # (B,)
     at_start = (torch.rand(count, generator=rng) < 0.25) | (frames < P + K)
     later = P + (torch.rand(count, generator=rng) * (frames - K + 1 - P).clamp(min=1)).long()
-    start = torch.where(at_start, 0, later)                                                              # first new frame
-    reference = masked[first + (torch.rand(count, generator=rng) * frames).long()]                   # (B, L*D)
+    start = torch.where(at_start, 0, later)                                                           # first new frame
+    when = start[:, None] + torch.arange(-P, K + config.lookahead)                                    # (B, P+K+lookahead)
+    mood = moods[first[:, None] + when[:, :P + K].clamp(min=0)]                                       # (B, P+K, 7)
+    no_mood = (torch.rand(count, generator=rng) < 0.15) | ~mood.flatten(1).any(1)
+    low = torch.where(no_mood & (start >= change), change, 0)                                         # the part of one mood
+    high = torch.where(no_mood & (start < change), change, frames)
+    own = masked[first + low + (torch.rand(count, generator=rng) * (high - low)).long()]              # (B, L*D)
+    other = others[chosen, torch.randint(others.shape[1], (count,), generator=rng)]
+    use_other = (torch.rand(count, generator=rng) < 0.5) & ~no_mood
+    reference = torch.where(use_other[:, None], other, own)
     new = motion[(first + start)[:, None] + torch.arange(K)]                                          # (B, K, L*D)
     past = masked[(first + start)[:, None] + torch.where(at_start[:, None], 0, torch.arange(-P, 0))]
-    past = torch.where(at_start[:, None, None], reference[:, None], past)                                # (B, P, L*D)
-    when = start[:, None] + torch.arange(-P, K + config.lookahead)
+    past = torch.where(at_start[:, None, None], reference[:, None], past)                             # (B, P, L*D)
     audio = features[first[:, None] + torch.minimum(when.clamp(min=0), frames[:, None] - 1)]
     audio = torch.where(((when < 0) | (when >= frames[:, None]))[..., None], silence_features.to(audio), audio)
-    return new, past, reference, audio                                                                # audio (B, P+K+lookahead, A)
+    return new, past, reference, audio, mood * ~no_mood[:, None, None]
+
+
+@torch.no_grad()
+def voice_statistics(args, preset, encoded, model, rank):
+    """What VoiceEmotion sees of labelled clips and of voices without pictures after one, two and all of their seconds,
+    (n, 3, S), and their moods, (n, 7). Those of the voices are kept in --out."""
+    kind, frames = preset.get("audio", "mel"), round(preset["seconds"] * FPS)
+    key = [args.voices, frames, args.seed, args.whisper, kind, "moods"]
+    path, cached = os.path.join(args.out, f"voices-{rank}.pt"), {"key": None}
+
+    def at_three(features):
+        return model.pool(features)[0][:, [min(k, features.shape[1]) - 1 for k in (FPS, 2 * FPS, features.shape[1])]]
+
+    if os.path.exists(path):
+        cached = torch.load(path, map_location="cpu", weights_only=True)
+    if cached["key"] != key:
+        statistics, moods = [], []
+        seeds = HELD_OUT // 2 + args.seed * 100_000 + torch.arange(args.voices)
+        for part in tqdm(seeds.split(16), desc="voices", unit="batch", disable=rank > 0):
+            mood = random_mood(part, 45)
+            wave = audio_features.normalise_loudness(speak(part, frames, mood)["wave"])
+            statistics.append(at_three(audio_features.extract_features(wave, kind, args.whisper)))
+            moods.append(mood)
+        cached = {"key": key, "statistics": torch.cat(statistics), "moods": torch.cat(moods)}
+        training.atomic_save(path, **cached)
+    statistics, moods = [cached["statistics"]], [cached["moods"]]
+    for (first, length, *_), mood in zip(encoded.clip_index.tolist(), encoded.voices, strict=True):
+        if mood.any():
+            statistics.append(at_three(encoded.features[None, first:first + length]))
+            moods.append(mood[None])
+    return torch.cat(statistics), torch.cat(moods)
+
+
+def train_voice(args, preset, encoded, rank, steps=1500, batch=256):
+    """-> VoiceEmotion that tells the mixture of a voice, by cross-entropy. Nothing of it is in state.pt: a resumed run trains
+    the same again, from the seed and from what is kept in --out."""
+    config = VoiceConfig(audio_dim=encoded.features.shape[1], parts=4 if preset.get("audio", "mel") == "mel" else 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)                                               # weights and dropout
+        model, rng = VoiceEmotion(config), torch.Generator().manual_seed(args.seed)
+        statistics, moods = voice_statistics(args, preset, encoded, model, rank)
+        steps = min(steps, 5 * len(statistics))
+        model.mean.copy_(statistics.mean((0, 1)))
+        model.std.copy_(statistics.flatten(0, 1).std(0, correction=0) + 1e-3)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.3)
+        for step in range(steps):
+            optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+            chosen = torch.randint(len(statistics), (batch,), generator=rng)
+            length = torch.randint(statistics.shape[1], (batch,), generator=rng)
+            loss = F.cross_entropy(model(statistics[chosen, length]), moods[chosen])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return model.eval().requires_grad_(False)
 
 
 def encode_silence(kind, whisper):
@@ -228,6 +351,8 @@ def main(argv=None):
     encoder = models["encoder"].requires_grad_(False)
     config = replace(preset["generator"], num_tokens=encoder.config.num_tokens, token_dim=encoder.config.token_dim,
                      audio_dim=len(silence_features))
+    if args.reflow and "generator" in models:                       # a student has the experts of its teacher
+        config = replace(config, experts=models["generator"].config.experts, mood_table=models["generator"].config.mood_table)
     model, ema = (Generator(config).to(device) for _ in range(2))
     teacher = None
     if args.reflow:
@@ -245,24 +370,29 @@ def main(argv=None):
     step = training.resume(files["state.pt"], {"generator": config}, model, ema, optimisers)
     bf16 = autocast(device)
     encoded = encode_dataset(args, preset, encoder, space, meta["size"], rank, world, device, bf16)
+    voice = models.get("voice") if args.reflow else None
+    if (config.experts or config.mood_table) and not args.reflow:
+        voice = train_voice(args, preset, encoded, rank)
     ddp_model = training.ddp_wrap(model, world, device)
     stopper, began, first = training.Stopper(), time.time(), step
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
         training.set_lr(optimisers, step, args.steps, warmup=50)
         rng = training.step_rng(args.seed, rank, step)
-        new, past, reference, audio = (x.to(device) for x in sample_windows(encoded, config, args.windows, rng, silence_features))
+        windows = sample_windows(encoded, config, args.windows, rng, silence_features)
+        new, past, reference, audio, mood = (x.to(device) for x in windows)
+        cond = {"past": past, "reference": reference, "audio": audio, "mood": mood}
         noise = torch.randn(new.shape, generator=rng).to(device)
         if teacher:                                                                    # pairs of noise and what it becomes
             t = flow.sample_timesteps(len(new), rng, p_pure_noise=1.0 if args.one_step else 0.5).to(device)
             drop = None                                                                # guidance is in what it becomes
             with torch.no_grad(), bf16:
-                new = flow.integrate(teacher, noise, args.teacher_steps, past=past, reference=reference, audio=audio)
+                new = flow.integrate(teacher, noise, args.teacher_steps, **cond)
         else:
             t = flow.sample_timesteps(len(new), rng, p_pure_noise=0, mean=0.0, std=1.0).to(device)
             drop = (torch.rand(len(new), generator=rng) < 0.1).to(device)             # for guidance
         with bf16:
-            loss = flow.flow_loss(ddp_model, new, noise, t, past=past, reference=reference, audio=audio, drop=drop)
+            loss = flow.flow_loss(ddp_model, new, noise, t, drop=drop, **cond)
         loss.backward()
         training.clip_and_step(model, optimisers, loss.item(), step, files["state.pt"], device)
         training.update_ema(ema, model, step, training.ema_decay(args.steps))
@@ -272,6 +402,7 @@ def main(argv=None):
         stop = training.any_rank(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             models_out = {"encoder": encoder, "decoder": models["decoder"], "generator": ema}
+            models_out |= {"voice": voice} if voice else {}
             sampling_defaults = {"gen_steps": 1, "guidance": 1.0} if teacher else {"gen_steps": 4, "guidance": 1.5}
             meta_out = {**meta, "audio": kind, "whisper": args.whisper, **sampling_defaults}
             save_weights(files["semo.safetensors"], models_out, meta_out)

@@ -40,7 +40,8 @@ EMOTIONS = ("neutral", "angry", "contempt", "disgusted", "fear", "happy", "sad",
 
 # ------------------------------------------------------------------------------------------------------------- people
 def parse_identity(path):
-    """What the names of known sets tell of a video, path relative to its folder -> dict with identity (and more for MEAD)."""
+    """What the names of known sets tell of a video, path relative to its folder -> dict with identity, for MEAD and
+    DH-FaceEmoVid also the emotion, for MEAD its level and the camera."""
     path = path.replace(os.sep, "/")
     stem = os.path.splitext(path)[0]
     mead = re.search(r"(?:^|[/_])([MW]\d{3})[/_](?:video[/_])?(front|down|top|left_30|left_60|right_30|right_60)"
@@ -48,6 +49,9 @@ def parse_identity(path):
     if mead:
         actor, camera, emotion, level = mead.groups()
         return {"identity": f"MEAD/{actor}", "camera": camera, "emotion": emotion, "level": int(level)}
+    emo = re.search(r"(?:^|/)(\d{3})_(angry|disgust|fear|happy|neutral|sad|surprised?)_\d+$", stem)
+    if emo:
+        return {"identity": f"DH-FaceEmoVid/{emo[1]}", "emotion": emo[2]}
     vox = re.search(r"(?:^|/)(id\d{5})[/#]", stem)
     if vox:
         return {"identity": f"VoxCeleb/{vox[1]}"}

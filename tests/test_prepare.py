@@ -71,6 +71,7 @@ def rows(folder, name="manifest"):
     ("WDA_KatieHill_000.mp4", "HDTF/WDA_KatieHill"), ("x/WRA_JebHensarling2_001.mp4", "HDTF/WRA_JebHensarling"),
     ("RD_Radio34_001.mp4", "HDTF/RD_Radio34"), ("RD_Radio3.mp4", "HDTF/RD_Radio3"),
     ("_Yu-EWF7Fxc_5.mp4", "CelebV-HQ/_Yu-EWF7Fxc"), ("35666/M2Ohb0FAaJU_11_0.mp4", "CelebV-HQ/M2Ohb0FAaJU"),
+    ("001_happy_038.mp4", "DH-FaceEmoVid/001"), ("x/018_fear_51.mp4", "DH-FaceEmoVid/018"),
     ("anna/holiday 1.mp4", "anna"), ("a/b/c.mp4", "a/b"), ("lonely.mp4", "."),
 ])
 def test_identity_from_known_names_or_the_folder(path, identity):
@@ -80,6 +81,11 @@ def test_identity_from_known_names_or_the_folder(path, identity):
 def test_mead_names_tell_emotion_level_and_camera():
     told = parse_identity("M003/video/left_30/sad/level_3/012.mp4")
     assert (told["emotion"], told["level"], told["camera"]) == ("sad", 3, "left_30")
+
+
+@pytest.mark.parametrize("emotion", ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"])
+def test_dh_faceemovid_names_tell_the_emotion(emotion):
+    assert parse_identity(f"part/006_{emotion}_031.mp4") == {"identity": "DH-FaceEmoVid/006", "emotion": emotion}
 
 
 def test_the_split_depends_on_the_name_alone():

@@ -18,7 +18,7 @@ LINES = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", 
 ORDER = ("data.py", "train_ae.py", "train_gen.py", "-m world.people", "sample.py", "-m measure.evaluate", "-m measure.pictures",
          "-m measure.ablate", "-m measure.bench")
 SMALLER = {"data.py": "--crop centre --size 32 --jobs 1", "train_ae.py": "--steps 2 --persons 2",
-           "train_gen.py": "--steps 2 --clips 1",
+           "train_gen.py": "--steps 2 --clips 1 --voices 2",
            "world.people": "--size 32", "sample.py": "", "measure.evaluate": ""}
 
 

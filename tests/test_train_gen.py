@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import av
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,14 +19,15 @@ import train_ae
 import train_gen
 import training
 from generator import Generator, GeneratorConfig
-from media import audio_features
+from media import audio_features, prepare
 from media.latents import Pixel
 from media.sound import load_audio
 from media.video import read_video
 from media.weights import save_weights
 from sample import load_models
-from world.people import HELD_OUT, random_clip
+from world.people import HELD_OUT, random_clip, random_moods
 from world.render import render
+from world.speech import EMOTIONS, speak
 
 torch.set_num_threads(1)
 NANO = train_gen.PRESETS["nano"]
@@ -71,23 +73,27 @@ QUIET = -1.0                                                                 # s
 CONFIG = GeneratorConfig(token_dim=6, window=K, past=P, lookahead=AHEAD)
 
 
-def numbered(sets=(0,) * CLIPS, frames=(FRAMES,) * CLIPS):
-    """Encoded clips whose every entry is 100 * clip + frame, masked ones a half more; sets and lengths of the clips."""
+def numbered(sets=(0,) * CLIPS, frames=(FRAMES,) * CLIPS, change=None, labelled=True):
+    """Encoded clips whose every entry is 100 * clip + frame, masked ones a half more, pictures of others -100 * clip - 1.. ; sets
+    and lengths of the clips; frames at which their moods, that name them too, change."""
     name = torch.cat([100.0 * k + torch.arange(n) for k, n in enumerate(frames)])[:, None]           # (n, 1)
-    places = torch.tensor([[sum(frames[:k]), n, sets[k]] for k, n in enumerate(frames)])
-    return name.expand(-1, 6), (name + 0.5).expand(-1, 6), name.expand(-1, 320), places
+    change = frames if change is None else change
+    places = torch.tensor([[sum(frames[:k]), n, sets[k], change[k]] for k, n in enumerate(frames)])
+    others = -100.0 * torch.arange(len(frames))[:, None, None] - torch.arange(1, 5)[:, None]         # (clips, 4, 1)
+    return train_gen.Encoded(name.expand(-1, 6), (name + 0.5).expand(-1, 6), name.expand(-1, 320), (1 + name.expand(-1, 7)) * labelled,
+                             others.expand(-1, -1, 6), places, torch.zeros(len(frames), 7))
 
 
 @pytest.fixture(scope="module")
 def drawn():
     """400 windows as numbers: 100 * clip + frame; masked entries carry a half more."""
     found = train_gen.sample_windows(numbered(), CONFIG, 400, torch.Generator().manual_seed(0), torch.full((320,), QUIET))
-    for part, shape in zip(found, [(400, K, 6), (400, P, 6), (400, 6), (400, P + K + AHEAD, 320)], strict=True):
+    for part, shape in zip(found, [(400, K, 6), (400, P, 6), (400, 6), (400, P + K + AHEAD, 320), (400, P + K, 7)], strict=True):
         assert part.shape == shape and (part == part[..., :1]).all()         # whole rows, not mixtures
-    new, past, reference, heard = (part[..., 0] for part in found)
+    new, past, reference, heard, mood = (part[..., 0] for part in found)
     start = new[:, 0] % 100
-    return {"new": new, "past": past, "reference": reference, "heard": heard, "clip": new[:, 0] // 100, "start": start,
-            "begins": start == 0}
+    return {"new": new, "past": past, "reference": reference, "heard": heard, "mood": mood, "clip": new[:, 0] // 100, "start": start,
+            "begins": start == 0, "own": reference >= 0}
 
 
 def test_new_frames_are_clear_and_in_a_row(drawn):
@@ -109,9 +115,33 @@ def test_at_the_start_the_past_is_the_reference(drawn):
     assert torch.equal(drawn["past"][begins], drawn["reference"][begins, None].expand(-1, P))
 
 
-def test_reference_is_a_masked_frame_from_anywhere_in_the_clip(drawn):
-    assert torch.equal(drawn["reference"] // 100, drawn["clip"])
-    assert set((drawn["reference"] % 100).tolist()) == {f + 0.5 for f in range(FRAMES)}
+def test_reference_is_a_masked_frame_from_anywhere_in_the_clip_or_the_person_in_another_mood(drawn):
+    own, reference, clip = drawn["own"], drawn["reference"], drawn["clip"]
+    assert torch.equal(reference[own] // 100, clip[own])
+    assert set((reference[own] % 100).tolist()) == {f + 0.5 for f in range(FRAMES)}
+    assert set((-reference[~own] - 100 * clip[~own]).tolist()) == {1, 2, 3, 4}
+    assert (~own).float().mean() == pytest.approx(0.85 / 2, abs=0.07)
+
+
+def test_moods_are_those_of_past_and_new_frames_or_none(drawn):
+    frame = (drawn["start"][:, None] + torch.arange(-P, K)).clamp(min=0)
+    none = (drawn["mood"] == 0).all(1)
+    assert none.float().mean() == pytest.approx(0.15, abs=0.05)
+    assert torch.equal(drawn["mood"][~none], (1 + 100 * drawn["clip"][:, None] + frame)[~none])
+    assert drawn["own"][none].all()                                          # then the photo tells the mood
+
+
+def test_without_a_mood_the_reference_has_that_of_the_window():
+    found = train_gen.sample_windows(numbered(change=(6,) * CLIPS), CONFIG, 2000, torch.Generator().manual_seed(0), torch.zeros(320))
+    none, start, reference = (found[4] == 0).all((1, 2)), found[0][:, 0, 0] % 100, found[2][:, 0] % 100
+    assert torch.equal(reference[none] < 6, start[none] < 6)
+    own = found[2][:, 0] >= 0
+    assert ((reference < 6) != (start < 6))[own & ~none].float().mean() > 0.3
+
+
+def test_clips_of_unknown_mood_have_none_and_keep_their_own_reference():
+    found = train_gen.sample_windows(numbered(labelled=False), CONFIG, 100, torch.Generator().manual_seed(0), torch.zeros(320))
+    assert not found[4].any() and (found[2] >= 0).all()
 
 
 def test_row_i_of_the_speech_belongs_to_frame_start_minus_past_plus_i(drawn):
@@ -131,11 +161,11 @@ def test_windows_repeat_with_the_draw():
 def test_sets_are_drawn_equally_and_short_clips_from_their_start():
     """Four clips against one, which is too short for a past."""
     given = numbered(sets=(0, 0, 0, 0, 1), frames=(FRAMES,) * 4 + (P + K - 1,))
-    new, past, reference, _ = train_gen.sample_windows(given, CONFIG, 400, torch.Generator().manual_seed(0), torch.zeros(320))
+    new, past, reference, *_ = train_gen.sample_windows(given, CONFIG, 400, torch.Generator().manual_seed(0), torch.zeros(320))
     short = new[:, 0, 0] >= 400
     assert short.float().mean() == pytest.approx(0.5, abs=0.08)
     assert (new[short][:, :, 0] == 400 + torch.arange(K)).all() and torch.equal(past[short][:, 0], reference[short])
-    assert (reference[short] < 400 + P + K - 1).all() and (new[~short][:, -1, 0] % 100 < FRAMES).all()
+    assert (reference[short].abs() < 400 + P + K - 1).all() and (new[~short][:, -1, 0] % 100 < FRAMES).all()
 
 
 def test_silence_is_the_row_of_a_silent_wave():
@@ -147,22 +177,32 @@ def test_silence_is_the_row_of_a_silent_wave():
 def test_a_clip_is_encoded_frame_by_frame(ae):
     encoder = load_models(ae)[0]["encoder"]
     draw, args = torch.Generator().manual_seed(0), train_gen.parse(command("", "", "--clips", "4"))
-    parts, wave = list(train_gen.synthetic_clips(args, {"seconds": 1.2}, 32, 0, 1))[3]
-    parts = list(parts)
+    clip = list(train_gen.synthetic_clips(args, {"seconds": 1.2}, 32, 0, 1))[3]
+    parts = list(clip.parts)
     clear, masked = train_gen.encode_clip(encoder, Pixel(), parts, 0.6, draw, CPU, nullcontext())
-    made = random_clip(torch.tensor([3]), 30)
+    voice, face, change = random_moods(torch.tensor([3]), 30)
+    made = random_clip(torch.tensor([3]), 30, face, voice)
     with torch.no_grad():
         want = encoder(render(made["identity"].expand(30, -1), made["motion"][0], 32)).flatten(1)
     torch.testing.assert_close(clear, want, atol=1e-5, rtol=1e-4)
-    assert torch.equal(wave, made["wave"])
+    assert torch.equal(clip.wave, made["wave"]) and torch.equal(clip.mood, face[0]) and clip.change == change
     assert masked.shape == clear.shape == (30, 8) and not torch.isclose(masked, clear).all(1).any()
     clear, masked = train_gen.encode_clip(encoder, Pixel(), parts, 0.0, draw, CPU, nullcontext())
     torch.testing.assert_close(masked, clear)                                # no mask
 
 
+def test_a_person_is_also_seen_in_other_moods():
+    """The same face: no two pictures are alike, and all are nearer to the person's own frames than to somebody else's."""
+    args = train_gen.parse(command("", "", "--clips", "2"))
+    (own, one), (strange, _) = [(torch.cat(list(x.parts)), x) for x in train_gen.synthetic_clips(args, {"seconds": 1.2}, 32, 0, 1)]
+    assert one.others.shape == (train_gen.OTHERS, 3, 32, 32)
+    distance = [torch.cdist(one.others.flatten(1), x.flatten(1)).amin(1) for x in (own, strange)]
+    assert (distance[0] < 0.7 * distance[1]).all() and torch.pdist(one.others.flatten(1)).min() > 0
+
+
 def test_processes_encode_different_clips_none_held_out(monkeypatch):
     seen, make = [], random_clip
-    monkeypatch.setattr(train_gen, "random_clip", lambda seeds, frames: seen.extend(seeds.tolist()) or make(seeds, 2))
+    monkeypatch.setattr(train_gen, "random_clip", lambda seeds, *more: seen.extend(seeds.tolist()) or make(seeds, *more))
     for seed in (0, 1, 9):
         for rank in range(2):
             args = train_gen.parse(command("", "", "--clips", "3", "--seed", str(seed)))
@@ -184,18 +224,33 @@ def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
         return train_gen.encode_dataset(args, NANO, encoder, Pixel(), 32, 0, 1, CPU, nullcontext())
 
     first = get()
-    assert made == [0] and [part.shape for part in first] == [(25, 8), (25, 8), (25, 320), (1, 3)]
+    assert made == [0, 1]                                                    # the clip, and the person in other moods
+    assert [part.shape for part in first] == [(25, 8), (25, 8), (25, 320), (25, 7), (1, 4, 8), (1, 4), (1, 7)]
     assert same(list(first), list(get())) and made == []                     # the second time from the disk
     models["encoder"].tokens.data += 1
     save_weights(tmp_path / "other.safetensors", models, meta)
     other = get(tmp_path / "other.safetensors")
-    assert made == [0] and not torch.equal(other[0], first[0])               # another encoder
-    assert same(list(get()), list(first)) and made == [0]                    # and back: the old ones are not confused
+    assert made == [0, 1] and not torch.equal(other[0], first[0])               # another encoder
+    assert same(list(get()), list(first)) and made == [0, 1]                    # and back: the old ones are not confused
     for more in (["--mask-max", "0.5"], ["--seed", "1"], ["--clips", "2"]):
         get(ae, *more)
         assert made != []
         get(ae, *more)
         assert made == []
+
+
+@pytest.mark.parametrize("row, want", [
+    ({"emotion": "fear", "level": 2}, {"afraid": 0.7, "neutral": 0.3}), ({"emotion": "happy", "level": 3}, {"happy": 1}),
+    ({"emotion": "surprised", "level": 1}, {"surprised": 0.4, "neutral": 0.6}), ({"emotion": "disgust"}, {"disgusted": 1}),
+    ({"emotion": "neutral", "level": 1}, {"neutral": 1}), ({"emotion": "contempt", "level": 3}, {}), ({}, {})])
+def test_labels_of_real_clips(row, want):
+    torch.testing.assert_close(train_gen.mood_label(row), torch.tensor([want.get(name, 0.0) for name in EMOTIONS]))
+
+
+def test_every_emotion_of_mead_but_contempt_has_a_label():
+    got = {name: train_gen.mood_label({"emotion": name}) for name in prepare.EMOTIONS}
+    assert not got.pop("contempt").any()
+    assert sorted(mood.argmax().item() for mood in got.values()) == list(range(7))
 
 
 def test_processes_read_different_real_clips(monkeypatch):
@@ -204,8 +259,53 @@ def test_processes_read_different_real_clips(monkeypatch):
     read = []
     monkeypatch.setattr(train_gen.data, "read_clip", lambda path, size: read.append(path) or (torch.zeros(1), torch.zeros(1)))
     for rank in range(2):
-        assert list(train_gen.real_clips(train_gen.parse(command("", "", "--clips", "9")), "set", 32, rank, 2))
+        found = list(train_gen.real_clips(train_gen.parse(command("", "", "--clips", "9")), "set", 32, rank, 2))
+        assert all(not clip.mood.any() and clip.others is None for clip in found)   # nobody said how they feel
     assert sorted(read) == ["a0", "a1", "a2", "b0", "b1"]                    # all, each once
+
+
+def test_a_labelled_person_is_also_seen_in_neutral_clips(monkeypatch):
+    rows = [{"path": name, "identity": "a", "emotion": emotion, "level": 3, "frames": 9}
+            for name, emotion in (("a0", "neutral"), ("a1", "happy"), ("a2", "sad"), ("a3", "neutral"))]
+    rows.append({"path": "b0", "identity": "b", "emotion": "angry", "level": 3, "frames": 9})
+    monkeypatch.setattr(train_gen.data, "load_sets", lambda *_, **__: [{"a": rows[:4], "b": rows[4:]}])
+    monkeypatch.setattr(train_gen.data, "read_clip", lambda path, size: (torch.zeros(9, 3, 2, 2), torch.zeros(9 * 640)))
+    monkeypatch.setattr(train_gen.data, "read_at", lambda path, numbers, size: np.full((1, 2, 2, 3), ord(path[1]), np.uint8))
+    found = list(train_gen.real_clips(train_gen.parse(command("", "", "--clips", "9")), "set", 2, 0, 1))
+    seen = [None if x.others is None else set((127.5 * (x.others[:, 0, 0, 0] + 1)).round().int().tolist()) for x in found]
+    zero, three = ord("0"), ord("3")
+    assert seen == [{three}, {zero, three}, {zero, three}, {zero}, None] and found[1].others.shape == (4, 3, 2, 2)
+    assert [x.change for x in found] == [9] * 5 and found[1].mood[:, EMOTIONS.index("happy")].eq(1).all()
+
+
+# ---- the emotion of a voice -----------------------------------------------------------------------------------------
+
+def test_the_emotion_of_a_voice_is_learned(tmp_path, monkeypatch):
+    """Sad voices are dull and slow, surprised ones high: told apart on people never heard."""
+    args = train_gen.parse(command("", str(tmp_path), "--voices", "400"))
+    encoded = numbered()                                                     # clips without a label teach nothing
+    pair = torch.eye(7)[[EMOTIONS.index("sad"), EMOTIONS.index("surprised")]]
+    monkeypatch.setattr(train_gen, "random_mood", lambda seeds, stream: pair[seeds % 2])
+    voice = train_gen.train_voice(args, {"seconds": 1.5}, encoded, 0, steps=300)
+    assert not voice.training
+    seeds = HELD_OUT + torch.arange(64)
+    rows = audio_features.extract_features(audio_features.normalise_loudness(speak(seeds, 40, pair[seeds % 2])["wave"]))
+    mood = voice(voice.pool(rows)[0][:, -1]).softmax(-1)
+    told = mood[:, EMOTIONS.index("surprised")] > mood[:, EMOTIONS.index("sad")]
+    assert (told == (seeds % 2 == 1)).float().mean() > 0.85
+    assert mood[:, [EMOTIONS.index("sad"), EMOTIONS.index("surprised")]].sum(1).min() > 0.6
+    again = train_gen.train_voice(args, {"seconds": 1.5}, encoded, 0, steps=300)      # statistics from the disk
+    assert same(again.state_dict(), voice.state_dict())
+
+
+def test_labelled_clips_teach_the_voice_too(tmp_path):
+    args = train_gen.parse(command("", str(tmp_path), "--voices", "3"))
+    encoded = numbered(frames=(60, 30))._replace(voices=torch.stack([torch.zeros(7), torch.eye(7)[2]]))
+    model = train_gen.VoiceEmotion(train_gen.VoiceConfig())
+    x, y = train_gen.voice_statistics(args, {"seconds": 1}, encoded, model, 0)
+    assert x.shape == (4, 3, 320) and y.shape == (4, 7) and y[3, 2] == 1
+    want = model.pool(encoded.features[None, 60:])[0][0, [24, 29, 29]]
+    torch.testing.assert_close(x[3], want)
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
@@ -213,12 +313,12 @@ def test_processes_read_different_real_clips(monkeypatch):
 def given_windows():
     """A generator with no layer at zero and four windows for it: new motions, noise, times, the rest."""
     torch.manual_seed(0)
-    model = Generator(replace(CONFIG, width=32, depth=2, heads=2))
+    model = Generator(replace(CONFIG, width=32, depth=2, heads=2, experts=2))
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape)
     new, past, reference, heard = torch.randn(4, K, 6), torch.randn(4, P, 6), torch.randn(4, 6), torch.randn(4, P + K + AHEAD, 320)
-    return model, [new, torch.randn(4, K, 6), torch.rand(4)], {"past": past, "reference": reference, "audio": heard,
-                                                               "drop": torch.tensor([True, False, False, True])}
+    cond = {"past": past, "reference": reference, "audio": heard, "mood": torch.rand(4, P + K, 7)}
+    return model, [new, torch.randn(4, K, 6), torch.rand(4)], cond | {"drop": torch.tensor([True, False, False, True])}
 
 
 def half(rank, folder):
@@ -252,12 +352,12 @@ def test_a_run_writes_its_files(ae, tmp_path):
     before = hashlib.sha256(ae.read_bytes()).digest()
     assert train(ae, tmp_path, "--save-every", "3") == 0
     assert sorted(os.listdir(tmp_path)) == ["clips-0.pt", "log.jsonl", "semo.safetensors", "state.pt", "step000003.mp4",
-                                            "step000004.mp4"]
+                                            "step000004.mp4", "voices-0.pt"]
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert [row["step"] for row in rows] == [3, 4] and all(0 < row["loss"] < 100 for row in rows)
     assert hashlib.sha256(ae.read_bytes()).digest() == before
     models, meta = load_models(tmp_path / "semo.safetensors")
-    assert list(models) == ["encoder", "decoder", "generator"] and models["generator"].config.window == 4
+    assert list(models) == ["encoder", "decoder", "generator", "voice"] and models["generator"].config.window == 4
     assert {"audio": "mel", "gen_steps": 4, "guidance": 1.5, "latents": "pixel", "size": 32}.items() <= meta.items()
     stage1, ema = load_models(ae)[0], state(tmp_path)["ema"]
     for kind in ("encoder", "decoder"):
@@ -396,9 +496,10 @@ def test_a_student_says_in_one_step_what_its_teacher_says_in_many_with_guidance(
     assert (about["gen_steps"], about["guidance"]) == (1, 1.0)
     assert same(student["decoder"].state_dict(), models["decoder"].state_dict())
     kept = torch.load(tmp_path / "runs/reflow_gen/clips-0.pt", weights_only=True)
-    draw, encoded = torch.Generator().manual_seed(9), [kept[name] for name in ("motion", "masked", "features", "clip_index")]
-    new, past, reference, heard = train_gen.sample_windows(encoded, teacher.config, 32, draw, train_gen.encode_silence("mel", None))
-    noise, cond = torch.randn(new.shape, generator=draw), {"past": past, "reference": reference, "audio": heard}
+    draw, encoded = torch.Generator().manual_seed(9), train_gen.Encoded(*(kept[name] for name in train_gen.Encoded._fields))
+    silence = train_gen.encode_silence("mel", None)
+    new, past, reference, heard, mood = train_gen.sample_windows(encoded, teacher.config, 32, draw, silence)
+    noise, cond = torch.randn(new.shape, generator=draw), {"past": past, "reference": reference, "audio": heard, "mood": mood}
     with torch.no_grad():
         want = flow.integrate(flow.with_cfg(teacher, 2.0, {"audio": None}), noise, 6, **cond)
         before, after = ((flow.integrate(model, noise, 1, **cond) - want).square().mean() for model in (teacher, student["generator"]))
