@@ -98,7 +98,12 @@ class Schedule:
     def __init__(self, stops, intensity=1.0):
         self.times = FPS * torch.tensor([start for start, _ in stops[1:]])                       # (S-1,) frames
         self.palettes = intensify(torch.stack([palette for _, palette in stops]), intensity)     # (S, 7)
-        self.done = 0                                                                            # frames handed out
+        self.stops, self.intensity, self.done = stops, intensity, 0                              # frames handed out
+
+    def describe(self):
+        """"neutral 1; from 2.5 s happy 0.6, surprised 0.4 (intensity 0.5)"."""
+        parts = [f"from {start:g} s " * (k > 0) + describe(palette) for k, (start, palette) in enumerate(self.stops)]
+        return "; ".join(parts) + f" (intensity {self.intensity:g})" * (self.intensity != 1)
 
     def __call__(self, rows):
         frames = self.done + torch.arange(len(rows))
@@ -155,23 +160,27 @@ class VoiceEmotion(nn.Module):
 
 class FromVoice:
     """Moods that a VoiceEmotion hears: called with speech features (n, A), part after part, it returns (n, 7). The weights grow
-    over the first half second of speech; a pause keeps them. mean(): over all so far, for the report."""
+    over the first half second of speech; a pause keeps them."""
 
     def __init__(self, voice, intensity=1.0):
         self.voice, self.intensity, self.state, self.sum, self.count = voice, intensity, None, 0, 0
 
     @torch.no_grad()
     def __call__(self, rows):
+        rows = rows.to(self.voice.mean.device)
         moods = [torch.zeros(0, len(EMOTIONS), device=rows.device)]
-        for part in rows.split(250) if len(rows) else ():
-            statistics, heard, self.state = self.voice.pool(part[None].float(), self.state)
-            moods.append(self.voice(statistics[0]).softmax(-1) * (heard[0] / (FPS / 2)).clamp(max=1))
+        with torch.autocast(rows.device.type, enabled=False):
+            for part in rows.split(250) if len(rows) else ():
+                statistics, heard, self.state = self.voice.pool(part[None].float(), self.state)
+                moods.append(self.voice(statistics[0]).softmax(-1) * (heard[0] / (FPS / 2)).clamp(max=1))
         mood = torch.cat(moods)
         self.sum, self.count = self.sum + mood.sum(0).cpu(), self.count + len(mood)
         return intensify(mood, self.intensity)
 
-    def mean(self):
-        return self.sum / max(1, self.count)
+    def describe(self):
+        """The mean of what was heard so far."""
+        so_far = f": {describe(self.sum / self.count)} on average" if self.count else ""
+        return f"from the voice{so_far}" + f" (intensity {self.intensity:g})" * (self.intensity != 1)
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
     python sample.py --img x.png --wav y.wav [--out out.mp4] [--ckpt F] [--steps N] [--guidance S] [--seed N]
                      [--device auto]
+    python sample.py --img x.png --wav y.wav --emotion "neutral, happy:0.6+surprised:0.4@2.5" [--intensity 0..1.5]
     python sample.py --img x.png --video driving.mp4 [--out out.mp4]
     python sample.py --img x.png --wav - --out -          live: raw 16 kHz sound in, a fragmented mp4 out, as it is made
 
@@ -13,6 +14,7 @@ Exit status: 0 with a complete file, 2 after one sentence about bad input, 130 w
 `--out -` went away; else no file is left.
 """
 import argparse
+import math
 import os
 import signal
 import sys
@@ -24,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from decoder import Decoder, DecoderConfig, decode_frames
-from emotion import VoiceConfig, VoiceEmotion
+from emotion import TEXT_MODEL, FromVoice, Schedule, VoiceConfig, VoiceEmotion, parse_emotion, text_palette
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig, generate_motion
 from media import audio_features
@@ -34,7 +36,7 @@ from media.files import InputError, check_file
 from media.image import load_image, to_uint8
 from media.latents import SD, load_latents
 from media.sound import FPS, SAMPLES_PER_FRAME, audio_chunks, has_audio, pcm_chunks, rechunk
-from media.video import VideoWriter, read_video
+from media.video import PROVENANCE, VideoWriter, read_video
 from media.weights import load_weights
 
 BATCH = 16  # frames decoded, or encoded, at once
@@ -88,28 +90,30 @@ def prepare_reference(models, meta, image, seed):
     return space, z_r, m_ref, rng, torch.randn(z_r.shape, generator=rng).to(device)
 
 
-def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidance=None):
+def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidance=None, emotion=None):
     """A photo speaks. image (3, H, W) in [-1, 1]; features: iterator of (n, A) sound features -> (H, W, 3) uint8 frames,
-    as many as rows of features, yielded as they are made. steps and guidance are those of the weights (meta) where None."""
+    as many as rows of features, yielded as they are made. steps and guidance are those of the weights (meta) where None.
+    emotion: called with each part of features, it returns their moods (emotion.py)."""
     space, z_r, m_ref, rng, noise = prepare_reference(models, meta, image, seed)
     zeros = torch.zeros(1, SAMPLES_PER_FRAME)
     silence_features = audio_features.extract_features(zeros, meta["audio"], meta.get("whisper"))[0, 0]         # (A,)
     guidance = meta["guidance"] if guidance is None else guidance
     features = autocast_iter(z_r.device, features, models=False)                                           # sound stays in fp32
-    motions = generate_motion(models["generator"], m_ref, features, rng, silence_features, steps or meta["gen_steps"], guidance)
+    motions = generate_motion(models["generator"], m_ref, features, rng, silence_features, steps or meta["gen_steps"], guidance,
+                              emotion)
     latents = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH)
     for part in autocast_iter(z_r.device, latents):
         yield from latents_to_frames(space, part)
 
 
-def animate_live(models, meta, image, chunks, seed=0, steps=None, guidance=None):
+def animate_live(models, meta, image, chunks, seed=0, steps=None, guidance=None, emotion=None):
     """A photo speaks live. image (3, H, W) in [-1, 1]; chunks: iterator of (S,) float sound, 16 kHz, full scale 1, as it
     arrives, any S -> (H, W, 3) uint8 frames, 25 a second, as soon as a window of sound and what it hears ahead are there
     (16 + 3 frames with the embedded weights, 0.8 s; the 30 s of Whisper with weights trained on it).
 
     Differs from a file in one thing: its loudness is levelled by the past alone (audio_features.streaming_gain)."""
     features = audio_features.stream_features(audio_features.streaming_gain(chunks), meta["audio"], meta.get("whisper"))
-    return animate_from_audio(models, meta, image, features, seed, steps, guidance)
+    return animate_from_audio(models, meta, image, features, seed, steps, guidance, emotion)
 
 
 def reenact(models, meta, image, video, seed=0, steps=None, absolute=False):
@@ -152,6 +156,12 @@ def parse(argv):
     parser.add_argument("--whisper", help="folder of the Whisper model of weights trained on it (default: likewise)")
     parser.add_argument("--steps", type=int, help="sampling steps of both models (default: as released)")
     parser.add_argument("--guidance", type=float, help="how much the sound counts; 1: as it is (default: as released)")
+    feel = parser.add_mutually_exclusive_group()
+    feel.add_argument("--emotion", help="neutral, happy, sad, angry, afraid, disgusted or surprised; mixed: happy:0.6+surprised:0.4; "
+                      "in time: 'neutral, happy@2.5, sad@6' (seconds); auto: as the voice sounds; none: no opinion (default)")
+    feel.add_argument("--emotion-text", metavar="WORDS", help='the emotion in words, such as "a bitter smile"')
+    parser.add_argument("--text-model", default=TEXT_MODEL, help="what reads the words: hub id or folder (default: %(default)s)")
+    parser.add_argument("--intensity", type=float, help="of the emotion, 0 (a calm face) to 1.5 (beyond training) (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="another number, another take (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -159,14 +169,39 @@ def parse(argv):
         parser.error("--absolute goes with --video")
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps is {args.steps}; give 1 or more")
+    args.emotion = None if args.emotion is not None and args.emotion.strip().lower() == "none" else args.emotion
+    asked = args.emotion is not None or args.emotion_text is not None
+    if asked and args.video:
+        parser.error("--emotion and --emotion-text go with --wav: with --video the face takes the video's motion")
+    if args.intensity is not None and not (asked and 0 <= args.intensity <= 1.5):
+        parser.error(f"--intensity is {args.intensity}; give 0 to 1.5, together with --emotion or --emotion-text")
     return args
 
 
+def choose_emotion(args, models, seconds=math.inf):
+    """What --emotion and --emotion-text ask for, in a sound of so many seconds -> Schedule, FromVoice, or None."""
+    if args.emotion is None and args.emotion_text is None:
+        return None
+    intensity, config = 1.0 if args.intensity is None else args.intensity, models["generator"].config
+    if not (config.experts or config.mood_table):
+        raise InputError(f"{args.ckpt} was trained without emotions; leave --emotion out, or give weights that train_gen.py makes")
+    if args.emotion_text is not None:
+        palette = text_palette(args.emotion_text, args.text_model)
+        if palette.topk(2).values.diff().abs() < 0.1:
+            print("sample.py: the words of --emotion-text leave two emotions almost as likely", file=sys.stderr)
+        return Schedule([(0.0, palette)], intensity)
+    if args.emotion.strip().lower() != "auto":
+        return Schedule(parse_emotion(args.emotion, seconds), intensity)
+    if "voice" not in models:
+        raise InputError(f"{args.ckpt} cannot hear emotions, so not --emotion auto; name one, or give weights that train_gen.py makes")
+    return FromVoice(models["voice"], intensity)
+
+
 def frames_and_sound(args, models, meta, image):
-    """What the arguments ask for -> iterator of frames, their number (None: not known yet), sound for VideoWriter."""
+    """What the arguments ask for -> iterator of frames, their number (None: not known yet), sound for VideoWriter, emotion."""
     if args.video:
         frames = reenact(models, meta, image, read_video(args.video, meta["size"]), args.seed, args.steps, args.absolute)
-        return frames, None, args.video if has_audio(args.video) else None
+        return frames, None, args.video if has_audio(args.video) else None, None
     if args.wav == "-":
         queue = deque()                                           # from the sound's arrival to its frame
 
@@ -175,10 +210,14 @@ def frames_and_sound(args, models, meta, image):
                 queue.append(chunk)
                 yield chunk
 
-        return animate_live(models, meta, image, listen(), args.seed, args.steps, args.guidance), None, pop_all(queue)
+        emotion = choose_emotion(args, models)
+        frames = animate_live(models, meta, image, listen(), args.seed, args.steps, args.guidance, emotion)
+        return frames, None, pop_all(queue), emotion
     gain, total = scan_audio(args.wav)
+    emotion = choose_emotion(args, models, total / FPS)
     features = audio_features.stream_features((chunk * gain for chunk in audio_chunks(args.wav)), meta["audio"], meta.get("whisper"))
-    return animate_from_audio(models, meta, image, features, args.seed, args.steps, args.guidance), total, args.wav
+    frames = animate_from_audio(models, meta, image, features, args.seed, args.steps, args.guidance, emotion)
+    return frames, total, args.wav, emotion
 
 
 def pop_all(queue):
@@ -228,14 +267,17 @@ def run(args):
         image = load_face(args.img, meta["size"], load_detector(args.detector))
     else:
         image = load_image(args.img, meta["size"])
-    frames, total, sound = frames_and_sound(args, models, meta, image)
+    frames, total, sound, emotion = frames_and_sound(args, models, meta, image)
+    comment = PROVENANCE if emotion is None else f"{PROVENANCE} Emotion: {emotion.describe()}."
     out = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) if live else args.out
     start = time.perf_counter()
-    with VideoWriter(out, meta["size"], sound) as video, tqdm(total=total, unit="frame", disable=None) as bar:
+    with VideoWriter(out, meta["size"], sound, comment) as video, tqdm(total=total, unit="frame", disable=None) as bar:
         write_all(video, frames, bar.update)
     seconds = time.perf_counter() - start
     print(f"{args.out}: {video.frames} frames, {video.frames / FPS:.2f} s, made at {video.frames / seconds:.1f} fps",
           file=sys.stderr if live else sys.stdout)
+    if emotion is not None:
+        print(f"emotion: {emotion.describe()}", file=sys.stderr if live else sys.stdout)
 
 
 def main(argv=None):

@@ -19,6 +19,7 @@ from PIL import Image
 
 import sample
 from decoder import Decoder, DecoderConfig
+from emotion import VoiceConfig, VoiceEmotion
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig
 from media import audio_features, face
@@ -448,3 +449,102 @@ def test_wrong_usage_is_status_2(wrong, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main(wrong)
     assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- emotions
+@pytest.fixture(scope="module")
+def feeling(given):
+    """Weights with experts: e.safetensors, which also hear voices, and deaf.safetensors."""
+    models = small_models()
+    torch.manual_seed(1)
+    models["generator"] = Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=2, experts=4))
+    models["voice"] = VoiceEmotion(VoiceConfig(width=8))
+    for kind in ("generator", "voice"):
+        for parameter in models[kind].parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    save_weights(given / "e.safetensors", models, META)
+    del models["voice"]
+    save_weights(given / "deaf.safetensors", models, META)
+    return given
+
+
+def comment(path):
+    with av.open(str(path)) as container:
+        return container.metadata["comment"]
+
+
+def test_an_emotion_shows_and_is_written_down(feeling, tmp_path, capsys):
+    videos = {}
+    for name, more in {"plain": [], "none": ["--emotion", "none"], "happy": ["--emotion", "happy:0.6+sad, angry@0.4"],
+                       "calm": ["--emotion", "happy", "--intensity", "0"], "auto": ["--emotion", "auto"]}.items():
+        out = tmp_path / f"{name}.mp4"
+        assert sample.main(command(feeling, out, *more, ckpt="e.safetensors")) == 0
+        said = capsys.readouterr().out
+        videos[name] = torch.stack(list(read_video(str(out), 32)))
+        assert ("Emotion" in comment(out)) == ("emotion:" in said) == (name not in ("plain", "none"))
+    assert torch.equal(videos["plain"], videos["none"])
+    for name in ("happy", "calm", "auto"):
+        assert (videos[name] - videos["plain"]).abs().mean() > 1e-3
+    assert comment(tmp_path / "happy.mp4").endswith("Emotion: happy 0.6, sad 0.4; from 0.4 s angry 1.")
+    assert comment(tmp_path / "calm.mp4").endswith("Emotion: happy 1 (intensity 0).")
+    assert "from the voice: " in said and "on average" in said
+
+
+def test_experts_cost_nothing_where_no_emotion_is_asked_for(feeling):
+    """The frames are those of the same weights without experts."""
+    models, meta = sample.load_models(feeling / "e.safetensors")
+    plain = Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=2))
+    plain.load_state_dict({k: v for k, v in models["generator"].state_dict().items() if "experts" not in k})
+    features = torch.randn(40, 320, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    one, other = (np.stack(list(sample.animate_from_audio(given, meta, image, iter([features]))))
+                  for given in (models, {**models, "generator": plain.eval()}))
+    assert np.array_equal(one, other)
+
+
+def test_words_become_an_emotion(feeling, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "text_palette", lambda text, model: torch.tensor([0.1, 0, 0.46, 0.44, 0, 0, 0]))
+    assert sample.main(command(feeling, tmp_path / "o.mp4", "--emotion-text", "a bitter smile", ckpt="e.safetensors")) == 0
+    said = capsys.readouterr()
+    assert "emotion: sad 0.46, angry 0.44, neutral 0.1" in said.out and "two emotions" in said.err
+
+
+def test_a_live_voice_may_tell_the_emotion(feeling, tmp_path, monkeypatch, capsys):
+    pipe = io.BytesIO((3000 * np.random.default_rng(0).normal(size=16000)).clip(-32000, 32000).astype("<i2").tobytes())
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe, isatty=lambda: False))
+    arguments = command(feeling, tmp_path / "o.mp4", "--wav", "-", "--emotion", "auto", wav=None, ckpt="e.safetensors")
+    assert sample.main(arguments) == 0
+    assert "emotion: from the voice: " in capsys.readouterr().out and comment(tmp_path / "o.mp4").endswith("Emotion: from the voice.")
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--emotion", "hapy"], ["hapy", "happy"]), (["--emotion", "happy:2"], ["at most 1"]),
+    (["--emotion", "happy, sad@9"], ["past the end", "1.00 s"]),
+    (["--emotion", ""], ["no emotion"]), (["--emotion-text", " "], ["empty"]),
+    (["--emotion-text", "glad", "--text-model", "/nowhere"], ["cannot load", "/nowhere"])])
+def test_emotions_that_cannot_be_meant_are_refused(feeling, tmp_path, capsys, more, words):
+    refused(capsys, command(feeling, tmp_path / "o.mp4", *more, ckpt="e.safetensors"), *words)
+    assert not os.listdir(tmp_path)
+
+
+def test_weights_without_emotions_say_so(feeling, tmp_path, capsys):
+    for emotion in ("happy", "auto"):
+        refused(capsys, command(feeling, tmp_path / "o.mp4", "--emotion", emotion), "w.safetensors", "train_gen.py")
+    arguments = command(feeling, tmp_path / "o.mp4", "--emotion", "auto", ckpt="deaf.safetensors")
+    refused(capsys, arguments, "deaf.safetensors", "train_gen.py")
+
+
+@pytest.mark.parametrize("more, word", [
+    (["--emotion", "happy", "--emotion-text", "glad"], "not allowed"), (["--intensity", "1"], "--emotion"),
+    (["--emotion", "happy", "--intensity", "2"], "1.5"), (["--emotion", "happy", "--intensity", "nan"], "1.5"),
+    (["--emotion", "happy", "--intensity", "-0.1"], "1.5")])
+def test_options_of_emotion_that_exclude_each_other(given, tmp_path, capsys, more, word):
+    with pytest.raises(SystemExit) as end:
+        sample.main(command(given, tmp_path / "o.mp4", *more))
+    assert end.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_a_driving_video_takes_no_emotion(given, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        sample.main(command(given, tmp_path / "o.mp4", "--video", str(given / "d.mp4"), "--emotion", "happy", wav=None))
+    assert end.value.code == 2 and "--video" in capsys.readouterr().err
