@@ -231,7 +231,7 @@ def test_a_fresh_models_loss_is_that_of_copying():
 def test_known_motion_enters_with_its_weight_and_unknown_does_not():
     model, given = auto_encoder().eval(), given_batch()                      # eval: the running statistics stand still
     plain = model(*given, NONE, 0.7)
-    told = model.factors(model.encoder(torch.cat(given[:2]), given[4]).flatten(1))
+    told = model.label_head(model.encoder(torch.cat(given[:2]), given[4]).flatten(1))
     error = (told - train_ae.normalise_factors(TRUTH)).square().mean()
     assert model(*given, TRUTH, 0.7).item() == pytest.approx((plain + 0.7 * error).item(), rel=1e-4)
     assert not torch.equal(model(*given, TRUTH, 0.7), plain) and torch.equal(model(*given, TRUTH, 0.0), plain)
@@ -470,7 +470,7 @@ def test_the_video_stage_starts_from_the_image_release(monkeypatch, tmp_path):
     assert train(tmp_path / "video", "--frames", "4", "--init", str(tmp_path / "image.safetensors"), steps=2) == 0
     held = first[0].state_dict()
     for name, value in image.state_dict().items():
-        if not name.startswith("factors."):                                  # of no use in a release
+        if not name.startswith("label_head."):                               # of no use in shared weights
             torch.testing.assert_close(held[name], value, rtol=1e-3, atol=1e-6, msg=name)
     models, _ = load_models(tmp_path / "video" / "semo.safetensors")
     assert models["decoder"].config.frames == 4 and len(models["decoder"].temporal) == 1
