@@ -21,6 +21,10 @@ class InputError(ValueError):
     """Something is wrong with what the user gave; the message is the one sentence to print."""
 
 
+class OutputError(InputError):
+    """A result cannot be written: the disk is full, the folder protected."""
+
+
 def check_file(path, wanted):
     """Refuse what is not a readable, non-empty regular file; `wanted` ends the sentence."""
     if os.path.isdir(path):
@@ -88,16 +92,16 @@ def atomic_write(path, suffix="", make_folder=False):
     path = os.fspath(path)
     folder, name = os.path.split(os.path.abspath(path))
     if not name.lower().endswith(suffix):
-        raise InputError(f"{path} cannot be written: give a name that ends in {suffix}")
+        raise OutputError(f"{path} cannot be written: give a name that ends in {suffix}")
     if make_folder:
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+            raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
     if not os.path.isdir(folder):
-        raise InputError(f"{path} cannot be written: there is no folder {folder}; make it first or choose another")
+        raise OutputError(f"{path} cannot be written: there is no folder {folder}; make it first or choose another")
     if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
-        raise InputError(f"{path} cannot be written: it is a folder or protected; choose another name")
+        raise OutputError(f"{path} cannot be written: it is a folder or protected; choose another name")
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.part")
     try:
         open(temporary, "xb").close()
@@ -108,7 +112,7 @@ def atomic_write(path, suffix="", make_folder=False):
         os.chmod(temporary, mode)                                 # safetensors writes files that only their owner reads
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -127,6 +131,6 @@ def read_lines(path):
 
 
 def write_lines(path, rows):
-    """dicts -> a .jsonl file, complete or absent."""
-    with atomic_write(path, ".jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
+    """dicts -> a .jsonl file, complete or absent. Bytes of file names that are not UTF-8 become JSON's escapes."""
+    with atomic_write(path, ".jsonl") as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in rows)

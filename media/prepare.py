@@ -11,9 +11,14 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from glob import escape, glob
+from multiprocessing import get_context, parent_process
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -21,9 +26,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from media.face import FACE_HEIGHT, YUNET, find_face, load_detector
-from media.files import InputError, read_lines, write_lines
+from media.files import InputError, OutputError, read_lines, write_lines
 from media.image import square_box
-from media.sound import FPS, SAMPLE_RATE, has_audio, load_audio
+from media.sound import FPS, SAMPLES_PER_FRAME, audio_chunks, has_audio
 from media.video import VideoWriter, read_frames
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".ts", ".wmv", ".flv", ".3gp")
@@ -39,9 +44,12 @@ EMOTIONS = ("neutral", "angry", "contempt", "disgusted", "fear", "happy", "sad",
 
 
 # ------------------------------------------------------------------------------------------------------------- people
-def parse_identity(path):
+def parse_identity(path, folder=""):
     """What the names of known sets tell of a video, path relative to its folder -> dict with identity, for MEAD and
-    DH-FaceEmoVid also the emotion, for MEAD its level and the camera."""
+    DH-FaceEmoVid also the emotion, for MEAD its level and the camera.
+
+    folder: that folder's own name. File names of CelebV are a YouTube id and numbers, which many other names look like, so
+    "celebv" has to stand somewhere in folder or path."""
     path = path.replace(os.sep, "/")
     stem = os.path.splitext(path)[0]
     mead = re.search(r"(?:^|[/_])([MW]\d{3})[/_](?:video[/_])?(front|down|top|left_30|left_60|right_30|right_60)"
@@ -59,14 +67,14 @@ def parse_identity(path):
     if hdtf:                                             # WDA_EricSwalwell1 and 0 are one person; RD_Radio1 and 2 are two
         return {"identity": f"HDTF/{hdtf[1] or hdtf[2]}"}
     celebv = re.search(r"(?:^|/)([\w-]{11})(?:_\d+){1,2}$", stem)
-    if celebv:                                           # one YouTube video may show several people; they stay together
+    if celebv and "celebv" in f"{folder}/{path}".lower():  # one YouTube video may show several people; they stay together
         return {"identity": f"CelebV-HQ/{celebv[1]}"}
     return {"identity": os.path.dirname(path) or "."}
 
 
 def split_of(identity):
     """'test' for TEST_SHARE of all names, decided by the name alone."""
-    return "test" if int(hashlib.sha256(identity.encode()).hexdigest()[:8], 16) < TEST_SHARE * 2**32 else "train"
+    return "test" if int(hashlib.sha256(os.fsencode(identity)).hexdigest()[:8], 16) < TEST_SHARE * 2**32 else "train"
 
 
 # ------------------------------------------------------------------------------------------------------------ prepare
@@ -138,20 +146,35 @@ def audio_quality(wave):
     return f"noisy: pauses only {loud - low:.0f} dB below speech" if loud - low < NOISY else None
 
 
+def split_audio(path, scenes):
+    """Sound of scenes that follow one another, [(first frame, frames)] -> one (S,) array each, 16 kHz, silence where the file
+    has no more. Only one scene is held at a time. Raises InputError, at the end at the latest."""
+    chunks, held = audio_chunks(path), np.zeros(0, np.float32)
+    for _, frames in scenes:
+        n = frames * SAMPLES_PER_FRAME
+        while len(held) < n and (chunk := next(chunks, None)) is not None:
+            held = np.concatenate([held, chunk.numpy()])
+        yield np.pad(held[:n], (0, max(0, n - len(held))))
+        held = held[n:]
+    for _ in chunks:                                             # a file that breaks off says so at its end
+        pass
+
+
+def clip_stem(path, source):
+    """How the names of a video's clips begin."""
+    stem = re.sub(r"[^A-Za-z0-9-]+", "_", os.path.splitext(os.path.basename(path))[0])[:60]
+    return f"{stem}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
+
+
 def prepare_one(path, source, labels, out, size, detector):
     """One video: its clips are written to out/clips -> {"kept": [manifest rows], "dropped": [rows with a reason]}."""
     try:
         face = None if detector is None else load_detector(detector)
         frames, cuts, boxes, (width, height) = scan_video(path, face)
-        wave = load_audio(path).numpy() if has_audio(path) else None
-        stem = re.sub(r"[^A-Za-z0-9-]+", "_", os.path.splitext(os.path.basename(path))[0])[:60]
-        name = f"{stem}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
-        kept, dropped, plan = [], [], {}
-        for number, (start, count) in enumerate(split_scenes(frames, cuts)):
-            audio = None
-            if wave is not None:
-                audio = wave[start * SAMPLE_RATE // FPS:(start + count) * SAMPLE_RATE // FPS]
-                audio = np.pad(audio, (0, count * SAMPLE_RATE // FPS - len(audio)))
+        name, scenes = clip_stem(path, source), split_scenes(frames, cuts)
+        sounds = split_audio(path, scenes) if has_audio(path) else [None] * len(scenes)
+        kept, dropped = [], []
+        for number, ((start, count), audio) in enumerate(zip(scenes, sounds, strict=True)):
             detections = [box for k, box in boxes.items() if start <= k < start + count]
             box = square_box(width, height) if face is None else face_square(detections, width, height, size)
             if count < SHORTEST * FPS:
@@ -170,29 +193,32 @@ def prepare_one(path, source, labels, out, size, detector):
             if face is not None:                                 # where in the square the face is, as shares of its side
                 record["face"] = ((median_face(detections) - (box[:2] * 2)) / (box[2] - box[0])).round(3).tolist()
             kept.append(record)
-            plan[start] = record, audio
-        write_clips(path, plan, out, size)
+        write_clips(path, scenes, kept, out, size)
         return {"kept": kept, "dropped": dropped}
+    except OutputError:                                          # no fault of the video: the run ends
+        raise
     except InputError as error:
         return {"kept": [], "dropped": [{"source": source, "reason": str(error).replace(os.fspath(path), source)}]}
     except Exception as error:                                   # whatever libav makes of damage: a line in the report
         return {"kept": [], "dropped": [{"source": source, "reason": f"{type(error).__name__}: {error}"}]}
 
 
-def write_clips(path, plan, out, size):
-    """Second pass: plan {first frame: (manifest row, its sound (S,) or None)}, one clip after the other."""
-    images, n = iter(square_pixel_frames(path) if plan else ()), 0
-    for start in sorted(plan):
-        record, audio = plan[start]
-        while n < start:
-            next(images)
-            n += 1
-        sound = None if audio is None else torch.from_numpy(audio)
+def write_clips(path, scenes, kept, out, size):
+    """Second pass: of the scenes [(first frame, frames)] those that have a manifest row, one clip after the other."""
+    if not kept:
+        return
+    plan, images = {round(record["start"] * FPS): record for record in kept}, square_pixel_frames(path)
+    sounds = split_audio(path, scenes) if kept[0]["sound"] else [None] * len(scenes)
+    for (start, count), audio in zip(scenes, sounds, strict=True):
+        if start not in plan:
+            for _ in range(count):
+                next(images)
+            continue
+        record, sound = plan[start], None if audio is None else torch.from_numpy(audio)
         comment = f"A part of {record['source']}, prepared for training."
         with VideoWriter(os.path.join(out, record["file"]), size, sound, comment, KEYFRAMES) as video:
             for _ in range(record["frames"]):
                 video.write(np.asarray(next(images).resize((size, size), Image.Resampling.LANCZOS, box=record["crop"])))
-        n += record["frames"]
 
 
 def find_videos(folders):
@@ -211,6 +237,71 @@ def find_videos(folders):
     if max(names.values()) > 1:
         raise InputError(f"--videos names two folders with the same last part and the same file in both: {names.most_common(1)[0][0]}")
     return sorted(videos, key=lambda pair: pair[1])
+
+
+def start_worker():
+    """In a worker process: Ctrl-C is the parent's business, and when the parent is gone, so is the worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+class Workers:
+    """`jobs` processes that prepare one video at a time each. One that dies, by a fault of libav or for want of memory, costs the
+    video it had, and that only after a second attempt; another process takes its place."""
+
+    def __init__(self, jobs):
+        self.idle = SimpleQueue()
+        for _ in range(jobs):
+            self.idle.put(self.new())
+        self.threads = ThreadPoolExecutor(jobs)                  # each waits for one process
+
+    def new(self):
+        return ProcessPoolExecutor(1, get_context("spawn"), start_worker)
+
+    def submit(self, *task):
+        return self.threads.submit(self.attempt, *task)
+
+    def attempt(self, path, source, labels, out, *settings):
+        pool = self.idle.get()
+        outcome = {"kept": [], "dropped": [{"source": source, "reason": "the process that read it crashed, twice"}]}
+        try:
+            for _ in range(2):
+                try:
+                    outcome = pool.submit(prepare_one, path, source, labels, out, *settings).result()
+                    break
+                except BrokenProcessPool:
+                    pool.shutdown()
+                    pool = self.new()
+        finally:
+            self.idle.put(pool)
+        if not outcome["kept"]:                                  # it failed in the second pass, perhaps within a clip
+            for name in glob(os.path.join(escape(out), "clips", f"*{clip_stem(path, source)}-*"), include_hidden=True):
+                os.remove(name)
+        return outcome
+
+    def close(self):
+        """Finish the videos begun, no others."""
+        self.threads.shutdown(cancel_futures=True)
+        while not self.idle.empty():
+            self.idle.get().shutdown()
+
+
+@contextmanager
+def lock_folder(folder):
+    """Refuse a folder that another process prepares at the moment. The lock ends with the process, however that ends."""
+    try:
+        file = open(os.path.join(folder, "lock"), "ab")
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written: {error.strerror}") from None
+    with file:
+        try:
+            import fcntl  # not on Windows
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--out {folder} is being written by another prepare; wait for it or give another --out") from None
+        except (ImportError, OSError):                           # a disk that knows no locks
+            pass
+        yield
 
 
 def prepare(args):
@@ -234,6 +325,13 @@ def prepare(args):
             os.makedirs(os.path.join(args.out, folder), exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {args.out} cannot be made: {error.strerror}") from None
+    with lock_folder(args.out):
+        prepare_all(args, todo, known, detector)
+
+
+def prepare_all(args, todo, known, detector):
+    """The videos todo [(path, source)] into args.out, which no other process writes to now."""
+    for folder in ("clips", "parts"):
         for name in os.listdir(os.path.join(args.out, folder)):
             if name.endswith(".part"):                           # left by a run that was killed
                 os.remove(os.path.join(args.out, folder, name))
@@ -242,25 +340,21 @@ def prepare(args):
         if read_lines(os.path.join(args.out, "settings.jsonl")) != settings:
             raise InputError(f"{args.out} was prepared with another --size or --crop; give another --out")
     write_lines(os.path.join(args.out, "settings.jsonl"), settings)
-    parts, jobs = {}, {}
-    pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    with pool, tqdm(total=len(todo), unit="video", disable=None) as bar:
+    parts, jobs, workers = {}, {}, Workers(args.jobs)
+    with closing(workers), tqdm(total=len(todo), unit="video", disable=None) as bar:
         for path, source in todo:
-            parts[source] = os.path.join(args.out, "parts", hashlib.sha256(source.encode()).hexdigest()[:24] + ".jsonl")
+            parts[source] = os.path.join(args.out, "parts", hashlib.sha256(os.fsencode(source)).hexdigest()[:24] + ".jsonl")
             if os.path.exists(parts[source]):
                 bar.update()
                 continue
-            labels = parse_identity(source.split("/", 1)[1])
-            labels["identity"] = labels["identity"] if "/" in labels["identity"] else f"{source.split('/')[0]}/{labels['identity']}"
+            folder, name = source.split("/", 1)
+            labels = parse_identity(name, folder)
+            labels["identity"] = labels["identity"] if "/" in labels["identity"] else f"{folder}/{labels['identity']}"
             labels = {**labels, "split": split_of(labels["identity"]), **known.get(os.path.realpath(path), {})}
-            jobs[pool.submit(prepare_one, path, source, labels, args.out, args.size, detector)] = source
-        try:
-            for job in as_completed(jobs):
-                write_lines(parts[jobs[job]], [job.result()])
-                bar.update()
-        except BaseException:                                    # told to stop: finish the videos begun, no others
-            pool.shutdown(cancel_futures=True)
-            raise
+            jobs[workers.submit(path, source, labels, args.out, args.size, detector)] = source
+        for job in as_completed(jobs):
+            write_lines(parts[jobs[job]], [job.result()])
+            bar.update()
     done = [read_lines(parts[source])[0] for _, source in todo]
     kept, dropped = ([record for part in done for record in part[kind]] for kind in ("kept", "dropped"))
     write_lines(os.path.join(args.out, "dropped.jsonl"), dropped)

@@ -119,7 +119,7 @@ class VideoWriter:
                            "flush_packets": "1", "max_interleave_delta": "1"}
             self.open_sound()
             self.container = stack.enter_context(av.open(target, "w", format="mp4", options=options))
-            self.container.metadata["comment"] = self.comment
+            self.container.metadata["comment"] = self.comment.encode(errors="backslashreplace").decode()    # odd file names
             options = {"crf": "18", "preset": "fast", "g": str(self.keyframes)}
             if self.coded is not None:
                 options.update(tune="zerolatency", g=str(FPS))    # no look-ahead; who comes late waits a second at most

@@ -70,12 +70,18 @@ def rows(folder, name="manifest"):
     ("id10283/0cM943TyKcM/00001.mp4", "VoxCeleb/id10283"), ("train/id00012#21Uxsk56VDQ#00001#00110.mp4", "VoxCeleb/id00012"),
     ("WDA_KatieHill_000.mp4", "HDTF/WDA_KatieHill"), ("x/WRA_JebHensarling2_001.mp4", "HDTF/WRA_JebHensarling"),
     ("RD_Radio34_001.mp4", "HDTF/RD_Radio34"), ("RD_Radio3.mp4", "HDTF/RD_Radio3"),
-    ("_Yu-EWF7Fxc_5.mp4", "CelebV-HQ/_Yu-EWF7Fxc"), ("35666/M2Ohb0FAaJU_11_0.mp4", "CelebV-HQ/M2Ohb0FAaJU"),
     ("001_happy_038.mp4", "DH-FaceEmoVid/001"), ("x/018_fear_51.mp4", "DH-FaceEmoVid/018"),
+    ("celebv-hq/_Yu-EWF7Fxc_5.mp4", "CelebV-HQ/_Yu-EWF7Fxc"), ("CelebV/35666/M2Ohb0FAaJU_11_0.mp4", "CelebV-HQ/M2Ohb0FAaJU"),
+    ("alice/interview_a_01.mp4", "alice"), ("bob/interview_a_02.mp4", "bob"),
     ("anna/holiday 1.mp4", "anna"), ("a/b/c.mp4", "a/b"), ("lonely.mp4", "."),
 ])
 def test_identity_from_known_names_or_the_folder(path, identity):
     assert parse_identity(path)["identity"] == identity
+
+
+def test_the_folder_of_a_set_may_be_the_one_given():
+    assert parse_identity("35666/M2Ohb0FAaJU_11_0.mp4", "CelebV-HQ")["identity"] == "CelebV-HQ/M2Ohb0FAaJU"
+    assert parse_identity("35666/M2Ohb0FAaJU_11_0.mp4", "holidays")["identity"] == "35666"
 
 
 def test_mead_names_tell_emotion_level_and_camera():
@@ -225,6 +231,74 @@ def test_nothing_to_keep_is_said(tmp_path, capsys):
     (tmp_path / "in" / "a.mp4").write_bytes(b"x")
     assert prepare("--videos", tmp_path / "in", "--out", tmp_path / "out") == 2
     assert "no clip could be made" in capsys.readouterr().err and rows(tmp_path / "out", "dropped")
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------
+
+CRASHING = """
+import os, sys
+from media import prepare
+inner = prepare.scan_video
+def scan_video(path, detector):
+    if path.endswith("crash.mp4") or path.endswith("once.mp4") and not os.path.exists(path + ".seen"):
+        open(path + ".seen", "w").close()
+        os.kill(os.getpid(), 11)                                 # as a fault of libav or the system's memory killer ends it
+    return inner(path, detector)
+prepare.scan_video = scan_video
+if __name__ == "__main__":
+    sys.exit(prepare.main())
+"""
+
+
+def test_a_crashing_worker_costs_one_video(tmp_path):
+    for name in ("a", "b crash", "c once"):
+        video(tmp_path / "in" / f"{name}.mp4", 30)
+    (tmp_path / "run.py").write_text(CRASHING)                   # its workers import it, too
+    words = [sys.executable, tmp_path / "run.py", "prepare", "--crop", "centre", "--size", "32", "--jobs", "2",
+             "--videos", tmp_path / "in", "--out", tmp_path / "out"]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0 and "Traceback" not in run.stderr
+    assert [row["source"] for row in rows(tmp_path / "out")] == ["in/a.mp4", "in/c once.mp4"]
+    assert [(row["source"], row["reason"]) for row in rows(tmp_path / "out", "dropped")] == [
+        ("in/b crash.mp4", "the process that read it crashed, twice")]
+    assert len(list((tmp_path / "out" / "clips").iterdir())) == 2
+
+
+def test_two_prepares_do_not_write_one_folder(tmp_path, capsys):
+    video(tmp_path / "in" / "a.mp4", 30)
+    (tmp_path / "out" / "clips").mkdir(parents=True)
+    part = tmp_path / "out" / "clips" / ".x.mp4.1.part"
+    part.write_bytes(b"what the other writes")
+    with prepare_module.lock_folder(tmp_path / "out"):
+        assert prepare("--videos", tmp_path / "in", "--out", tmp_path / "out") == 2
+    assert "another prepare" in capsys.readouterr().err and part.exists()
+    assert prepare("--videos", tmp_path / "in", "--out", tmp_path / "out") == 0 and not part.exists()
+
+
+def test_sound_is_held_a_scene_at_a_time(monkeypatch):
+    """An hour of sound in chunks of a second: no more is taken than the scenes so far need; then silence."""
+    taken = []
+
+    def chunks(path):
+        for k in range(3600):
+            taken.append(k)
+            yield torch.full((16000,), float(k))
+
+    monkeypatch.setattr(prepare_module, "audio_chunks", chunks)
+    scenes = split_scenes(3601 * 25 + 10, [130])
+    for (start, count), wave in zip(scenes, prepare_module.split_audio("x", scenes), strict=True):
+        assert len(wave) == count * 640 and len(taken) <= (start + count) / 25 + 1
+        assert wave[0] == start // 25 and wave[-1] == ((start + count - 1) // 25 if start + count <= 90000 else 0)
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    video(tmp_path / "a.mp4", 30)
+    folder = os.path.join(os.fsencode(tmp_path), b"in\xff 'x'\n")
+    os.makedirs(folder)
+    os.rename(tmp_path / "a.mp4", os.path.join(folder, b"\xfe.mp4"))
+    assert prepare("--videos", os.fsdecode(folder), "--out", tmp_path / "out") == 0
+    row, = rows(tmp_path / "out")
+    assert os.fsencode(row["source"]) == b"in\xff 'x'\n/\xfe.mp4" and (tmp_path / "out" / row["file"]).exists()
 
 
 # ---- faces ----------------------------------------------------------------------------------------------------------
