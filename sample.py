@@ -34,8 +34,8 @@ from media.device import autocast, pick_device
 from media.face import load_detector, load_face
 from media.files import InputError, check_file
 from media.image import load_image, to_uint8
-from media.latents import SD, load_latents
-from media.sound import FPS, SAMPLES_PER_FRAME, audio_chunks, has_audio, pcm_chunks, rechunk
+from media.latents import SD, SPACES, load_latents
+from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks, has_audio, pcm_chunks, rechunk
 from media.video import PROVENANCE, VideoWriter, read_video
 from media.weights import load_weights
 
@@ -47,7 +47,16 @@ MODELS = {"encoder": (MotionEncoder, EncoderConfig), "decoder": (Decoder, Decode
 
 def load_models(path, device="cpu"):
     """A file of weights -> ({kind: model in eval mode}, meta). Raises InputError."""
-    return load_weights(path, MODELS, device)
+    models, meta = load_weights(path, MODELS, device)
+    possible = {"size": range(16, 8193, 2), "latents": SPACES, "steps": range(1, 1001)}
+    if "generator" in models:
+        possible |= {"audio": audio_features.FEATURE_DIM, "gen_steps": range(1, 1001)}
+        if not isinstance(meta.get("guidance"), (int, float)) or not 0 <= meta["guidance"] <= 100:
+            possible["guidance"] = ()
+    for name, values in possible.items():
+        if not isinstance(meta.get(name), (str, int)) or meta[name] not in values:
+            raise InputError(f"{path}: its {name} is {meta.get(name)!r}, which cannot be; the file is damaged or of another version")
+    return models, meta
 
 
 def autocast_iter(device, items, models=True):
@@ -138,7 +147,10 @@ def scan_audio(path):
             sizes.append(len(chunk))
             yield chunk
 
-    return audio_features.loudness_gain(counted()), audio_features.num_frames(sum(sizes))
+    gain, samples = audio_features.loudness_gain(counted()), sum(sizes)
+    if samples < 0.1 * SAMPLE_RATE:
+        raise InputError(f"{path} holds only {samples / SAMPLE_RATE:.2f} s of sound; give 0.1 s or more")
+    return gain, audio_features.num_frames(samples)
 
 
 def parse(argv):
@@ -169,6 +181,10 @@ def parse(argv):
         parser.error("--absolute goes with --video")
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps is {args.steps}; give 1 or more")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed is {args.seed}; give 0 or more, below 2^63")
+    if args.guidance is not None and not 0 <= args.guidance <= 100:
+        parser.error(f"--guidance is {args.guidance}; give 0 to 100")
     args.emotion = None if args.emotion is not None and args.emotion.strip().lower() == "none" else args.emotion
     asked = args.emotion is not None or args.emotion_text is not None
     if asked and args.video:
@@ -249,7 +265,7 @@ def write_all(video, frames, done):
 
 
 def run(args):
-    """The whole job, from names to a finished file. Raises InputError or ValueError for what cannot be used."""
+    """The whole job, from names to a finished file. Raises InputError for what cannot be used."""
     source, live = args.wav or args.video, args.out == "-"
     if live and sys.stdout.isatty():
         raise InputError("--out - would print a video on the terminal; pipe it to a player or give a name that ends in .mp4")
@@ -290,7 +306,7 @@ def main(argv=None):
         return 130
     except BrokenPipeError:
         return 1
-    except (InputError, ValueError) as error:
+    except InputError as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     return 0

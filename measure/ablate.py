@@ -29,7 +29,7 @@ from decoder import DecoderConfig
 from encoder import EncoderConfig
 from generator import GeneratorConfig
 from measure import evaluate
-from media.files import atomic_write
+from media.files import InputError, atomic_write
 
 SHAPE = dict(image_size=32, patch_size=8, num_tokens=1, token_dim=64)
 BASE = dict(encoder=EncoderConfig(**SHAPE, width=96, depth=3, heads=2), decoder=DecoderConfig(**SHAPE, width=128, depth=3, heads=2),
@@ -105,7 +105,7 @@ def run_evaluation(folder, command, args):
                  "--device", args.device]
         with open(os.path.join(folder, f"{command}.txt"), "w") as log, contextlib.redirect_stdout(log):
             if evaluate.main(words):
-                raise ValueError(f"evaluate.py {command} failed on {folder}; its sentence stands above")
+                raise InputError(f"evaluate.py {command} failed on {folder}; its sentence stands above")
     return json.loads(Path(path).read_text())
 
 
@@ -211,7 +211,7 @@ def main(argv=None):
         if args.json:
             with atomic_write(args.json, make_folder=True) as temporary:
                 Path(temporary).write_text(json.dumps(results, indent=1) + "\n")
-    except (ValueError, OSError) as error:
+    except InputError as error:
         print(f"measure.ablate: {error}", file=sys.stderr)
         return 2
     return 0

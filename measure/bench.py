@@ -328,7 +328,8 @@ def scaling(args, device):
 
 
 def run_child(words, folder, threads=None):
-    """Run a command of this repository to its end -> what it printed, its resource usage. Raises ValueError if it fails."""
+    """Run a command of this repository to its end -> what it printed, its resource usage. Raises InputError with the sentence of one
+    that was given bad input, RuntimeError with all that it said if it fails otherwise."""
     env = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
     with open(os.path.join(folder, "log"), "w+") as log:
         work = subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=log)
@@ -336,7 +337,8 @@ def run_child(words, folder, threads=None):
         log.seek(0)
         text = log.read()
     if status:
-        raise ValueError(f"{' '.join(words[1:4])} failed: {(text.splitlines() or ['it said nothing'])[-1]}")
+        bad_input = os.waitstatus_to_exitcode(status) == 2 and text.strip()
+        raise InputError(text.strip().splitlines()[-1]) if bad_input else RuntimeError(f"{' '.join(words[1:4])} failed:\n{text}")
     return text, usage
 
 
@@ -411,12 +413,12 @@ def main(argv=None):
         device = pick_device(args.device)
         print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
         results = {name: PARTS[name](args, device) for name in args.parts or ("sample", "variants", "train")}
-    except (InputError, ValueError, OSError) as error:
+        if args.json:
+            with atomic_write(args.json, make_folder=True) as temporary:
+                Path(temporary).write_text(json.dumps(results, indent=1) + "\n")
+    except InputError as error:
         print(f"measure.bench: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        with atomic_write(args.json, make_folder=True) as temporary:
-            Path(temporary).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

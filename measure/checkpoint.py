@@ -20,7 +20,7 @@ WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 # ---- the checkpoint under test ----------------------------------------------------------------------------------------
 
 def open_checkpoint(args, *kinds):
-    """-> what a command needs: the networks `kinds`, the space they work in, meta, device. ValueError if one is missing."""
+    """-> what a command needs: the networks `kinds`, the space they work in, meta, device. InputError if one is missing."""
     device = pick_device(args.device)
     models, meta = sample.load_models(args.ckpt, device)
     for kind in kinds:

@@ -437,14 +437,14 @@ def main(argv=None):
     args, began = parse(argv), time.time()
     try:
         if args.networks and not Path(args.networks).is_dir():
-            raise ValueError(f"--networks {args.networks} is no folder; give one that holds published networks (README)")
+            raise InputError(f"--networks {args.networks} is no folder; give one that holds published networks (README)")
         with torch.inference_mode():
             result = COMMANDS[args.command](args)
         if args.json:
             report = {"command": args.command, "ckpt": args.ckpt, "clips": args.clips, "steps": args.steps, **result}
             with atomic_write(args.json, make_folder=True) as temporary:
                 Path(temporary).write_text(json.dumps(report, indent=1) + "\n")
-    except (InputError, ValueError, OSError) as error:
+    except InputError as error:
         print(f"measure.evaluate: {error}", file=sys.stderr)
         return 2
     print(f"\n{time.time() - began:.0f} s")

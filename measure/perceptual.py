@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from media.files import InputError
 from media.image import to_uint8
 from media.sound import SAMPLES_PER_FRAME
 
@@ -59,7 +60,7 @@ def crop(x, face, size, wide=1.0):
     left, top, right, bottom = face[0] * w, face[1] * h, face[2] * w, face[3] * h
     half, side = max(right - left, bottom - top) / 2, round(wide * max(right - left, bottom - top))
     if side < 1 or min(right, bottom) <= 0 or left >= w or top >= h:
-        raise ValueError(f"face {tuple(face)} holds no pixel; give left, top, right, bottom as shares of the picture's sides")
+        raise InputError(f"face {tuple(face)} holds no pixel; give left, top, right, bottom as shares of the picture's sides")
     x0, y0 = round((left + right) / 2 - wide * half), round((top + bottom) / 2 - half)
     x = F.pad(x, (-x0, x0 + side - w, -y0, y0 + side - h), value=110 / 127.5 - 1)       # negative padding cuts
     return F.interpolate(x, (size, size), mode="bilinear")
@@ -100,10 +101,10 @@ def frechet_text(a, b, clips):
 
 
 def script(net, x, file, width, size, device, **options):
-    """Rows of a TorchScript network. ValueError if they are not of its width."""
+    """Rows of a TorchScript network. InputError if they are not of its width."""
     rows = in_parts(lambda part: net(part, return_features=True, **options), x, size, device)
     if rows.shape != (len(x), width):
-        raise ValueError(f"{file} gave {tuple(rows.shape)} for {len(x)} inputs, not {width} features each; get it anew")
+        raise InputError(f"{file} gave {tuple(rows.shape)} for {len(x)} inputs, not {width} features each; get it anew")
     return rows
 
 
@@ -235,7 +236,7 @@ def syncnet(net, frames, wave, face=FACE, device="cpu"):
     check(frames)
     count = min(len(frames), wave.shape[-1] // SAMPLES_PER_FRAME) - 5                                # windows, as published
     if count < 1:
-        raise ValueError(f"{len(frames)} frames and {wave.shape[-1]} samples are too short for lip sync; give at least 6 frames")
+        raise InputError(f"{len(frames)} frames and {wave.shape[-1]} samples are too short for lip sync; give at least 6 frames")
     if not wave.is_floating_point() or wave.numel() != wave.shape[-1] or not wave.abs().max() <= 1.05:
         raise ValueError(f"sound of shape {tuple(wave.shape)} and {wave.dtype}; give one channel of floats in [-1, 1] at 16 kHz")
     windows = to_uint8(crop(frames.float(), face, 224, 1.4)).flip(1).float()                                    # BGR
@@ -268,16 +269,16 @@ def csim(net, a, b, face=FACE):
 
 
 def load_network(net, weights, path):
-    """Put all weights by name into net. ValueError names the file."""
+    """Put all weights by name into net. InputError names the file."""
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not hold this network's weights; get it anew") from error
+        raise InputError(f"{path} does not hold this network's weights; get it anew") from error
     return net.eval().requires_grad_(False)
 
 
 def read(path, device):
-    """A published file: a state dict (only tensors are unpickled), or TorchScript. ValueError if it is neither."""
+    """A published file: a state dict (only tensors are unpickled), or TorchScript. InputError if it is neither."""
     try:
         if path.suffix != ".pt":                                                     # alex.pth was saved on a GPU
             return dict(torch.load(path, map_location="cpu", weights_only=True))     # a plain dict may lack BatchNorm's counts
@@ -285,9 +286,9 @@ def read(path, device):
             warnings.simplefilter("ignore")                                          # TorchScript is deprecated, and published
             net = torch.jit.load(path, map_location=device).eval()
     except Exception as error:                                                       # a damaged file fails in many ways
-        raise ValueError(f"{path} cannot be read; get it anew") from error
+        raise InputError(f"{path} cannot be read; get it anew") from error
     if "return_features" not in [argument.name for argument in net.forward.schema.arguments]:
-        raise ValueError(f"{path} gives no features; get it anew")
+        raise InputError(f"{path} gives no features; get it anew")
     return net
 
 
@@ -299,12 +300,12 @@ def read_faces(path):
         net = cv2.dnn.readNetFromONNX(str(path))
         embed(net, torch.zeros(1, 3, 112, 112), FACE)
     except cv2.error as error:
-        raise ValueError(f"{path} is not a face recogniser that OpenCV can read; get it anew") from error
+        raise InputError(f"{path} is not a face recogniser that OpenCV can read; get it anew") from error
     return net
 
 
 def load(folder, device="cpu"):
-    """-> {name: function} of the networks in the folder, and for each that is absent a sentence. ValueError names a bad file."""
+    """-> {name: function} of the networks in the folder, and for each that is absent a sentence. InputError names a bad file."""
     nets, absent = {}, []
     for name, (measure, files) in PUBLISHED.items():
         paths = [Path(folder, file) for file in files]

@@ -238,7 +238,7 @@ def main(argv=None):
         for name, image in images.items():
             with atomic_write(Path(args.out) / f"{name}.png", make_folder=True) as temporary:
                 image.save(temporary, format="PNG", optimize=True)
-    except (InputError, ValueError, OSError) as error:
+    except InputError as error:
         print(f"measure.pictures: {error}", file=sys.stderr)
         return 2
     print(f"{args.out}: {', '.join(f'{name}.png' for name in images)}; {time.time() - began:.0f} s")

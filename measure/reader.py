@@ -21,7 +21,7 @@ from torch import nn
 
 from measure import metrics
 from media.device import autocast
-from media.files import atomic_write
+from media.files import InputError, atomic_write
 from media.image import to_uint8
 from training import update_ema
 from world.people import HELD_OUT, random_clip, random_motion
@@ -130,17 +130,20 @@ def save_regressor(path, regressor, **meta):
 
 
 def load_regressor(path):
-    """ValueError if the file is not there, or not a motion reader of this world."""
+    """InputError if the file is not there, or not a motion reader of this world."""
     try:
         with safe_open(path, framework="pt") as f:
             meta = json.loads((f.metadata() or {}).get("semo", "{}"))
             weights = {name: f.get_tensor(name).float() for name in f.keys()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot read the motion reader; `python -m measure.reader` trains it") from error
-    if meta.get("format") != "semo-motion-reader-1" or meta.get("factors") != NAMES:
-        raise ValueError(f"{path}: not a motion reader of this synthetic world; `python -m measure.reader` trains it")
+        raise InputError(f"{path}: cannot read the motion reader; `python -m measure.reader` trains it") from error
+    if not isinstance(meta, dict) or meta.get("format") != "semo-motion-reader-1" or meta.get("factors") != NAMES:
+        raise InputError(f"{path}: not a motion reader of this synthetic world; `python -m measure.reader` trains it")
     regressor = FactorRegressor()
-    regressor.load_state_dict(weights)
+    try:
+        regressor.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{path}: the weights are not those of a motion reader; `python -m measure.reader` trains it") from error
     return regressor.eval().requires_grad_(False)
 
 
@@ -152,7 +155,11 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.minutes < 0.01:
         p.error("--minutes must be at least 0.01")
-    train_regressor(args.out, args.minutes)
+    try:
+        train_regressor(args.out, args.minutes)
+    except InputError as error:
+        print(f"measure.reader: {error}", file=sys.stderr)
+        return 2
     read = read_back(load_regressor(args.out), [true_frames(number, 64, HELD_OUT) for number in range(8, 24)]).tolist()
     print("true frames of unseen people, correlation of what is read with what is true")
     print("\n".join(f"{name:12} {value:.3f}" for name, value in zip(NAMES, read, strict=True)))

@@ -113,11 +113,27 @@ def test_mute_driving_video_works(given, tmp_path):
     assert not has_audio(tmp_path / "o.mp4") and len(list(read_video(tmp_path / "o.mp4", 32))) == 3
 
 
-@pytest.mark.parametrize("seconds, frames", [(0.1, 2), (0.001, 1), (0.64, 16), (0.66, 16), (1.5, 38)])
+@pytest.mark.parametrize("seconds, frames", [(0.1, 2), (0.64, 16), (0.66, 16), (1.5, 38)])
 def test_frames_are_as_many_as_the_sound_lasts(given, tmp_path, seconds, frames):
     soundfile.write(tmp_path / "y.wav", 0.1 * np.ones(round(16000 * seconds)), 16000)
     assert sample.main(command(given, tmp_path / "o.mp4", "--wav", str(tmp_path / "y.wav"), wav=None)) == 0
     assert len(list(read_video(tmp_path / "o.mp4", 32))) == frames
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.05, 0.099])
+def test_less_than_a_tenth_of_a_second_is_refused_as_on_a_pipe(given, tmp_path, capsys, seconds):
+    soundfile.write(tmp_path / "y.wav", 0.1 * np.ones(round(16000 * seconds)), 16000)
+    refused(capsys, command(given, tmp_path / "o.mp4", "--wav", str(tmp_path / "y.wav"), wav=None), "y.wav holds only", "0.1 s")
+    assert os.listdir(tmp_path) == ["y.wav"]
+
+
+@pytest.mark.parametrize("change", [{"size": 0}, {"size": "64"}, {"size": 64.0}, {"latents": "jpeg"}, {"latents": None},
+                                    {"audio": "mfcc"}, {"steps": 0}, {"gen_steps": 10**9},
+                                    {"guidance": float("nan")}, {"guidance": "much"}])
+def test_settings_that_cannot_be_are_refused_by_name(given, tmp_path, capsys, change):
+    save_weights(tmp_path / "w.safetensors", small_models(), {**META, **change})
+    name, = change
+    refused(capsys, command(given, tmp_path / "o.mp4", "--ckpt", str(tmp_path / "w.safetensors")), f"its {name} is")
 
 
 def test_same_seed_same_frames_other_seed_other_take(given, tmp_path, monkeypatch):
@@ -444,7 +460,8 @@ def test_interruption_leaves_no_file(given, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("wrong", [["--wav", "y.wav"], ["--img", "x.png"], ["--img", "x", "--wav", "y", "--video", "z"],
-                                   ["--img", "x", "--wav", "y", "--steps", "0"]])
+                                   *(["--img", "x", "--wav", "y", *more] for more in (
+                                       ["--steps", "0"], ["--seed", "-1"], ["--seed", str(10**30)], ["--guidance", "nan"]))])
 def test_wrong_usage_is_status_2(wrong, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main(wrong)
