@@ -143,7 +143,7 @@ def sampling(args, device):
     if device.type == "cuda":
         most = torch.cuda.max_memory_allocated() / 2**20
     else:
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        most = peak_mb(resource.getrusage(resource.RUSAGE_SELF))
     print(f"{frames / total:.1f} frames/s, real-time factor {total / args.seconds:.3f}, first frame after {first:.2f} s, "
           f"peak memory {most:.0f} MB")
     return {"stages": stages, "fps": frames / total, "real_time_factor": total / args.seconds, "first_frame": first, "memory_mb": most}
@@ -310,7 +310,7 @@ def scaling(args, device):
             words = ["sample.py", "--img", args.img, "--wav", wav, "--out", out, "--ckpt", args.ckpt, "--device", args.device]
             output, usage = run_child([sys.executable, *words], folder)
             results["seconds of sound"][seconds] = float(output.split("made at ")[1].split(" fps")[0])
-            results["peak MB"][seconds] = usage.ru_maxrss / 2**10
+            results["peak MB"][seconds] = peak_mb(usage)
         for count in args.processes:
             words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "train_ae.py", "--preset", "tiny",
                      "--steps", str(args.steps), "--out", os.path.join(folder, str(count)), "--device", args.device]
@@ -325,6 +325,11 @@ def scaling(args, device):
     if args.png:
         plot(args.png, results)
     return {title: {str(k): v for k, v in values.items()} for title, values in results.items()}
+
+
+def peak_mb(usage):
+    """The most memory that a process held, from its resource usage: in bytes on macOS, in KB elsewhere."""
+    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def run_child(words, folder, threads=None):

@@ -91,10 +91,13 @@ def training_frames(args, size, count=1000):
     return torch.cat([torch.from_numpy(x).permute(0, 3, 1, 2) for x in frames])
 
 
-def nearest(bank, target):
-    """The frame of the bank (k, 3, H, W) bytes closest to each of true (n, 3, H, W), seen at 16 x 16 -> (n, 3, H, W)."""
-    bank_small, small = (F.interpolate(x.float(), size=(16, 16), mode="area").flatten(1) for x in (bank, (target + 1) * 127.5))
-    return bank[torch.cdist(small, bank_small).argmin(1)] / 127.5 - 1
+def nearest_in(bank):
+    """bank (k, 3, H, W) bytes -> function: true frames (n, 3, H, W) -> the frame of the bank closest to each, seen at 16 x 16."""
+    def shrink(images):
+        return F.interpolate(images.float(), size=(16, 16), mode="area").flatten(1)
+
+    bank_small = torch.cat([shrink(part) for part in bank.split(50)])                     # once, and few as floats at a time
+    return lambda target: bank[torch.cdist(shrink((target + 1) * 127.5), bank_small).argmin(1)] / 127.5 - 1
 
 
 def picture_metrics(args, checkpoint, rows_of, sound=False):
@@ -232,7 +235,7 @@ def reconstruct(args):
     of the next person B, moved as A moves, against the true B."""
     checkpoint = open_checkpoint(args, "encoder", "decoder")
     size, shipped = checkpoint.meta["size"], args.steps or checkpoint.meta["steps"]
-    bank, photos = training_frames(args, size), {}
+    nearest, photos = nearest_in(training_frames(args, size)), {}
 
     def rows_of(c):
         photo, target, tokens, motion = c.images[0], c.images[1:], encode(checkpoint, c.images), c.motion
@@ -242,7 +245,7 @@ def reconstruct(args):
                 **{f"ours, {step_label(n)}": (x[1:], target, c.box[1:], later) for n, x in pred.items()},
                 "the same with frame 0": (pred[shipped], c.images, c.box, None),
                 "copy the photo": (photo.expand_as(target), target, c.box[1:], None),
-                "nearest training frame": (nearest(bank, target), target, c.box[1:], None)}
+                "nearest training frame": (nearest(target), target, c.box[1:], None)}
         if args.landmarks:                                          # the person before, moved as this one moves
             photos.setdefault(c.who, photo)
             for other in [x for who, x in photos.items() if who != c.who][-1:]:
@@ -327,7 +330,7 @@ def talk(args):
     checkpoint = open_checkpoint(args, "encoder", "decoder", "generator")
     size, silence_mouth, last, photos = checkpoint.meta["size"], {}, [], []
     num_steps = args.steps or checkpoint.meta["gen_steps"], args.steps or checkpoint.meta["steps"]
-    bank = training_frames(args, size)
+    nearest = nearest_in(training_frames(args, size))
 
     def rows_of(c):
         def against_truth(pred, motion=None):
@@ -343,7 +346,7 @@ def talk(args):
         if other is not None:
             rows["other sound"] = against_truth(animate(checkpoint, photo, other, *num_steps, c.number), c.motion)
         return rows | {"copy the photo": against_truth(photo.expand_as(c.images)),
-                       "nearest training frame": against_truth(nearest(bank, c.images))}
+                       "nearest training frame": against_truth(nearest(c.images))}
 
     result = picture_metrics(args, checkpoint, rows_of, sound=True)
     if args.data:

@@ -1,5 +1,6 @@
 """bench.py: its figures agree with each other and with counts made by hand; what waits is told."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,6 +51,12 @@ def test_the_table_of_presets_and_what_waits(tmp_path, capsys):
     assert first["mfu"] == pytest.approx(first["flops"] * first["speed"] / found["peak_flops"])
     slower = "training" if first["loaded"] < first["speed"] else "loading"
     assert f"{slower} waits for" in told and set(found["presets"]) == {"nano, stage 1", "nano, stage 2"}
+
+
+@pytest.mark.parametrize("platform, unit", [("linux", 2**10), ("darwin", 1)])
+def test_memory_is_told_in_megabytes_of_the_platform(platform, unit, monkeypatch):
+    monkeypatch.setattr(bench.sys, "platform", platform)
+    assert bench.peak_mb(SimpleNamespace(ru_maxrss=300 * 2**20 / unit)) == 300
 
 
 @pytest.mark.parametrize("words, told", [(["--device", "abacus"], "abacus"), (["--data", "nowhere"], "no manifest.jsonl")])

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_metrics import pictures
 
 from decoder import Decoder, DecoderConfig
@@ -85,10 +86,12 @@ def test_copying_is_measured_as_copying(given, monkeypatch):
     assert masked["90% masked"] == masked["copy the photo"] == rows["copy the photo"]
 
 
-def test_the_nearest_training_frame_is_the_nearest():
+def test_the_nearest_training_frame_is_the_nearest(monkeypatch):
     bank = ((pictures(20, 32) + 1) * 127.5).round().byte()
     true = (bank[[7, 3]] / 127.5 - 1) + 0.05 * pictures(2, 32, seed=1)
-    assert torch.equal(evaluate.nearest(bank, true), bank[[7, 3]] / 127.5 - 1)
+    nearest, shrunk = evaluate.nearest_in(bank), []
+    monkeypatch.setattr(evaluate.F, "interpolate", lambda x, *a, real=F.interpolate, **k: shrunk.append(len(x)) or real(x, *a, **k))
+    assert torch.equal(nearest(true), bank[[7, 3]] / 127.5 - 1) and shrunk == [2]         # the bank is shrunk once, before
     drawn = evaluate.training_frames(evaluate.parse(["reconstruct"]), 32, count=10)
     again = render(random_identity(torch.arange(10)), random_motion(torch.arange(10)), 32)
     assert (drawn / 127.5 - 1 - again).abs().max() < 0.005                  # people of the training part

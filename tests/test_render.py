@@ -107,6 +107,29 @@ def test_light_comes_from_its_side():
     assert (cheeks(1) < cheeks(-1) - 0.02).all()
 
 
+@pytest.mark.parametrize("name, axis", [("shift_x", 3), ("shift_y", 2)])
+def test_the_face_box_moves_as_far_as_the_head(name, axis):
+    before, after = rest(1, **{name: -1}), rest(1, **{name: 1})
+    a, b = (render(PEOPLE[:1], motion, 256) for motion in (before, after))
+    inside = (slice(None), slice(None), slice(80, 170), slice(90, 160))                  # of the face, all of which moves
+    moved = min(range(30), key=lambda d: (a.roll(d, axis)[inside] - b[inside]).abs().mean())
+    middles = [face_box(PEOPLE[0], motion, 256)[0].nonzero()[:, axis - 2].float().mean() for motion in (before, after)]
+    assert (middles[1] - middles[0]).item() == pytest.approx(moved, abs=1)
+
+
+def test_the_face_box_grows_as_the_head_does():
+    before, after = rest(1, scale=-1), rest(1, scale=1)
+    a, b = (render(PEOPLE[:1], motion, 256) for motion in (before, after))
+
+    def error(ratio):                                                                    # a enlarged about the neck, (0, 0.45)
+        grid = F.affine_grid(torch.tensor([[[1 / ratio, 0, 0], [0, 1 / ratio, 0.45 - 0.45 / ratio]]]), a.shape, align_corners=False)
+        return (F.grid_sample(a, grid, align_corners=False) - b)[:, :, 80:170, 90:160].abs().mean()
+
+    grown = min((1 + k / 200 for k in range(60)), key=error)
+    heights = [face_box(PEOPLE[0], motion, 256)[0].any(1).sum().item() for motion in (before, after)]
+    assert heights[1] / heights[0] == pytest.approx(grown, abs=0.02)
+
+
 def test_the_face_box_holds_the_face_and_ends_at_the_chin():
     ids = HELD_OUT + torch.arange(12)
     people, motion = random_identity(ids), random_motion(ids)

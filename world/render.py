@@ -23,6 +23,7 @@ MOTION = {
     "brow_raise": (-1, 1), "brow_furrow": (0, 1),
     "light_x": (-1, 1), "light": (0, 1),                                             # where from, how strong
 }
+SHIFT_X, SHIFT_Y, SCALE, ZOOM = 0.05, 0.04, 0.05, 1.12       # how far the head goes at 1, and its size at scale 0
 POSE = ("yaw", "pitch", "roll", "shift_x", "shift_y", "scale")
 # Identity: what makes a person and a place. All in [0, 1]; render() turns them into sizes and colours.
 IDENTITY = ["skin", "skin_hue", "hair_light", "hair_red", "hair_length", "hair_volume", "hairline", "parting",
@@ -76,8 +77,8 @@ def render(identity, motion, size=128):
 
     # -- pose: undo shift, roll (about the neck) and scale, then turn the ellipsoid back ------------------------------
     cos, sin = torch.cos(m["roll"]), torch.sin(m["roll"])
-    zoom = 1.12 * (1 + 0.05 * m["scale"])
-    xs, ys = (x - 0.05 * m["shift_x"]) / zoom, (y - 0.04 * m["shift_y"] - 0.45) / zoom
+    zoom = ZOOM * (1 + SCALE * m["scale"])
+    xs, ys = (x - SHIFT_X * m["shift_x"]) / zoom, (y - SHIFT_Y * m["shift_y"] - 0.45) / zoom
     u, v = cos * xs + sin * ys, cos * ys - sin * xs + 0.45 + 0.02                                       # (B, H, W)
     u = u - 0.10 * torch.sin(m["yaw"])
     v = v + 0.02 - 0.05 * torch.sin(m["pitch"])
@@ -215,11 +216,11 @@ def face_box(people, motion, size):
     p = dict(zip(IDENTITY, people.expand(len(motion), -1).unbind(1), strict=True))
     m = dict(zip(MOTION, motion.unbind(1), strict=True))
     wide, high = 0.45 + 0.09 * p["face_width"], 0.60 + 0.08 * p["face_height"]
-    cos, sin, zoom = torch.cos(m["roll"]), torch.sin(m["roll"]), 1.12 * (1 + 0.08 * m["scale"])
+    cos, sin, zoom = torch.cos(m["roll"]), torch.sin(m["roll"]), ZOOM * (1 + SCALE * m["scale"])
     u = 0.10 * torch.sin(m["yaw"])
     v = 0.05 * torch.sin(m["pitch"]) - 0.02 + 0.0375 * m["jaw"] - 0.47
     high = high + 0.0375 * m["jaw"]                                                       # the chin goes down
-    x, y = zoom * (cos * u - sin * v) + 0.08 * m["shift_x"], zoom * (sin * u + cos * v) + 0.45 + 0.06 * m["shift_y"]
+    x, y = zoom * (cos * u - sin * v) + SHIFT_X * m["shift_x"], zoom * (sin * u + cos * v) + 0.45 + SHIFT_Y * m["shift_y"]
     half_x, half_y = zoom * torch.hypot(wide * cos, high * sin), zoom * torch.hypot(wide * sin, high * cos)
     axis = (torch.arange(size) + 0.5) * 2 / size - 1
     across = (axis - x[:, None]).abs() <= half_x[:, None]                                 # (n, W)
