@@ -5,6 +5,7 @@
     python -m measure.evaluate talk        [--ckpt F]     pictures from photo and sound (paper: tables 3, 4); does the mouth say it?
     python -m measure.evaluate probe       [--ckpt F]     the token: how much motion, and how much identity, is linear in it
     python -m measure.evaluate steps       [--ckpt F]     what fewer sampling steps cost, and how straight the paths are
+    python -m measure.evaluate emotion     [--ckpt F]     does the face feel what it is told (emotions.py)
 
 --data DIR: reconstruct, masked and talk on real people, of the test split of a folder of data.py prepare. Each prints a
 table; --json FILE also writes its numbers and the clips they are of. All is measured on raw frames, before any video coding,
@@ -28,7 +29,7 @@ from tqdm import tqdm
 import data
 import flow
 from generator import generate_motion
-from measure import landmarks, metrics, perceptual, reader
+from measure import emotions, landmarks, metrics, perceptual, reader
 from measure.checkpoint import WEIGHTS, cell, decode_clip, encode, open_checkpoint, render_batched, summary, table
 from measure.metrics import NAMES
 from media import audio_features
@@ -41,7 +42,7 @@ from world.people import HELD_OUT, random_clip, random_motion
 from world.render import face_box, random_identity
 
 # --clips of each command (people, for probe), and the length of a clip in frames (of each person, for probe)
-CLIPS = {"reconstruct": 24, "masked": 12, "probe": 600, "talk": 12, "steps": 6}
+CLIPS = {"reconstruct": 24, "masked": 12, "probe": 600, "talk": 12, "steps": 6, "emotion": 24}
 FRAMES = {"reconstruct": 50, "masked": 50, "probe": 8, "talk": 150, "steps": 100}
 STEPS = (1, 2, 4, 8, 20)
 MASKS = (0.0, 0.3, 0.5, 0.7, 0.9)
@@ -405,7 +406,7 @@ def steps(args):
     return {"rows": {str(n): r for n, r in rows.items()}, "straightness": paths}
 
 
-COMMANDS = {"reconstruct": reconstruct, "masked": masked, "talk": talk, "probe": probe, "steps": steps}
+COMMANDS = {"reconstruct": reconstruct, "masked": masked, "talk": talk, "probe": probe, "steps": steps, "emotion": emotions.emotion}
 
 
 def parse(argv):
@@ -423,7 +424,7 @@ def parse(argv):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     p.add_argument("--reader", default=str(reader.WEIGHTS), help="weights of the motion reader")
     args = p.parse_args(argv)
-    if args.data and args.command in ("probe", "steps"):
+    if args.data and args.command in ("probe", "steps", "emotion"):
         p.error(f"--data is not for {args.command}: of real clips the true motion is not known")
     if args.landmarks and (not args.data or args.command not in ("reconstruct", "talk")):
         p.error("--landmarks is for reconstruct and talk with --data")

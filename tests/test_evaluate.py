@@ -2,6 +2,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ import torch.nn.functional as F
 from test_metrics import pictures
 
 from decoder import Decoder, DecoderConfig
+from emotion import VoiceConfig, VoiceEmotion
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig
-from measure import checkpoint, evaluate, landmarks, perceptual, reader
+from measure import checkpoint, emotions, evaluate, landmarks, perceptual, reader
 from media.files import write_lines
 from media.video import VideoWriter
 from media.weights import save_weights
+from sample import load_models
 from world.people import HELD_OUT, random_clip, random_motion
 from world.render import MOTION, random_identity, render
 
@@ -270,3 +273,37 @@ def test_what_cannot_be_used_is_refused(given, tmp_path, capsys):
         with pytest.raises(SystemExit):
             evaluate.main(bad)
     refused(capsys, run(given, "reconstruct", "--data", str(tmp_path)), "manifest.jsonl", "data.py prepare")
+
+
+# ----------------------------------------------------------------------------------------------------------- emotions
+@pytest.fixture(scope="module")
+def feeling(given):
+    """Weights with experts."""
+    models, _ = load_models(given / "w.safetensors")
+    models["generator"] = Generator(replace(models["generator"].config, experts=2))
+    models["voice"] = VoiceEmotion(VoiceConfig(width=4))
+    save_weights(given / "e.safetensors", models, META)
+    return given
+
+
+def test_emotions_are_read_off_frames(feeling, tmp_path, monkeypatch, capsys):
+    """The world's own factors are at the ceiling; fresh experts change nothing."""
+    monkeypatch.setattr(emotions, "INTENSITIES", (0, 1))
+    monkeypatch.setattr(emotions, "STRIDE", 25)
+    assert run(feeling, "emotion", "--clips", "1", "--json", str(tmp_path / "e.json"), ckpt="e.safetensors") == 0
+    report = json.loads((tmp_path / "e.json").read_text())
+    truth, ours = (report["rows"][name] for name in ("true factors", "ours"))
+    assert truth["accuracy"] > 0.8 and truth["gain_corner"] == truth["lids_sad"] == truth["yaw_std"] == pytest.approx(1)
+    assert ours["accuracy"] == pytest.approx(1 / 7) and abs(ours["gain_corner"]) < 1e-6 and ours["crosstalk"] < 1e-6
+    assert report["rows"]["other label"]["accuracy"] == pytest.approx(1 / 7) and report["voice_ceiling"] > 0.5
+    assert report["compounds_true_size"] == pytest.approx(0.64, abs=0.1)
+    assert "voice of another emotion" in capsys.readouterr().out
+
+
+def test_emotions_need_experts(given, capsys):
+    refused(capsys, run(given, "emotion", "--clips", "1"), "w.safetensors", "without emotions", "train_gen.py")
+
+
+def test_ranks():
+    assert emotions.spearman(torch.tensor([0.0, 0.1, 0.5, 3.0])) == pytest.approx(1)
+    assert emotions.spearman(torch.tensor([3.0, 2.0, 1.0])) == pytest.approx(-1)
