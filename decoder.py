@@ -11,6 +11,7 @@ it, paint over it. Copying is then free and turning a head cheap, and the veloci
 (x-prediction, JiT, arXiv 2511.13720).
 """
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,14 @@ class DecoderConfig:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
         if self.predict not in ("x", "v"):
             raise ValueError(f"predict must be 'x' or 'v', not {self.predict!r}")
+
+
+class Picture(NamedTuple):
+    """A picture of the decoder, and in pixel space how it was made of the reference."""
+    x: torch.Tensor                         # (B, C, H, W)
+    moved: torch.Tensor | None = None       # (B, C, H, W)   the reference, moved
+    alpha: torch.Tensor | None = None       # (B, 1, H, W)   how far that is faded out
+    field: torch.Tensor | None = None       # (B, H, W, 2)   displacements x, y in halves of the picture
 
 
 class TimeEmbed(nn.Module):
@@ -178,10 +187,10 @@ class Decoder(nn.Module):
             cache["kv"].append(kv)
         return cache
 
-    def forward(self, z_t, t, m_t, cache):
+    def forward(self, z_t, t, m_t, cache, as_picture=False):
         """Velocity of the target. z_t (B*F, C, H, W), t (B*F,), m_t (B*F, L, D), cache of B references -> (B*F, C, H, W).
 
-        The F frames of a clip stand side by side in the batch: (b f).
+        The F frames of a clip stand side by side in the batch: (b f). as_picture: the Picture itself, in pixel space.
         """
         frames = len(z_t) // len(cache["z"])
         z_r, m_r = (repeat(cache[k], "b ... -> (b f) ...", f=frames) for k in ("z", "m"))
@@ -202,10 +211,11 @@ class Decoder(nn.Module):
         if self.config.predict == "v":
             return unpatchify(out, self.config.patch_size)                             # eq. (3)
         affine = 0.1 * self.affine_head(condition).float().unflatten(1, (2, 3))        # (B*F, 2, 3)
-        return x_to_v(self.warp_and_blend(z_r, affine, out), z_t, t)                   # eq. (3), from x
+        picture = self.warp_and_blend(z_r, affine, out)
+        return picture if as_picture else x_to_v(picture.x, z_t, t)                    # eq. (3), from x
 
     def warp_and_blend(self, z_r, affine, out):
-        """The picture x: z_r (B, C, H, W) moved, faded and painted over as the head's out (B, N, p*p*C + p*p + 2*q*q) says:
+        """The Picture: z_r (B, C, H, W) moved, faded and painted over as the head's out (B, N, p*p*C + p*p + 2*q*q) says:
         residual, alpha, displacement.
 
         Ours. A moving face takes its looks along, which E numbers a patch could not repaint in detail. Displacements are in
@@ -216,15 +226,18 @@ class Decoder(nn.Module):
         residual, alpha, displacement = out.split([self.config.channels * p * p, p * p, 2 * q * q], dim=2)
         displacement = F.interpolate(unpatchify(displacement, q), size=z_r.shape[-2:], mode="bilinear", align_corners=False)
         displacement = rearrange(displacement.nan_to_num().clamp(-1, 1), "b c h w -> b h w c")         # NaN crashes grid_sample
-        grid = F.affine_grid(torch.eye(2, 3, device=z_r.device) + affine.nan_to_num(), z_r.shape, align_corners=False)
-        moved = F.grid_sample(z_r, grid + displacement, padding_mode="border", align_corners=False)
-        return moved * (1 - unpatchify(alpha, p)) + unpatchify(residual, p)            # (B, C, H, W)
+        field = F.affine_grid(affine.nan_to_num(), z_r.shape, align_corners=False) + displacement      # (B, H, W, 2)
+        identity = F.affine_grid(torch.eye(2, 3, device=z_r.device)[None], z_r[:1].shape, align_corners=False)
+        moved = F.grid_sample(z_r, identity + field, padding_mode="border", align_corners=False)
+        alpha = unpatchify(alpha, p)
+        return Picture(moved * (1 - alpha) + unpatchify(residual, p), moved, alpha, field)
 
 
 @torch.no_grad()
-def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=16):
+def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=16, as_pictures=False):
     """Frames for motions. z_r (1, C, H, W), m_ref (1, L*D): the photo and its motion; motions: iterator of (n, L*D)
-    -> iterator of (n', C, H, W), in all one for every motion; memory does not grow.
+    -> iterator of (n', C, H, W), in all one for every motion; memory does not grow. as_pictures: of Pictures instead,
+    in pixel space with the parts of the last step.
 
     Every frame starts from the same noise (1, C, H, W), so that what noise decides stands still (ours). The video model
     paints its F frames at a time. The image model paints what is there, up to `batch`, and waits for nothing; the first
@@ -244,4 +257,11 @@ def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=16):
         if not len(chunk):
             return
         start = noise.expand(len(chunk), *noise.shape[1:])
-        yield integrate(decoder, start, steps, m_t=chunk.unflatten(1, (c.num_tokens, c.token_dim)), cache=cache)
+        cond = {"m_t": chunk.unflatten(1, (c.num_tokens, c.token_dim)), "cache": cache}
+        if not as_pictures:
+            yield integrate(decoder, start, steps, **cond)
+        elif c.predict == "v":
+            yield Picture(integrate(decoder, start, steps, **cond))
+        else:                                                     # the last Euler step ends at the picture predicted there
+            z = integrate(decoder, start, steps, skip_last=1, **cond)
+            yield decoder(z, z.new_full((len(z),), 1 / steps), **cond, as_picture=True)

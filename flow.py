@@ -54,15 +54,15 @@ def with_cfg(model, guidance, null):
     return guided
 
 
-def integrate(model, noise, steps, method="euler", **cond):
+def integrate(model, noise, steps, method="euler", skip_last=0, **cond):
     """Walk from noise (t = 1) to data (t = 0) in equal steps -> the same shape as noise.
 
-    method: "euler", one call a step; "heun", two calls a step, second order.
+    method: "euler", one call a step; "heun", two calls a step, second order. skip_last: steps at the end not taken.
     """
     if steps < 1 or method not in ("euler", "heun"):
         raise ValueError(f"steps must be at least 1 and method 'euler' or 'heun', not {steps} and {method!r}")
     z = noise
-    for k in range(steps):
+    for k in range(steps - skip_last):
         t, dt = 1 - k / steps, 1 / steps
         v = model(z, z.new_full((len(z),), t), **cond)
         if method == "heun" and k < steps - 1:      # the last step's end, t = 0, is where v is least defined: Euler there

@@ -30,13 +30,14 @@ from emotion import TEXT_MODEL, FromVoice, Schedule, VoiceConfig, VoiceEmotion, 
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig, generate_motion
 from media import audio_features
+from media.compose import read_photo
 from media.device import autocast, pick_device
-from media.face import load_detector, load_face
+from media.face import frame_video, load_detector
 from media.files import InputError, check_file
-from media.image import load_image, to_uint8
+from media.image import to_uint8
 from media.latents import SD, SPACES, load_latents
 from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks, has_audio, pcm_chunks, rechunk
-from media.video import PROVENANCE, VideoWriter, read_video
+from media.video import PROVENANCE, VideoWriter
 from media.weights import load_weights
 
 BATCH = 16  # frames decoded, or encoded, at once
@@ -88,6 +89,19 @@ def latents_to_frames(space, frames):
     return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
 
+def pictures_to_frames(space, pictures, composer=None):
+    """The decoder's Pictures -> (H, W, 3) uint8 frames: put into the whole photo by a Composer, or as they are."""
+    for picture in pictures:
+        low = latents_to_frames(space, picture.x)
+        if composer is None:
+            yield from low
+        elif picture.moved is None:                               # a latent space has no displacements of pixels
+            yield from map(composer.blend, low)
+        else:
+            alpha, field = picture.alpha[:, 0].cpu().numpy(), picture.field.cpu().numpy()
+            yield from map(composer.frame, low, latents_to_frames(space, picture.moved), alpha, field)
+
+
 def prepare_reference(models, meta, image, seed):
     """What both jobs start with -> space of the latents, photo (1, C, H, W) in it, its motion (1, L*D), source of noise,
     the frames' noise (1, C, H, W). Noise is drawn on the CPU, so that every device gets the same."""
@@ -99,10 +113,11 @@ def prepare_reference(models, meta, image, seed):
     return space, z_r, m_ref, rng, torch.randn(z_r.shape, generator=rng).to(device)
 
 
-def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidance=None, emotion=None):
+def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidance=None, emotion=None, composer=None):
     """A photo speaks. image (3, H, W) in [-1, 1]; features: iterator of (n, A) sound features -> (H, W, 3) uint8 frames,
     as many as rows of features, yielded as they are made. steps and guidance are those of the weights (meta) where None.
-    emotion: called with each part of features, it returns their moods (emotion.py)."""
+    emotion: called with each part of features, it returns their moods (emotion.py). composer: makes frames whole photos
+    (media/compose.py)."""
     space, z_r, m_ref, rng, noise = prepare_reference(models, meta, image, seed)
     zeros = torch.zeros(1, SAMPLES_PER_FRAME)
     silence_features = audio_features.extract_features(zeros, meta["audio"], meta.get("whisper"))[0, 0]         # (A,)
@@ -110,22 +125,21 @@ def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidan
     features = autocast_iter(z_r.device, features, models=False)                                           # sound stays in fp32
     motions = generate_motion(models["generator"], m_ref, features, rng, silence_features, steps or meta["gen_steps"], guidance,
                               emotion)
-    latents = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH)
-    for part in autocast_iter(z_r.device, latents):
-        yield from latents_to_frames(space, part)
+    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH, as_pictures=True)
+    yield from pictures_to_frames(space, autocast_iter(z_r.device, pictures), composer)
 
 
-def animate_live(models, meta, image, chunks, seed=0, steps=None, guidance=None, emotion=None):
+def animate_live(models, meta, image, chunks, seed=0, steps=None, guidance=None, emotion=None, composer=None):
     """A photo speaks live. image (3, H, W) in [-1, 1]; chunks: iterator of (S,) float sound, 16 kHz, full scale 1, as it
     arrives, any S -> (H, W, 3) uint8 frames, 25 a second, as soon as a window of sound and what it hears ahead are there
     (16 + 3 frames with the embedded weights, 0.8 s; the 30 s of Whisper with weights trained on it).
 
     Differs from a file in one thing: its loudness is levelled by the past alone (audio_features.streaming_gain)."""
     features = audio_features.stream_features(audio_features.streaming_gain(chunks), meta["audio"], meta.get("whisper"))
-    return animate_from_audio(models, meta, image, features, seed, steps, guidance, emotion)
+    return animate_from_audio(models, meta, image, features, seed, steps, guidance, emotion, composer)
 
 
-def reenact(models, meta, image, video, seed=0, steps=None, absolute=False):
+def reenact(models, meta, image, video, seed=0, steps=None, absolute=False, composer=None):
     """A photo moves as a video. image (3, H, W) in [-1, 1]; video: iterator of such -> (H, W, 3) uint8, as many.
 
     It begins as the photo is and changes as the video does (Siarohin et al. 2019, FOMM): a token of somebody else's face
@@ -133,9 +147,8 @@ def reenact(models, meta, image, video, seed=0, steps=None, absolute=False):
     """
     space, z_r, m_ref, _, noise = prepare_reference(models, meta, image, seed)
     motions = encode_video(models["encoder"], space, video, z_r.device, None if absolute else m_ref)
-    latents = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH)
-    for part in autocast_iter(z_r.device, latents):
-        yield from latents_to_frames(space, part)
+    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH, as_pictures=True)
+    yield from pictures_to_frames(space, autocast_iter(z_r.device, pictures), composer)
 
 
 def scan_audio(path):
@@ -155,14 +168,18 @@ def scan_audio(path):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--img", required=True, help="the photo: jpg, png or webp, one face")
-    parser.add_argument("--detector", help="OpenCV's YuNet, .onnx: cut the photo round its face as in training (default: its middle)")
+    parser.add_argument("--img", required=True, help="the photo: jpg, png or webp")
+    parser.add_argument("--face", type=int, metavar="N", help="the N-th face of the photo from the left (default: the largest)")
+    parser.add_argument("--detector", metavar="YUNET.onnx", help="find faces with this file of OpenCV's YuNet (default: with the "
+                                                                 "cascades in OpenCV)")
     drive = parser.add_mutually_exclusive_group(required=True)
     drive.add_argument("--wav", help="the speech: wav, flac, ogg, mp3, m4a or a video with sound; -: raw from stdin, as it "
                                      "arrives (signed 16-bit little-endian PCM, mono, 16 kHz)")
     drive.add_argument("--video", help="a driving video instead: its motion and its sound")
     parser.add_argument("--absolute", action="store_true", help="with --video: its poses as they are, not its changes of pose")
     parser.add_argument("--out", default="out.mp4", help="the video to write; -: to stdout, as it is made (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=1080, help="long side of the video, at most (default: %(default)s)")
+    parser.add_argument("--crop", action="store_true", help="write the square of the face alone, not the whole photo")
     parser.add_argument("--ckpt", default=DEFAULT, help="released weights, .safetensors (default: the embedded ones)")
     parser.add_argument("--vae", help="folder of the autoencoder of sd weights (default: where it was trained with it)")
     parser.add_argument("--whisper", help="folder of the Whisper model of weights trained on it (default: likewise)")
@@ -185,6 +202,8 @@ def parse(argv):
         parser.error(f"--seed is {args.seed}; give 0 or more, below 2^63")
     if args.guidance is not None and not 0 <= args.guidance <= 100:
         parser.error(f"--guidance is {args.guidance}; give 0 to 100")
+    if not 32 <= args.size <= 8192:
+        parser.error(f"--size is {args.size}; give 32 to 8192")
     args.emotion = None if args.emotion is not None and args.emotion.strip().lower() == "none" else args.emotion
     asked = args.emotion is not None or args.emotion_text is not None
     if asked and args.video:
@@ -213,10 +232,12 @@ def choose_emotion(args, models, seconds=math.inf):
     return FromVoice(models["voice"], intensity)
 
 
-def frames_and_sound(args, models, meta, image):
+def frames_and_sound(args, models, meta, image, composer, detector):
     """What the arguments ask for -> iterator of frames, their number (None: not known yet), sound for VideoWriter, emotion."""
     if args.video:
-        frames = reenact(models, meta, image, read_video(args.video, meta["size"]), args.seed, args.steps, args.absolute)
+        video, note = frame_video(args.video, meta["size"], detector)
+        print_note(note)
+        frames = reenact(models, meta, image, video, args.seed, args.steps, args.absolute, composer)
         return frames, None, args.video if has_audio(args.video) else None, None
     if args.wav == "-":
         queue = deque()                                           # from the sound's arrival to its frame
@@ -227,13 +248,19 @@ def frames_and_sound(args, models, meta, image):
                 yield chunk
 
         emotion = choose_emotion(args, models)
-        frames = animate_live(models, meta, image, listen(), args.seed, args.steps, args.guidance, emotion)
+        frames = animate_live(models, meta, image, listen(), args.seed, args.steps, args.guidance, emotion, composer)
         return frames, None, pop_all(queue), emotion
     gain, total = scan_audio(args.wav)
     emotion = choose_emotion(args, models, total / FPS)
     features = audio_features.stream_features((chunk * gain for chunk in audio_chunks(args.wav)), meta["audio"], meta.get("whisper"))
-    frames = animate_from_audio(models, meta, image, features, args.seed, args.steps, args.guidance, emotion)
+    frames = animate_from_audio(models, meta, image, features, args.seed, args.steps, args.guidance, emotion, composer)
     return frames, total, args.wav, emotion
+
+
+def print_note(note):
+    """Tell the user, if there is something to tell. Not on stdout, which may be the video."""
+    if note:
+        print(f"sample.py: {note}", file=sys.stderr)
 
 
 def pop_all(queue):
@@ -279,15 +306,14 @@ def run(args):
     meta.update({name: given for name, given in (("vae", args.vae), ("whisper", args.whisper)) if given})
     if args.wav and "generator" not in models:
         raise InputError(f"{args.ckpt} holds no motion generator; give another, or --video in place of --wav")
-    if args.detector:
-        image = load_face(args.img, meta["size"], load_detector(args.detector))
-    else:
-        image = load_image(args.img, meta["size"])
-    frames, total, sound, emotion = frames_and_sound(args, models, meta, image)
+    detector = load_detector(args.detector)
+    image, composer, note = read_photo(args.img, meta["size"], detector, args.size, args.crop, args.face)
+    print_note(note)
+    frames, total, sound, emotion = frames_and_sound(args, models, meta, image, composer, detector)
     comment = PROVENANCE if emotion is None else f"{PROVENANCE} Emotion: {emotion.describe()}."
     out = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) if live else args.out
     start = time.perf_counter()
-    with VideoWriter(out, meta["size"], sound, comment) as video, tqdm(total=total, unit="frame", disable=None) as bar:
+    with VideoWriter(out, composer.size, sound, comment) as video, tqdm(total=total, unit="frame", disable=None) as bar:
         write_all(video, frames, bar.update)
     seconds = time.perf_counter() - start
     print(f"{args.out}: {video.frames} frames, {video.frames / FPS:.2f} s, made at {video.frames / seconds:.1f} fps",

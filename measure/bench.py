@@ -42,9 +42,10 @@ from encoder import MotionEncoder, random_masking
 from generator import Generator, generate_motion
 from measure.checkpoint import table
 from media import audio_features
+from media.compose import read_photo
 from media.device import autocast, fast_bf16, pick_device
+from media.face import load_detector
 from media.files import InputError, atomic_write
-from media.image import load_image
 from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks, load_audio
 from media.video import VideoWriter
 from world import speech
@@ -96,7 +97,8 @@ def sampling(args, device):
     with tempfile.TemporaryDirectory() as folder:
         wav, out = os.path.join(folder, "in.wav"), os.path.join(folder, "out.mp4")
         soundfile.write(wav, synthetic_speech(args.seconds).numpy(), SAMPLE_RATE)
-        image = load_image(args.img, meta["size"])
+        detector = load_detector()
+        image, composer, _ = read_photo(args.img, meta["size"], detector)
         space, z_r, m_ref, rng, noise = sample.prepare_reference(models, meta, image, 0)
         wave = load_audio(wav)
         features = audio_features.extract_features(wave[None], *kind)[0]
@@ -108,35 +110,37 @@ def sampling(args, device):
             return torch.cat(list(sample.autocast_iter(device, outputs)))
 
         def painted():
-            outputs = decode_frames(models["decoder"], z_r, m_ref, iter([motions]), noise, meta["steps"], sample.BATCH)
+            outputs = decode_frames(models["decoder"], z_r, m_ref, iter([motions]), noise, meta["steps"], sample.BATCH, True)
             return list(sample.autocast_iter(device, outputs))
 
         def written():
-            with VideoWriter(out, meta["size"], wav) as video:
+            with VideoWriter(out, composer.size, wav) as video:
                 for frame in arrays:
                     video.write(frame)
 
         def end_to_end():
             started, features = time.perf_counter(), audio_features.stream_features(audio_chunks(wav), *kind)
-            with VideoWriter(out, meta["size"], wav) as video:
-                for frame in sample.animate_from_audio(models, meta, load_image(args.img, meta["size"]), features):
+            image, composer, _ = read_photo(args.img, meta["size"], detector)
+            with VideoWriter(out, composer.size, wav) as video:
+                for frame in sample.animate_from_audio(models, meta, image, features, composer=composer):
                     if not video.frames:
                         first.append(time.perf_counter() - started)
                     video.write(frame)
 
         motions, first = motion(), []
         pictures = painted()
-        arrays = [frame for part in pictures for frame in sample.latents_to_frames(space, part)]
+        arrays = list(sample.pictures_to_frames(space, pictures, composer))
         stages = {name: timed(work, device, args.rounds) for name, work in {
-            "read the photo": lambda: load_image(args.img, meta["size"]),
+            "read the photo, find its face": lambda: read_photo(args.img, meta["size"], detector),
             "read the sound, twice": lambda: [sample.scan_audio(wav), list(audio_chunks(wav))],
             "audio features": lambda: audio_features.extract_features(wave[None], *kind),
             "motion generator": motion, "decoder": painted,
-            "pixels to bytes": lambda: [sample.latents_to_frames(space, part) for part in pictures],
+            "put into the photo": lambda: list(sample.pictures_to_frames(space, pictures, composer)),
             "H.264, AAC, mp4": written, "end to end": end_to_end}.items()}
     total, first = stages["end to end"][0], statistics.median(first[1:])
-    print(f"{args.seconds:g} s of sound, {frames} frames of {meta['size']} px; steps: generator {meta['gen_steps']}, "
-          f"decoder {meta['steps']}")
+    wide, high = composer.size
+    print(f"{args.seconds:g} s of sound, {frames} frames of {wide}x{high}, face square {composer.square.side:.0f}; "
+          f"steps: generator {meta['gen_steps']}, decoder {meta['steps']}")
     table(["stage", "ms", "spread", "ms a frame"],
           [[name, f"{1e3 * middle:.1f}", f"{1e3 * low:.1f}-{1e3 * high:.1f}", f"{1e3 * middle / frames:.3f}"]
            for name, (middle, low, high) in stages.items()])
@@ -155,7 +159,7 @@ def variants(args, device):
     models, meta = sample.load_models(args.ckpt, device)
     decoder, fast, n = models["decoder"], fast_bf16(device), 16
     c = decoder.config
-    _, photo, m_ref, rng, noise = sample.prepare_reference(models, meta, load_image(args.img, meta["size"]), 0)
+    _, photo, m_ref, rng, noise = sample.prepare_reference(models, meta, read_photo(args.img, meta["size"], load_detector())[0], 0)
     sounds = synthetic_speech(2), torch.zeros(SAMPLES_PER_FRAME)
     rows, silence_features = (audio_features.extract_features(x[None], meta["audio"], meta.get("whisper"))[0] for x in sounds)
     motions = generate_motion(models["generator"], m_ref, iter([rows]), rng, silence_features[0], meta["gen_steps"], meta["guidance"])

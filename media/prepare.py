@@ -16,6 +16,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
+from dataclasses import astuple
 from glob import escape, glob
 from multiprocessing import get_context, parent_process
 from queue import SimpleQueue
@@ -25,18 +26,27 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from media.face import FACE_HEIGHT, YUNET, find_face, load_detector
+from media.face import (
+    DETECT_EVERY,
+    FACE_BOX,
+    Square,
+    crop_square,
+    find_faces,
+    largest,
+    load_detector,
+    median_square,
+    middle_square,
+)
 from media.files import InputError, OutputError, read_lines, write_lines
-from media.image import square_box
 from media.sound import FPS, SAMPLES_PER_FRAME, audio_chunks, has_audio
-from media.video import VideoWriter, read_frames
+from media.video import VideoWriter, square_pixel_frames
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".ts", ".wmv", ".flv", ".3gp")
 SHORTEST, LONGEST = 1.0, 10.0    # seconds of a clip
-SCENE_THRESHOLD = 20                         # of 255: mean change from frame to frame of 16 x 16 averages that begins a new scene
-DETECT_EVERY = 5                         # the detector looks at one frame in so many
-MIN_DETECT_RATE = 0.9                       # a face must be found in this share of those
-MAX_UPSCALE = 2.0                    # crops that would be enlarged more than this are dropped
+SCENE_THRESHOLD = 20             # of 255: mean change from frame to frame of 16 x 16 averages that begins a new scene
+MIN_DETECT_RATE = 0.8            # a face must be found in this share of the frames searched
+MAX_OUTSIDE = 0.2                # of the square's side may lie outside the picture, whose edge is repeated there
+MAX_UPSCALE = 2.0                # crops that would be enlarged more than this are dropped
 SILENT, CLIPPED, NOISY = -50.0, 0.005, 6.0    # dB of full scale; share of samples at the limit; dB from quiet to loud frames
 TEST_SHARE = 0.05                # of the people, where a set has no list of its own
 KEYFRAMES = 5                    # of the clips: any frame is at most four away from one that is coded by itself
@@ -78,27 +88,17 @@ def split_of(identity):
 
 
 # ------------------------------------------------------------------------------------------------------------ prepare
-def square_pixel_frames(path):
-    """Pictures of a video at 25 fps with square pixels, PIL."""
-    last, squared = None, None
-    for image, aspect in read_frames(path):
-        if image is not last:
-            last = image
-            squared = image if aspect == 1 else image.resize((max(1, round(image.width * aspect)), image.height))
-        yield squared
-
-
 def scan_video(path, detector):
-    """First pass -> frames, frame numbers where a new scene begins, face boxes {frame number: box or None}, frame size."""
-    before, cuts, boxes, size, n = None, [], {}, None, 0
+    """First pass -> frames, frame numbers where a new scene begins, faces {frame number: Square or None}, frame size."""
+    before, cuts, faces, size, n = None, [], {}, None, 0
     for n, image in enumerate(square_pixel_frames(path), 1):
         size, now = size or image.size, np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32)
         if before is not None and np.abs(now - before).mean() > SCENE_THRESHOLD:
             cuts.append(n - 1)
         if detector is not None and (n - 1) % DETECT_EVERY == 0:
-            boxes[n - 1] = find_face(detector, image)
+            faces[n - 1] = largest(find_faces(detector, image))
         before = now
-    return n, cuts, boxes, size
+    return n, cuts, faces, size
 
 
 def split_scenes(frames, cuts):
@@ -111,26 +111,22 @@ def split_scenes(frames, cuts):
     return scenes
 
 
-def median_face(boxes):
-    """The usual one of a clip's face boxes (None where none was found): left, top, right, bottom."""
-    return np.median([box for box in boxes if box is not None], axis=0)
-
-
-def face_square(detections, width, height, size):
-    """Boxes of a clip's faces (None where none was found) -> the square to cut (left, top, right, bottom), or the reason not to."""
-    boxes = [box for box in detections if box is not None]
-    if len(boxes) < max(1, MIN_DETECT_RATE * len(detections)):
-        return f"face found in {len(boxes)} of {len(detections)} frames looked at"
-    left, top, right, bottom = median_face(detections)
-    side = min((bottom - top) / FACE_HEIGHT, width, height)
-    if side * MAX_UPSCALE < size:
-        return f"face too small: {bottom - top:.0f} pixels high"
-    centre = [(left + right) / 2, (top + bottom) / 2]
-    strayed = [box for box in boxes if max(abs((box[k] + box[k + 2]) / 2 - centre[k]) for k in (0, 1)) > 0.35 * side]
-    if len(strayed) > (1 - MIN_DETECT_RATE) * len(detections):
+def clip_square(faces, width, height, size):
+    """Squares of a clip's faces (None where none was found) -> the one Square to cut, or the reason to drop the clip."""
+    found = [square for square in faces if square is not None]
+    if len(found) < max(1, MIN_DETECT_RATE * len(faces)):
+        return f"face found in {len(found)} of {len(faces)} frames looked at"
+    square = median_square(found)
+    if square.side * MAX_UPSCALE < size:
+        return f"face too small: its square has {square.side:.0f} pixels a side"
+    strayed = [s for s in found if max(abs(s.cx - square.cx), abs(s.cy - square.cy)) > 0.35 * square.side]
+    if len(strayed) > (1 - MIN_DETECT_RATE) * len(faces):
         return "face leaves the square"
-    x, y = (min(max(c - side / 2, 0), most - side) for c, most in zip(centre, (width, height), strict=True))
-    return [round(float(v), 1) for v in (x, y, x + side, y + side)]
+    half = square.side / 2
+    outside = max(half - square.cx, half - square.cy, square.cx + half - width, square.cy + half - height)
+    if outside > MAX_OUTSIDE * square.side:
+        return "face cut off by the edge of the picture"
+    return Square(round(square.cx, 1), round(square.cy, 1), round(square.side, 1), round(square.angle, 3))
 
 
 def audio_quality(wave):
@@ -166,22 +162,22 @@ def clip_stem(path, source):
     return f"{stem}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
 
 
-def prepare_one(path, source, labels, out, size, detector):
+def prepare_one(path, source, labels, out, size, crop="face", detector=None):
     """One video: its clips are written to out/clips -> {"kept": [manifest rows], "dropped": [rows with a reason]}."""
     try:
-        face = None if detector is None else load_detector(detector)
-        frames, cuts, boxes, (width, height) = scan_video(path, face)
+        centre = crop == "centre"
+        frames, cuts, faces, (width, height) = scan_video(path, None if centre else load_detector(detector))
         name, scenes = clip_stem(path, source), split_scenes(frames, cuts)
         sounds = split_audio(path, scenes) if has_audio(path) else [None] * len(scenes)
         kept, dropped = [], []
         for number, ((start, count), audio) in enumerate(zip(scenes, sounds, strict=True)):
-            detections = [box for k, box in boxes.items() if start <= k < start + count]
-            box = square_box(width, height) if face is None else face_square(detections, width, height, size)
+            found = [square for k, square in faces.items() if start <= k < start + count]
+            square = middle_square(width, height) if centre else clip_square(found, width, height, size)
             if count < SHORTEST * FPS:
                 reason = f"shorter than {SHORTEST} s"
-            elif isinstance(box, str):
-                reason = box
-            elif face is None and min(width, height) * MAX_UPSCALE < size:
+            elif isinstance(square, str):
+                reason = square
+            elif centre and min(width, height) * MAX_UPSCALE < size:
                 reason = f"picture too small: {width}x{height}"
             else:
                 reason = None if audio is None else audio_quality(audio)
@@ -189,9 +185,9 @@ def prepare_one(path, source, labels, out, size, detector):
                 dropped.append({"source": source, "start": start / FPS, "frames": count, "reason": reason})
                 continue
             record = {"file": f"clips/{name}-{number:03d}.mp4", "source": source, **labels, "start": start / FPS, "fps": FPS,
-                   "frames": count, "size": size, "crop": list(box), "sound": audio is not None}
-            if face is not None:                                 # where in the square the face is, as shares of its side
-                record["face"] = ((median_face(detections) - (box[:2] * 2)) / (box[2] - box[0])).round(3).tolist()
+                   "frames": count, "size": size, "square": astuple(square), "sound": audio is not None}
+            if not centre:                                       # where in the square the face is, as shares of its side
+                record["face"] = FACE_BOX
             kept.append(record)
         write_clips(path, scenes, kept, out, size)
         return {"kept": kept, "dropped": dropped}
@@ -215,10 +211,11 @@ def write_clips(path, scenes, kept, out, size):
                 next(images)
             continue
         record, sound = plan[start], None if audio is None else torch.from_numpy(audio)
+        square = Square(*record["square"])
         comment = f"A part of {record['source']}, prepared for training."
         with VideoWriter(os.path.join(out, record["file"]), size, sound, comment, KEYFRAMES) as video:
             for _ in range(record["frames"]):
-                video.write(np.asarray(next(images).resize((size, size), Image.Resampling.LANCZOS, box=record["crop"])))
+                video.write(crop_square(next(images), square, size))
 
 
 def find_videos(folders):
@@ -316,26 +313,24 @@ def prepare(args):
                 raise InputError(f"{args.people}: each line needs file and identity, and may have split: train or test")
             path = os.path.realpath(os.path.join(base, record["file"]))
             known[path] = {"identity": name, "split": record.get("split") or split_of(name)}
-    detector = None
     if args.crop == "face":
-        detector = args.detector
-        load_detector(detector)                                  # refuse now rather than once a video
+        load_detector(args.detector)                             # refuse now rather than once a video
     for folder in ("clips", "parts"):
         try:
             os.makedirs(os.path.join(args.out, folder), exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {args.out} cannot be made: {error.strerror}") from None
     with lock_folder(args.out):
-        prepare_all(args, todo, known, detector)
+        prepare_all(args, todo, known)
 
 
-def prepare_all(args, todo, known, detector):
+def prepare_all(args, todo, known):
     """The videos todo [(path, source)] into args.out, which no other process writes to now."""
     for folder in ("clips", "parts"):
         for name in os.listdir(os.path.join(args.out, folder)):
             if name.endswith(".part"):                           # left by a run that was killed
                 os.remove(os.path.join(args.out, folder, name))
-    settings = [{"size": args.size, "crop": args.crop}]
+    settings = [{"size": args.size, "crop": args.crop, "framing": "1.44 forehead to chin"}]
     if os.path.exists(os.path.join(args.out, "settings.jsonl")):
         if read_lines(os.path.join(args.out, "settings.jsonl")) != settings:
             raise InputError(f"{args.out} was prepared with another --size or --crop; give another --out")
@@ -351,7 +346,7 @@ def prepare_all(args, todo, known, detector):
             labels = parse_identity(name, folder)
             labels["identity"] = labels["identity"] if "/" in labels["identity"] else f"{folder}/{labels['identity']}"
             labels = {**labels, "split": split_of(labels["identity"]), **known.get(os.path.realpath(path), {})}
-            jobs[workers.submit(path, source, labels, args.out, args.size, detector)] = source
+            jobs[workers.submit(path, source, labels, args.out, args.size, args.crop, args.detector)] = source
         for job in as_completed(jobs):
             write_lines(parts[jobs[job]], [job.result()])
             bar.update()
@@ -374,7 +369,8 @@ def parse(argv):
     p.add_argument("--out", required=True, help="folder for clips/, manifest.jsonl, dropped.jsonl; run again to resume")
     p.add_argument("--size", type=int, default=256, help="pixels a side")
     p.add_argument("--crop", choices=("face", "centre"), default="face", help="a fixed square round the face, or the middle")
-    p.add_argument("--detector", default=YUNET, help=f"OpenCV's face detector (default: {YUNET} in this folder)")
+    p.add_argument("--detector", metavar="YUNET.onnx", help="find faces with this file of OpenCV's YuNet (default: with the "
+                                                            "cascades in OpenCV)")
     p.add_argument("--people", metavar="FILE", help="lines of JSON: file (relative to FILE), identity, maybe split (train or test)")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args(argv)

@@ -261,22 +261,22 @@ def test_velocity_follows_from_the_predicted_picture():
 
 def test_the_reference_is_moved_faded_and_painted_over():
     z_r, model, still = torch.randn(1, 3, 8, 8), decoder(), torch.zeros(1, 2, 3)
-    torch.testing.assert_close(model.warp_and_blend(z_r, still, answer(0.3, 0.75)), 0.25 * z_r + 0.3)
+    torch.testing.assert_close(model.warp_and_blend(z_r, still, answer(0.3, 0.75)).x, 0.25 * z_r + 0.3)
     pixel = 2 / 8                                                            # in halves of the picture
-    left = model.warp_and_blend(z_r, still, answer(right=pixel))                    # each pixel looks one to its right
+    left = model.warp_and_blend(z_r, still, answer(right=pixel)).x                    # each pixel looks one to its right
     torch.testing.assert_close(left[..., :-1], z_r[..., 1:])
     torch.testing.assert_close(left[..., -1], z_r[..., -1])                  # beyond the edge: the edge
-    up = model.warp_and_blend(z_r, still, answer(down=2 * pixel))
+    up = model.warp_and_blend(z_r, still, answer(down=2 * pixel)).x
     torch.testing.assert_close(up[:, :, :-2], z_r[:, :, 2:])
     turned = torch.tensor([[[-1.0, -1, 0], [1, -1, 0]]])                     # plus the identity: a quarter turn
-    torch.testing.assert_close(model.warp_and_blend(z_r, turned, answer()), z_r.rot90(1, (2, 3)))
+    torch.testing.assert_close(model.warp_and_blend(z_r, turned, answer()).x, z_r.rot90(1, (2, 3)))
 
 
 def test_displacements_run_smoothly_across_patches():
     """A horizontal ramp through a field that grows from patch to patch: no step at the border between pixels 3 and 4."""
     ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
     out = torch.cat([answer(right=0.0), answer(right=0.5)], 0)[[0, 1, 0, 1], 0][None]
-    row = decoder().warp_and_blend(ramp, torch.zeros(1, 2, 3), out)[0, 0, 4]
+    row = decoder().warp_and_blend(ramp, torch.zeros(1, 2, 3), out).x[0, 0, 4]
     assert (row.diff()[1:5] > 0).all() and row.diff()[:6].max() < 2.5 * ramp[0, 0, 0].diff().max()
 
 
@@ -329,6 +329,27 @@ def test_paint_does_not_care_how_motion_arrives(sizes, frames):
     model, motion = decoder(lively=True, frames=frames), inputs(1, 7)[4].flatten(1)
     whole = torch.cat(painted(model, motion, 7))
     torch.testing.assert_close(torch.cat(painted(model, motion, sizes)), whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_pictures_are_those_of_the_last_step(steps):
+    """The picture is the frame of the same steps, and made of its parts."""
+    model, motion = decoder(lively=True), inputs(1, 3)[4].flatten(1)
+    frames = torch.cat(painted(model, motion, 3, steps=steps))
+    z_r = inputs(1)[0]
+    at = 0
+    for picture in painted(model, motion, 3, steps=steps, as_pictures=True):
+        n = len(picture.x)
+        torch.testing.assert_close(picture.x, frames[at:at + n], atol=1e-4, rtol=1e-4)
+        identity = torch.nn.functional.affine_grid(torch.eye(2, 3)[None], z_r.shape, align_corners=False)
+        moved = torch.nn.functional.grid_sample(z_r.expand(n, -1, -1, -1), identity + picture.field, padding_mode="border",
+                                                align_corners=False)
+        torch.testing.assert_close(picture.moved, moved)
+        residual = picture.x - picture.moved * (1 - picture.alpha)
+        assert picture.field.abs().max() > 0.01 and residual.abs().max() > 0.01 and picture.alpha.shape == picture.x[:, :1].shape
+        at += n
+    latent, = painted(decoder(lively=True, predict="v"), motion[:1], 1, steps=steps, as_pictures=True)
+    assert latent.moved is None and latent.alpha is None and latent.field is None
 
 
 def test_paint_of_pictures_waits_for_nothing():

@@ -12,11 +12,14 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 from media import prepare as prepare_module
+from media.face import FACE_BOX, Square, crop_square, find_faces, largest, load_detector
 from media.files import read_lines
-from media.prepare import TEST_SHARE, face_square, parse_identity, split_of, split_scenes
+from media.image import from_uint8
+from media.prepare import TEST_SHARE, clip_square, parse_identity, split_of, split_scenes
 
 torch.set_num_threads(1)
 
@@ -303,43 +306,37 @@ def test_names_that_are_not_utf8(tmp_path):
 
 # ---- faces ----------------------------------------------------------------------------------------------------------
 
-def test_the_square_is_set_by_the_median_face():
-    faces = [[100, 50, 160, 110]] * 9 + [None]
-    assert face_square(faces, 400, 300, 100) == [80, 30, 180, 130]      # 60 high: 100 a side, centred on (130, 80)
-    assert face_square([[0, 0, 60, 60]] * 3, 400, 300, 100) == [0, 0, 100, 100]     # pushed back into the picture
-    assert face_square([[20, 20, 280, 280]], 400, 300, 100) == [0, 0, 300, 300]     # no larger than the picture
+FACE = Square(130, 80, 100, 0.1)
+
+
+def test_the_square_is_that_of_the_median_face():
+    assert clip_square([FACE] * 4 + [None], 400, 300, 100) == FACE
+    stray = Square(150, 90, 120, 0.3)
+    assert clip_square([FACE] * 3 + [stray] * 2, 400, 300, 100) == FACE
+    assert clip_square([Square(45, 40, 100)] * 3, 400, 300, 100) == Square(45, 40, 100)      # may leave the picture a little
 
 
 @pytest.mark.parametrize("faces, word", [
-    ([[100, 50, 160, 110]] * 8 + [None] * 2, "8 of 10"), ([None] * 3, "0 of 3"), ([[0, 0, 20, 20]] * 4, "too small"),
-    ([[0, 0, 60, 60]] * 5 + [[200, 100, 260, 160]] * 5, "leaves"),
+    ([FACE] * 7 + [None] * 3, "7 of 10"), ([None] * 3, "0 of 3"), ([Square(100, 100, 49)] * 4, "too small"),
+    ([FACE] * 5 + [Square(230, 130, 100)] * 5, "leaves"), ([Square(380, 100, 100)] * 4, "cut off"),
 ])
 def test_faces_that_do_not_do_are_told(faces, word):
-    assert word in face_square(faces, 400, 300, 100)
+    assert word in clip_square(faces, 400, 300, 100)
 
 
-def find(_, image):
-    """In place of the detector: the bright square is the face."""
-    where = np.argwhere(np.asarray(image)[..., 0] > 128)
-    return None if len(where) == 0 else [*where.min(0)[::-1].astype(float), *(where.max(0)[::-1] + 1.0)]
-
-
-def test_prepare_cuts_where_the_detector_says(tmp_path, monkeypatch):
-    """The crop has the face in the middle, 0.6 of the side."""
-    def paint(k):
-        picture = np.full((120, 160, 3), 30, np.uint8)
-        picture[40:64, 90:114] = 220
-        return picture
-
-    monkeypatch.setattr(prepare_module, "load_detector", lambda path: path)
-    monkeypatch.setattr(prepare_module, "find_face", find)
-    video(tmp_path / "a.mp4", 30, size=(120, 160), paint=paint)
+def test_prepare_cuts_the_square_of_the_face(tmp_path):
+    """A video that shows a face smaller and off the middle becomes a clip that shows what a photo's square does."""
+    portrait = Image.open(ROOT / "examples" / "portrait.png").convert("RGB").resize((160, 160), Image.Resampling.LANCZOS)
+    frame = Image.new("RGB", (320, 240), (90, 110, 130))
+    frame.paste(portrait, (140, 40))
+    video(tmp_path / "a.mp4", 30, size=(240, 320), paint=lambda k: np.asarray(frame))
     (tmp_path / "clips").mkdir()
     about = {"identity": "a", "split": "train"}
-    row, = prepare_module.prepare_one(str(tmp_path / "a.mp4"), "in/a.mp4", about, tmp_path, 40, "some")["kept"]
-    assert row["crop"] == pytest.approx([82, 32, 122, 72], abs=1)
-    assert row["face"] == pytest.approx([0.2, 0.2, 0.8, 0.8], abs=0.03)
-    frames, _ = data.read_clip(str(tmp_path / row["file"]), 40)
-    bright = (frames[0, 0] > 0.2).nonzero()
-    assert bright.min(0).values.tolist() == pytest.approx([8, 8], abs=1)
-    assert bright.max(0).values.tolist() == pytest.approx([31, 31], abs=1)
+    row, = prepare_module.prepare_one(str(tmp_path / "a.mp4"), "in/a.mp4", about, tmp_path, 96)["kept"]
+    square = Square(*row["square"])
+    alone = largest(find_faces(load_detector(), portrait))
+    assert (square.cx - 140, square.cy - 40, square.side) == pytest.approx((alone.cx, alone.cy, alone.side), abs=6)
+    assert row["face"] == FACE_BOX
+    frames, _ = data.read_clip(str(tmp_path / row["file"]), 96)
+    expected = from_uint8(crop_square(frame, square, 96))
+    assert frames.shape == (30, 3, 96, 96) and (frames[7] - expected).abs().mean() < 0.03

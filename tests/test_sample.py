@@ -24,12 +24,15 @@ from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig
 from media import audio_features, face
 from media import device as device_module
+from media.compose import load_composer
 from media.files import InputError
+from media.image import from_uint8, open_image
 from media.sound import has_audio, load_audio
 from media.video import VideoWriter, read_video
 from media.weights import save_weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PORTRAIT = os.path.join(ROOT, "examples", "portrait.png")
 
 torch.set_num_threads(1)
 META = {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2, "guidance": 1.0}
@@ -54,7 +57,9 @@ def given(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
     save_weights(folder / "w.safetensors", small_models(), META)
     rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(folder / "x.png")
+    photo = Image.new("RGB", (72, 64), (90, 110, 130))
+    photo.paste(Image.open(PORTRAIT).convert("RGB").resize((64, 64)), (0, 0))
+    photo.save(folder / "x.png")
     soundfile.write(folder / "y.wav", 0.2 * rng.normal(size=(22050, 2)).clip(-3, 3), 22050)
     with VideoWriter(folder / "d.mp4", 32, torch.from_numpy(rng.normal(0, 0.1, 16000)).float()) as video:
         for _ in range(20):
@@ -81,22 +86,71 @@ def test_photo_and_speech_make_a_video(given, tmp_path, capsys):
     assert "25 frames" in capsys.readouterr().out
     with av.open(str(tmp_path / "o.mp4")) as container:
         video, sound = container.streams.video[0], container.streams.audio[0]
-        assert (video.frames, video.width, video.height, sound.rate, sound.channels) == (25, 32, 32, 22050, 2)
+        assert (video.frames, video.width, video.height, sound.rate, sound.channels) == (25, 144, 128, 22050, 2)
     assert os.listdir(tmp_path) == ["o.mp4"]
 
 
-def test_with_a_detector_the_photo_is_cut_round_its_face(given, tmp_path, monkeypatch):
-    """The face found fills the photo: its square is larger, and what is beyond repeats the edge."""
-    seen, talk = [], sample.animate_from_audio
-    monkeypatch.setattr(sample, "animate_from_audio",
-                        lambda models, meta, image, *more: seen.append(image) or talk(models, meta, image, *more))
-    monkeypatch.setattr(sample, "load_detector", lambda path: path)
-    monkeypatch.setattr(face, "find_face", lambda detector, image: [0.0, 0.0, *map(float, image.size)])
-    assert sample.main(command(given, tmp_path / "o.mp4", "--detector", "yunet.onnx")) == 0
-    assert seen[0].shape == (3, 32, 32) and (seen[0][:, :, 0] - seen[0][:, :, 1]).abs().max() < 0.02
-    monkeypatch.setattr(face, "find_face", lambda detector, image: None)
-    assert sample.main(command(given, tmp_path / "p.mp4", "--detector", "yunet.onnx")) == 2
-    assert os.listdir(tmp_path) == ["o.mp4"]
+def images_and_frames(monkeypatch):
+    """Lists that fill with the photo's square as the models see it and with the frames as they are written."""
+    images, frames, prepare, write = [], [], sample.prepare_reference, VideoWriter.write
+    monkeypatch.setattr(sample, "prepare_reference",
+                        lambda models, meta, image, seed: images.append(image) or prepare(models, meta, image, seed))
+    monkeypatch.setattr(VideoWriter, "write", lambda self, frame: frames.append(frame.copy()) or write(self, frame))
+    return images, frames
+
+
+@pytest.mark.parametrize("latents", [False, True])
+def test_frames_are_the_whole_photo_with_its_face_moved(given, tmp_path, monkeypatch, latents):
+    """Enlarged twice, as the face is small; outside of the face's square every frame is the photo."""
+    images, frames = images_and_frames(monkeypatch)
+    models = small_models(predict="v") if latents else small_models()
+    save_weights(tmp_path / "w.safetensors", models, META)
+    assert sample.main(command(given, tmp_path / "o.mp4", ckpt=tmp_path / "w.safetensors")) == 0
+    photo = open_image(given / "x.png")
+    square, _ = face.frame_photo(photo, face.load_detector())
+    assert torch.equal(images[0], from_uint8(face.crop_square(photo, square, 32)))
+    composer = load_composer(photo, square, 1080)
+    changed = (np.stack(frames) != composer.photo).any(axis=(0, 3))
+    y, x = np.nonzero(changed)
+    assert changed.shape == (128, 144) and changed.mean() > 0.3
+    half = composer.square.side / 2 + 1
+    assert max(abs(x - composer.square.cx).max(), abs(y - composer.square.cy).max()) < half * 1.05
+
+
+def test_crop_and_size_are_those_of_the_video(given, tmp_path, monkeypatch):
+    _, frames = images_and_frames(monkeypatch)
+    assert sample.main(command(given, tmp_path / "o.mp4", "--size", "72")) == 0
+    assert frames[0].shape == (64, 72, 3)
+    assert sample.main(command(given, tmp_path / "o.mp4", "--crop")) == 0
+    assert frames[-1].shape[0] == frames[-1].shape[1] == pytest.approx(122, abs=6)
+    with av.open(str(tmp_path / "o.mp4")) as container:
+        assert (container.streams.video[0].height, container.streams.video[0].width) == frames[-1].shape[:2]
+
+
+def test_a_photo_without_a_face_is_used_in_the_middle(given, tmp_path, monkeypatch, capsys):
+    images, _ = images_and_frames(monkeypatch)
+    Image.linear_gradient("L").resize((48, 40)).save(tmp_path / "grey.png")
+    assert sample.main([*command(given, tmp_path / "o.mp4"), "--img", str(tmp_path / "grey.png")]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert "grey.png" in said[0] and "no face" in said[0]
+    photo = open_image(tmp_path / "grey.png")
+    assert torch.equal(images[0], from_uint8(face.crop_square(photo, face.Square(24, 20, 40), 32)))
+
+
+def test_another_face_can_be_chosen(given, tmp_path, monkeypatch, capsys):
+    """Two faces: the larger one, at the left, unless another is asked for; a third does not exist."""
+    images, _ = images_and_frames(monkeypatch)
+    portrait, photo = Image.open(PORTRAIT).convert("RGB"), Image.new("RGB", (320, 160), (120, 140, 90))
+    photo.paste(portrait.resize((160, 160)), (0, 0))
+    photo.paste(portrait.resize((100, 100)), (200, 30))
+    photo.save(tmp_path / "two.png")
+    for more in ([], ["--face", "1"], ["--face", "2"]):
+        assert sample.main([*command(given, tmp_path / "o.mp4", *more), "--img", str(tmp_path / "two.png")]) == 0
+    assert "2 faces" in capsys.readouterr().err
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+    assert (images[2] - images[0]).abs().mean() < 0.1             # the same drawn face, smaller
+    words = [*command(given, tmp_path / "o.mp4", "--face", "3"), "--img", str(tmp_path / "two.png")]
+    refused(capsys, words, "two.png", "--face 3", "2")
 
 
 def test_reenactment_keeps_frames_and_sound(given, tmp_path):
@@ -444,14 +498,14 @@ def test_driving_video_that_breaks_off_leaves_no_file(given, tmp_path, capsys, m
         yield torch.zeros(3, size, size)
         raise InputError(f"{path} is cut off")
 
-    monkeypatch.setattr(sample, "read_video", broken)
+    monkeypatch.setattr(sample, "frame_video", lambda path, size, detector: (broken(path, size), None))
     refused(capsys, command(given, tmp_path / "o.mp4", "--video", str(given / "d.mp4"), wav=None), "cut off")
     assert os.listdir(tmp_path) == []
 
 
 def test_interruption_leaves_no_file(given, tmp_path, monkeypatch, capsys):
     def interrupted(*arguments):
-        yield np.zeros((32, 32, 3), np.uint8)
+        yield np.zeros((128, 144, 3), np.uint8)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sample, "animate_from_audio", interrupted)
@@ -461,7 +515,8 @@ def test_interruption_leaves_no_file(given, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("wrong", [["--wav", "y.wav"], ["--img", "x.png"], ["--img", "x", "--wav", "y", "--video", "z"],
                                    *(["--img", "x", "--wav", "y", *more] for more in (
-                                       ["--steps", "0"], ["--seed", "-1"], ["--seed", str(10**30)], ["--guidance", "nan"]))])
+                                       ["--steps", "0"], ["--seed", "-1"], ["--seed", str(10**30)], ["--guidance", "nan"],
+                                       ["--size", "9"]))])
 def test_wrong_usage_is_status_2(wrong, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main(wrong)

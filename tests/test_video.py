@@ -120,6 +120,20 @@ def write(path, frames, sound=None, size=64, paint=picture):
             video.write(paint(k))
 
 
+@pytest.mark.parametrize("width, height", [(96, 64), (64, 150), (600, 450)])
+def test_a_picture_need_not_be_square(tmp_path, width, height):
+    frame = np.zeros((height, width, 3), np.uint8)
+    frame[: height // 2, : width // 3], frame[height // 2:] = ORANGE, BLUE
+    with VideoWriter(tmp_path / "o.mp4", (width, height)) as video:
+        for _ in range(3):
+            video.write(frame)
+    with av.open(str(tmp_path / "o.mp4")) as container:
+        shown = [x.to_ndarray(format="rgb24", src_colorspace="ITU709") for x in container.decode(video=0)]
+    assert len(shown) == 3 and shown[0].shape == frame.shape and np.abs(shown[2].astype(int) - frame).mean() < 3
+    with pytest.raises(ValueError, match="even"):
+        VideoWriter(tmp_path / "p.mp4", (width, height + 1))
+
+
 @pytest.mark.parametrize("rate, channels", [(8000, 1), (44100, 2), (48000, 6), (96000, 2), (22050, 1)])
 def test_written_video_is_what_browsers_play(tmp_path, rate, channels):
     soundfile.write(tmp_path / "a.wav", sine(rate, 2.0, channels), rate)
