@@ -139,13 +139,16 @@ def synthetic_clips(args, preset, size, rank, world):
     for number in range(args.clips):
         seed = torch.tensor([((args.seed * 100_000 + number) * world + rank) % HELD_OUT])
         voice, face, change = random_moods(seed, frames)
+        if preset.get("agree"):                                                    # ablation: one mood a clip, the voice's
+            face, change = voice[:, None].expand(-1, frames, -1), torch.tensor([frames])
         clip = random_clip(seed, frames, face, voice)
         moods = random_mood(seed * OTHERS + torch.arange(OTHERS), 44)              # the same movements in other moods
         jaw, lip_width = clip["motion"][:, :, lips].expand(OTHERS, -1, -1).unbind(2)
         others = perform(seed.expand(OTHERS), jaw, lip_width, moods, movement=True)
         others = others[torch.arange(OTHERS), (2 * torch.arange(OTHERS) + 1) * frames // (2 * OTHERS)]      # (OTHERS, M)
         parts = (render_fn(clip["identity"].expand(len(part), -1), part, size) for part in clip["motion"][0].split(25))
-        yield Clip(parts, clip["wave"], face[0], change.item(), voice[0], render(clip["identity"].expand(OTHERS, -1), others, size))
+        others = None if preset.get("agree") else render(clip["identity"].expand(OTHERS, -1), others, size)
+        yield Clip(parts, clip["wave"], face[0], change.item(), voice[0], others)
 
 
 def mood_label(record):
@@ -183,6 +186,7 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
     """This process's clips, encoded. Kept in --out, for the next start."""
     inputs = [args.ae, *(os.path.join(name, "manifest.jsonl") for name in args.data if name != "synthetic")]
     key = [*map(fingerprint, inputs), args.clips, args.seed, args.mask_max, preset["seconds"], world, args.whisper, "moods",
+           preset.get("agree", False),
            *args.data]
     path = os.path.join(args.out, f"clips-{rank}.pt")
     if os.path.exists(path):

@@ -2,7 +2,7 @@
 in any loss but that of the row which says so.
 
     python -m measure.ablate                        train and measure what is missing in --out, then print all tables
-    python -m measure.ablate --only width mask      some of them: width, count, mask, attention, prediction, label, past
+    python -m measure.ablate --only width mask      some of them: width, count, mask, attention, prediction, label, past, emotion
     python -m measure.ablate --png ablations.png    also draw the curves
 
 Every variant differs from `base` in one thing. Each is trained from every seed on the same people, in the same order, and
@@ -56,12 +56,17 @@ TABLES = {
     "prediction": {"x": {}, "v": decoder(predict="v")},
     "label": {"none": {}, "known motion, fading": {"label_weight": 0.3}},
 }
-PASTS = {"none": 0.0, "0 to 20%": 0.2}                             # masks of the generator's past frames (stage 2)
+# likewise of stage 2, what differs from PAST and the share of the past that is masked
+STAGE_2 = {
+    "past": {"none": ({}, 0.0), "0 to 20%": ({}, 0.2)},
+    "emotion": {"experts": ({"generator": GeneratorConfig(experts=16)}, 0.2),
+                "a table of seven vectors": ({"generator": GeneratorConfig(mood_table=True)}, 0.2),
+                "experts, moods never disagree": ({"generator": GeneratorConfig(experts=16), "agree": True}, 0.2)}}
 TITLES = {"width": "One token, its width (paper: table 5)", "count": "64 numbers in 1 to 8 tokens (paper: table 6)",
           "mask": "Masked patches in stage 1 (paper: table 7, figure 9)", "attention": "Who sees the target",
           "prediction": "What the decoder predicts", "label": "A label in the loss of stage 1, for 80% of the run",
-          "past": "Masked patches of the past frames in stage 2"}
-CLIPS = {"reconstruct": 12, "probe": 300, "talk": 12}
+          "past": "Masked patches of the past frames in stage 2", "emotion": "How the generator is told an emotion"}
+CLIPS = {"reconstruct": 12, "probe": 300, "talk": 12, "emotion": 8}
 # what is measured: title -> (file, path to the number, digits)
 MEASURES = {
     "PSNR": ("reconstruct", ("rows", "ours, 1 step", "psnr", "mean"), 2),
@@ -79,6 +84,14 @@ TALK_MEASURES = {"jaw": ("talk", ("rows", "ours", "jaw", "mean"), 3), "lip width
          "yaw, degrees": ("talk", ("rows", "ours", "yaw_std", "mean"), 2),
          "blinks a minute": ("talk", ("rows", "ours", "blinks_per_minute", "mean"), 1)}
 
+EMOTION_MEASURES = {
+    "accuracy": ("emotion", ("rows", "ours", "accuracy"), 2), "size of corners": ("emotion", ("rows", "ours", "gain_corner"), 2),
+    "accuracy, voice of another emotion": ("emotion", ("rows", "voice of another emotion", "accuracy"), 2),
+    "crosstalk": ("emotion", ("rows", "ours", "crosstalk"), 3), "mouth, worst change": ("emotion", ("rows", "ours", "mouth_worst"), 3),
+    "compounds, seen": ("emotion", ("compounds_seen",), 2), "unseen": ("emotion", ("compounds_unseen",), 2),
+    "80% of a switch, s": ("emotion", ("switch_80_percent_seconds",), 2)}
+STAGE_2_MEASURES = {"past": TALK_MEASURES, "emotion": EMOTION_MEASURES}
+
 
 def slug(table, entry):
     """Name of a run's folder."""
@@ -86,14 +99,14 @@ def slug(table, entry):
 
 
 def runs(names):
-    """What `names` ask for -> {folder: (preset of stage 1 or None, share of the past masked)}, the base once."""
-    presets = {"base": (BASE, None)} if set(names) & set(TABLES) else {}
+    """What `names` ask for -> {folder: (preset, share of the past masked or None for stage 1, measures)}, the base once."""
+    presets = {"base": (BASE, None, MEASURES)} if set(names) & set(TABLES) else {}
     for table in names:
         for entry, change in TABLES.get(table, {}).items():
             if change:
-                presets[slug(table, entry)] = ({**BASE, **change}, None)
-        if table == "past":
-            presets |= {slug(table, entry): (None, share) for entry, share in PASTS.items()}
+                presets[slug(table, entry)] = ({**BASE, **change}, None, MEASURES)
+        for entry, (change, share) in STAGE_2.get(table, {}).items():
+            presets[slug(table, entry)] = ({**PAST, **change}, share, STAGE_2_MEASURES[table])
     return presets
 
 
@@ -109,15 +122,12 @@ def run_evaluation(folder, command, args):
     return json.loads(Path(path).read_text())
 
 
-def run(folder, preset, share, seed, args):
+def run(folder, preset, share, measures, seed, args):
     """Train one variant from one seed, or what is left of it, and measure it -> {measure: number}, None if it was stopped."""
     words = ["--preset", "ablation", "--out", folder, "--seed", str(seed), "--device", args.device]
-    if preset:
-        train_ae.PRESETS["ablation"] = {**preset, "steps": args.steps or preset["steps"]}
-        status, measures = train_ae.main(words), MEASURES
-    else:
-        train_gen.PRESETS["ablation"] = {**PAST, "steps": args.steps or PAST["steps"]}
-        status, measures = train_gen.main([*words, "--ae", args.ckpt, "--mask-max", str(share)]), TALK_MEASURES
+    script = train_ae if share is None else train_gen
+    script.PRESETS["ablation"] = {**preset, "steps": args.steps or preset["steps"]}
+    status = script.main(words if share is None else [*words, "--ae", args.ckpt, "--mask-max", str(share)])
     signal.signal(signal.SIGINT, signal.default_int_handler)        # training took them over
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if status:
@@ -128,14 +138,14 @@ def run(folder, preset, share, seed, args):
 
 def rows(table, results):
     """{row: [numbers of each seed]} of one table, from found {folder: [...]}."""
-    if table == "past":
-        return {entry: results[slug(table, entry)] for entry in PASTS}
+    if table in STAGE_2:
+        return {entry: results[slug(table, entry)] for entry in STAGE_2[table]}
     return {entry: results[slug(table, entry) if change else "base"] for entry, change in TABLES[table].items()}
 
 
 def print_table(table, results):
     """One table as Markdown."""
-    measures = TALK_MEASURES if table == "past" else MEASURES
+    measures = STAGE_2_MEASURES.get(table, MEASURES)
     print(f"\n**{TITLES[table]}**\n\n| | {' | '.join(measures)} |\n|{'---|' * (len(measures) + 1)}")
     for entry, seeds in rows(table, results).items():
         cells = []
@@ -182,7 +192,8 @@ def parse(argv):
     p.add_argument("--only", nargs="+", choices=TITLES, default=list(TITLES), help="tables (default: all)")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="(default: 0 1)")
     p.add_argument("--steps", type=int, help=f"steps of each run (default: {BASE['steps']}, stage 2 {PAST['steps']})")
-    p.add_argument("--ckpt", default=str(evaluate.WEIGHTS / "semo-tiny.safetensors"), help="past: the encoder (default: the embedded)")
+    p.add_argument("--ckpt", default=str(evaluate.WEIGHTS / "semo-tiny.safetensors"),
+                   help="past, emotion: the encoder (default: the embedded)")
     p.add_argument("--png", help="also draw the curves of stage 1 to this file")
     p.add_argument("--json", help="also write the numbers of every seed to this file")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
@@ -196,18 +207,18 @@ def main(argv=None):
     """-> exit status: 0, 130 if it was stopped and can go on, or 2 after one sentence about what cannot be used."""
     args, results = parse(argv), {}
     try:
-        if "past" in args.only:
+        if set(args.only) & set(STAGE_2):
             sample.load_models(args.ckpt)                        # refuse now what cannot be read hours later
         for seed in args.seeds:                                     # all variants of a seed first: a table early
-            for name, (preset, share) in runs(args.only).items():
-                numbers = run(os.path.join(args.out, f"{name}-{seed}"), preset, share, seed, args)
+            for name, variant in runs(args.only).items():
+                numbers = run(os.path.join(args.out, f"{name}-{seed}"), *variant, seed, args)
                 if numbers is None:
                     return 130
                 results.setdefault(name, []).append(numbers)
         for table in args.only:
             print_table(table, results)
         if args.png:
-            plot(args.png, results, [table for table in args.only if table != "past"])
+            plot(args.png, results, [table for table in args.only if table in TABLES])
         if args.json:
             with atomic_write(args.json, make_folder=True) as temporary:
                 Path(temporary).write_text(json.dumps(results, indent=1) + "\n")

@@ -10,6 +10,7 @@ from PIL import Image
 import train_ae
 from decoder import Decoder
 from encoder import MotionEncoder
+from generator import Generator
 from measure import ablate, evaluate
 from sample import load_models
 
@@ -34,7 +35,9 @@ def test_every_variant_differs_from_the_base_in_one_thing_and_can_be_built():
             v = decoder(picture, torch.ones(2), motion, decoder.encode_reference(picture, motion))
             assert v.shape == picture.shape
     names = list(ablate.runs(list(ablate.TITLES)))
-    assert len(names) == len(set(names)) == 1 + 3 + 3 + 2 + 1 + 1 + 1 + 2
+    assert len(names) == len(set(names)) == 1 + 3 + 3 + 2 + 1 + 1 + 1 + 2 + 3
+    for change, _ in ablate.STAGE_2["emotion"].values():
+        assert Generator(change["generator"]).config.audio_dim == 320
 
 
 @pytest.fixture

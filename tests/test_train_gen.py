@@ -200,6 +200,13 @@ def test_a_person_is_also_seen_in_other_moods():
     assert (distance[0] < 0.7 * distance[1]).all() and torch.pdist(one.others.flatten(1)).min() > 0
 
 
+def test_moods_that_never_disagree():
+    """The ablation: voice, face and references of a clip are of one mood."""
+    args = train_gen.parse(command("", "", "--clips", "3"))
+    for clip in train_gen.synthetic_clips(args, {"seconds": 1.2, "agree": True}, 32, 0, 1):
+        assert torch.equal(clip.mood, clip.voice.expand(30, -1)) and clip.change == 30 and clip.others is None
+
+
 def test_processes_encode_different_clips_none_held_out(monkeypatch):
     seen, make = [], random_clip
     monkeypatch.setattr(train_gen, "random_clip", lambda seeds, *more: seen.extend(seeds.tolist()) or make(seeds, *more))
