@@ -1,14 +1,17 @@
-"""Chapter 2, generation: a DiT that paints the target frame from a reference photo and two motions (section 3.1, eq. 3).
+"""Chapter 2, generation: a DiT that predicts the target frame from a reference photo and two motions (section 3.1, eq. 3).
 
-    reference patches Z_r + motion M_r ---> tokens that know no time t and see only themselves: computed once a video
+    reference patches Z_r + motion M_r ---> tokens without time t that attend only to themselves: computed once a video
                                                 | keys and values of every layer
-    noised target patches Z_t^n + motion M_t ---+--> tokens that see the reference and themselves -> velocity V
+    noised target patches Z_t^n + motion M_t ---+--> tokens that attend to the reference and to themselves -> velocity V
                                     (and, in a video model, the same patch of the other frames: temporal align block)
 
-One set of weights serves both rows. The paper lets all tokens see all (full_attention=True); ours is faster, as one
-reference serves every frame and every step. In pixel space the output is what to do with the reference: move it, fade
-it, paint over it. Copying is then free and turning a head cheap, and the velocity follows from the picture
-(x-prediction, JiT, arXiv 2511.13720).
+One set of weights serves both rows. The paper lets all tokens attend to all (full_attention=True); the default is
+faster, since one reference serves every frame and every sampling step.
+
+In pixel space (predict="x", ours) the network predicts the picture x as an edit of the reference: it is warped by a
+displacement field, faded out where alpha is large, and a residual is added. Copying is the initial state, and turning a
+head needs few numbers. The velocity follows from x (JiT, arXiv 2511.13720). In latent space (predict="v", the paper)
+the head gives the velocity itself.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from torch import nn
+from torch import Tensor, nn
 
 from encoder import Attention, attention, mlp, patchify, rms_norm, sincos, sincos_2d, unpatchify
 from flow import integrate, x_to_v
@@ -24,6 +27,8 @@ from flow import integrate, x_to_v
 
 @dataclass(frozen=True)
 class DecoderConfig:
+    """Sizes and switches. Everything after `frames` is ours; the paper's decoder has full_attention=True, predict="v",
+    tokens_per_motion=1 and the two shortcuts off."""
     image_size: int = 128           # H = W, pixels or latent cells
     channels: int = 3               # C
     patch_size: int = 16            # p
@@ -32,10 +37,14 @@ class DecoderConfig:
     heads: int = 4
     num_tokens: int = 1             # L
     token_dim: int = 64             # D
-    tokens_per_motion: int = 8      # decoder tokens made of one motion token (ours; a lone narrow token is easily ignored)
     frames: int = 1                 # F; above 1, the video model: a temporal align block after each transfer block
-    full_attention: bool = False    # the paper's attention: the reference sees the target too
-    predict: str = "x"              # "x" (pixels) or "v" (latents)
+    full_attention: bool = False    # the paper's attention: the reference attends to the target, too
+    predict: str = "x"              # "x": an edit of the reference (pixels), "v": the velocity (latents, the paper)
+    tokens_per_motion: int = 8      # decoder tokens made from one motion token; a single narrow one is easily ignored
+    motion_delta: bool = True       # M_t - M_r enters each target patch and the adaLN condition (class MotionDelta)
+    ref_context: bool = True        # each target patch receives the reference patch at its place
+    warp_grid: int = 1              # displacement vectors per side of a patch
+    overlap: bool = False           # residual and alpha of a patch cover twice its side under a Hann window
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -44,38 +53,40 @@ class DecoderConfig:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
         if self.predict not in ("x", "v"):
             raise ValueError(f"predict must be 'x' or 'v', not {self.predict!r}")
+        if self.overlap and self.patch_size % 2:
+            raise ValueError(f"overlap needs an even patch_size, not {self.patch_size}")
 
 
 class Picture(NamedTuple):
-    """A picture of the decoder, and in pixel space how it was made of the reference."""
-    x: torch.Tensor                         # (B, C, H, W)
-    moved: torch.Tensor | None = None       # (B, C, H, W)   the reference, moved
-    alpha: torch.Tensor | None = None       # (B, 1, H, W)   how far that is faded out
-    field: torch.Tensor | None = None       # (B, H, W, 2)   displacements x, y in halves of the picture
+    """A predicted picture, and in pixel space how it was made from the reference."""
+    x: Tensor                       # (B, C, H, W)
+    moved: Tensor | None = None     # (B, C, H, W)  the warped reference
+    alpha: Tensor | None = None     # (B, 1, H, W)  how much of it is removed
+    field: Tensor | None = None     # (B, H, W, 2)  displacements x, y in halves of the picture
 
 
 class TimeEmbed(nn.Module):
-    """t in [0, 1] -> (B, E). The sinusoid gets 1000 t, here and nowhere else."""
+    """Embed t in [0, 1], (B,) -> (B, E). The sinusoid gets 1000 t, here and nowhere else."""
 
-    def __init__(self, width):
+    def __init__(self, width: int):
         super().__init__()
         self.register_buffer("frequencies", 1e-4 ** torch.linspace(0, 1, width // 2), persistent=False)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t):
+    def forward(self, t: Tensor) -> Tensor:
         angle = 1000 * t[:, None].float() * self.frequencies                           # (B, E/2)
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))                  # (B, E)
 
 
-def modulate(x, shift, scale):
-    """x (B, n, E); shift, scale (B, E)."""
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Shift and scale x (B, n, E) by (B, E) each."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class DiTBlock(nn.Module):
-    """Transformer block whose norms are shifted, scaled and gated by a condition, identity at first (adaLN-zero, DiT)."""
+    """Transformer block whose norms are shifted, scaled and gated by a condition; starts as identity (adaLN-zero, DiT)."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attention = Attention(width, heads)
@@ -83,13 +94,14 @@ class DiTBlock(nn.Module):
         self.mlp = mlp(width)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x, condition, kv_cache=None):
-        """x (B, n, E), condition (B, E), kv_cache: keys and values (B, heads, m, d) seen beside x's own -> x, its own (k, v)."""
+    def forward(self, x, condition, ref_kv=None):
+        """x (B, n, E), condition (B, E), ref_kv: keys and values (B, heads, m, d) attended to beside x's own
+        -> x, its own (k, v)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=1)
         q, k, v = self.attention.project(modulate(self.norm1(x), shift1, scale1))
         kv = (k, v)
-        if kv_cache is not None:
-            k, v = (torch.cat([cached, new], dim=2) for cached, new in zip(kv_cache, kv, strict=True))
+        if ref_kv is not None:
+            k, v = (torch.cat([ref, own], dim=2) for ref, own in zip(ref_kv, kv, strict=True))
         attn_out = self.attention.out(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
         x = x + gate1[:, None] * attn_out
         x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -99,16 +111,17 @@ class DiTBlock(nn.Module):
 class TemporalBlock(nn.Module):
     """Temporal align block: each patch position attends over the F frames of its clip; adds zero at first (ours).
 
-    A lone frame passes unchanged, so a model made for pictures becomes one for video without forgetting.
+    The paper says "flattens to f x t" and gives the cost as o(f); attention per position has that cost. A single frame
+    passes unchanged, so an image model becomes a video model without forgetting.
     """
 
-    def __init__(self, width, heads):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.width = width
         self.norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
 
-    def forward(self, x, frames):
+    def forward(self, x, frames: int):
         if frames == 1:
             return x
         time = sincos(torch.arange(frames, device=x.device), self.width).to(x)         # (F, E)
@@ -116,132 +129,178 @@ class TemporalBlock(nn.Module):
         return x + rearrange(self.attention(y), "(b n) f e -> (b f) n e", b=len(x) // frames)
 
 
+class MotionDelta(nn.Module):
+    """Give M_t - M_r directly to the adaLN condition and to every target patch (ours).
+
+    Attention alone learns both, in about ten times the steps. The difference is also given at unit length, so that
+    small motions (a lip, a lid) have an effect of their own. Each patch position mixes K views of it with weights of
+    its own.
+    """
+
+    def __init__(self, motion: int, width: int, patches: int, views: int):
+        super().__init__()
+        self.views = views
+        self.project = nn.Linear(2 * motion, (1 + views) * width, bias=False)
+        self.mix = nn.Parameter(views**-0.5 * torch.randn(patches, views))
+        nn.init.normal_(self.project.weight, std=self.project.in_features**-0.5)
+
+    def forward(self, m_t, m_r):
+        """Motions (B, L, D) -> (B, E) for the condition, (B, N, E) for the patches."""
+        delta = (m_t - m_r).flatten(1)                                                 # (B, L*D)
+        delta = self.project(torch.cat([delta, rms_norm(delta)], dim=1))
+        delta = rearrange(delta, "b (k e) -> b k e", k=1 + self.views)                 # (B, 1+K, E)
+        return delta[:, 0], self.mix @ delta[:, 1:]
+
+
 class Decoder(nn.Module):
+    """Velocity of the target frame, eq. (3)."""
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = c = config
-        grid_size = c.image_size // c.patch_size
-        patch = c.patch_size**2 * c.channels
-        self.warp_grid = max(1, c.patch_size // 8)                                     # a patch has so many displacements a side
-        self.embed = nn.Linear(patch, c.width)
-        self.ref_patch_embed = nn.Linear(patch, c.width, bias=False)
+        side, patch = c.image_size // c.patch_size, c.patch_size**2
+        self.embed = nn.Linear(patch * c.channels, c.width)
         self.motion = nn.Linear(c.token_dim, c.tokens_per_motion * c.width)
-        self.time = TimeEmbed(c.width)
-        self.motion_delta = nn.Linear(2 * c.num_tokens * c.token_dim, (1 + c.tokens_per_motion) * c.width, bias=False)
-        self.delta_mix = nn.Parameter(torch.randn(grid_size**2, c.tokens_per_motion) * c.tokens_per_motion**-0.5)  # of each patch
-        self.segment_embed = nn.Parameter(0.02 * torch.randn(2, c.width))              # reference row, target row
-        if not c.full_attention:
-            self.ref_condition = nn.Parameter(torch.zeros(c.width))                    # the reference row's condition: no time
         self.motion_pos_embed = nn.Parameter(0.02 * torch.randn(c.num_tokens * c.tokens_per_motion, c.width))
+        self.segment_embed = nn.Parameter(0.02 * torch.randn(2, c.width))              # reference, target
+        self.time = TimeEmbed(c.width)
+        if not c.full_attention:
+            self.ref_condition = nn.Parameter(torch.zeros(c.width))                    # the reference has no time
+        if c.ref_context:
+            self.ref_patch_embed = nn.Linear(patch * c.channels, c.width, bias=False)
+        if c.motion_delta:
+            self.motion_delta = MotionDelta(c.num_tokens * c.token_dim, c.width, side**2, c.tokens_per_motion)
         self.blocks = nn.ModuleList(DiTBlock(c.width, c.heads) for _ in range(c.depth))
         self.temporal = nn.ModuleList(TemporalBlock(c.width, c.heads) for _ in range(c.depth if c.frames > 1 else 0))
         self.norm = nn.LayerNorm(c.width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 2 * c.width))
-        self.head = nn.Linear(c.width, patch if c.predict == "v" else patch + c.patch_size**2 + 2 * self.warp_grid**2)
-        self.affine_head = nn.Linear(c.width, 6) if c.predict == "x" else None
-        self.register_buffer("position", sincos_2d(grid_size, c.width), persistent=False)   # (N, E)
+        if c.predict == "v":
+            self.head = nn.Linear(c.width, patch * c.channels)
+        else:
+            painted = (4 if c.overlap else 1) * patch * (c.channels + 1)               # residual and alpha
+            self.head = nn.Linear(c.width, painted + 2 * c.warp_grid**2)
+            self.affine_head = nn.Linear(c.width, 6)
+            if c.overlap:
+                window = torch.sin(torch.pi * (torch.arange(2 * c.patch_size) + 0.5) / (2 * c.patch_size)) ** 2
+                window = (window[:, None] * window).flatten()                          # (4*p*p,) Hann
+                self.register_buffer("window", window, persistent=False)
+                total = self.overlap_add(window.expand(1, side**2, -1))                # below 1 at the picture's border
+                self.register_buffer("window_sum", total, persistent=False)
+        self.register_buffer("pos_embed", sincos_2d(side, c.width), persistent=False)  # (N, E)
         self.init_weights()
 
     def init_weights(self):
-        for block in [*self.blocks, self]:                                             # adaLN-zero: every block starts as identity
+        for block in [*self.blocks, self]:                                   # adaLN-zero: every block starts as identity
             nn.init.zeros_(block.modulation[1].weight)
             nn.init.zeros_(block.modulation[1].bias)
-        for block in self.temporal:
-            nn.init.zeros_(block.attention.out.weight)
-            nn.init.zeros_(block.attention.out.bias)
-        nn.init.normal_(self.motion_delta.weight, std=self.motion_delta.in_features**-0.5)
-        for layer in [self.head, *([self.affine_head] if self.affine_head else [])]:   # output 0: at first the reference is copied
-            nn.init.zeros_(layer.weight)
+        outputs = [self.head, *([self.affine_head] if self.config.predict == "x" else [])]
+        for layer in [*outputs, *(block.attention.out for block in self.temporal)]:
+            nn.init.zeros_(layer.weight)                                     # output 0: at first the reference is copied
             nn.init.zeros_(layer.bias)
 
-    def embed_tokens(self, z, motion, segment):
-        """Picture z (B, C, H, W) and motion (B, L, D) as one sequence of N patches and L*K tokens -> (B, n, E)."""
-        patches = self.embed(patchify(z, self.config.patch_size)) + self.position      # (B, N, E)
-        tokens = rearrange(self.motion(motion), "b l (k e) -> b (l k) e", k=self.config.tokens_per_motion) + self.motion_pos_embed
-        return torch.cat([patches, tokens], dim=1) + self.segment_embed[segment]
+    def embed_tokens(self, z, motion, segment: int):
+        """Embed picture z (B, C, H, W) and motion (B, L, D) as one sequence of N patches and L*K tokens -> (B, n, E)."""
+        patches = self.embed(patchify(z, self.config.patch_size)) + self.pos_embed     # (B, N, E)
+        tokens = rearrange(self.motion(motion), "b l (k e) -> b (l k) e", k=self.config.tokens_per_motion)
+        return torch.cat([patches, tokens + self.motion_pos_embed], dim=1) + self.segment_embed[segment]
 
     def embed_target(self, z_t, t, m_t, z_r, m_r):
-        """The target's sequence (B, n, E) and condition (B, E).
+        """-> the target's sequence (B, n, E) and condition (B, E). The two shortcuts enter here and nowhere else."""
+        x, condition = self.embed_tokens(z_t, m_t, segment=1), self.time(t)            # (B, n, E), (B, E)
+        context = torch.zeros_like(x[:, : len(self.pos_embed)])                        # (B, N, E)
+        if self.config.ref_context:
+            context = context + self.ref_patch_embed(patchify(z_r, self.config.patch_size))
+        if self.config.motion_delta:
+            delta, delta_patches = self.motion_delta(m_t, m_r)
+            condition, context = condition + delta, context + delta_patches
+        return torch.cat([x[:, : context.shape[1]] + context, x[:, context.shape[1]:]], dim=1), condition
 
-        Ours: a target patch knows from the start what lies beneath it in the reference, and what has changed since, each
-        place mixing K views of the change in its own way. All of this could be learned by attention alone, in ten times
-        the steps.
-        """
-        delta = (m_t - m_r).flatten(1)                                                 # (B, L*D)
-        delta = self.motion_delta(torch.cat([delta, rms_norm(delta)], dim=1))
-        delta = rearrange(delta, "b (k e) -> b k e", e=self.config.width)              # (B, 1+K, E)
-        x = self.embed_tokens(z_t, m_t, segment=1)                                     # (B, n, E)
-        ref_context = self.ref_patch_embed(patchify(z_r, self.config.patch_size)) + self.delta_mix @ delta[:, 1:]  # (B, N, E)
-        x = torch.cat([x[:, : len(self.position)] + ref_context, x[:, len(self.position):]], dim=1)
-        return x, self.time(t) + delta[:, 0]
-
-    def encode_reference(self, z_r, m_r):
-        """What every frame of a video needs of its reference, z_r (B, C, H, W) and m_r (B, L, D): computed once."""
-        cache = {"z": z_r, "m": m_r, "kv": []}
+    def encode_reference(self, z_r, m_r) -> dict:
+        """Compute what all frames of a video share, from the reference z_r (B, C, H, W) and its motion m_r (B, L, D)."""
         x = self.embed_tokens(z_r, m_r, segment=0)
-        if self.config.full_attention:                                                 # nothing to precompute but the tokens
-            return {**cache, "kv": x}
-        condition = self.ref_condition.expand(len(x), -1)
+        if self.config.full_attention:                                       # only the tokens can be shared
+            return {"z": z_r, "m": m_r, "tokens": x}
+        kv_cache, condition = [], self.ref_condition.expand(len(x), -1)
         for block in self.blocks:
             x, kv = block(x, condition)
-            cache["kv"].append(kv)
-        return cache
+            kv_cache.append(kv)
+        return {"z": z_r, "m": m_r, "kv": kv_cache}
 
-    def forward(self, z_t, t, m_t, cache, as_picture=False):
-        """Velocity of the target. z_t (B*F, C, H, W), t (B*F,), m_t (B*F, L, D), cache of B references -> (B*F, C, H, W).
-
-        The F frames of a clip stand side by side in the batch: (b f). as_picture: the Picture itself, in pixel space.
-        """
+    def features(self, z_t, t, m_t, cache):
+        """The transformer: target patches -> head's output (B*F, N, ...), condition (B*F, E), references (B*F, C, H, W)."""
         frames = len(z_t) // len(cache["z"])
         z_r, m_r = (repeat(cache[k], "b ... -> (b f) ...", f=frames) for k in ("z", "m"))
         x, condition = self.embed_target(z_t, t, m_t, z_r, m_r)                        # (B*F, n, E), (B*F, E)
         n = x.shape[1]
         if self.config.full_attention:
-            x = torch.cat([repeat(cache["kv"], "b n e -> (b f) n e", f=frames), x], dim=1)
+            x = torch.cat([repeat(cache["tokens"], "b n e -> (b f) n e", f=frames), x], dim=1)
         for k, block in enumerate(self.blocks):
-            kv = None
+            ref_kv = None
             if not self.config.full_attention:
-                kv = [repeat(part, "b h n d -> (b f) h n d", f=frames) for part in cache["kv"][k]]
-            x, _ = block(x, condition, kv)
+                ref_kv = [repeat(part, "b h n d -> (b f) h n d", f=frames) for part in cache["kv"][k]]
+            x, _ = block(x, condition, ref_kv)
             if self.config.frames > 1:
                 x = self.temporal[k](x, frames)
-        x = x[:, -n:][:, : len(self.position)]                                         # (B*F, N, E)   target patches
+        x = x[:, -n:][:, : len(self.pos_embed)]                                        # (B*F, N, E)   target patches
         shift, scale = self.modulation(condition).chunk(2, dim=1)
-        out = self.head(modulate(self.norm(x), shift, scale)).float()                  # (B*F, N, ...)
+        return self.head(modulate(self.norm(x), shift, scale)).float(), condition, z_r
+
+    def forward(self, z_t, t, m_t, cache, as_picture=False):
+        """Velocity of the target. z_t (B*F, C, H, W), t (B*F,), m_t (B*F, L, D), cache: encode_reference of B references
+        -> (B*F, C, H, W), or with as_picture (predict="x" only) the Picture. The F frames of a clip are consecutive in
+        the batch: (b f)."""
+        out, condition, z_r = self.features(z_t, t, m_t, cache)
         if self.config.predict == "v":
             return unpatchify(out, self.config.patch_size)                             # eq. (3)
-        affine = 0.1 * self.affine_head(condition).float().unflatten(1, (2, 3))        # (B*F, 2, 3)
-        picture = self.warp_and_blend(z_r, affine, out)
-        return picture if as_picture else x_to_v(picture.x, z_t, t)                    # eq. (3), from x
+        picture = warp_and_blend(z_r, *self.split_head(out, condition))
+        return picture if as_picture else x_to_v(picture.x, z_t, t, 0.05 if self.training else 1e-3)   # eq. (3), from x
 
-    def warp_and_blend(self, z_r, affine, out):
-        """The Picture: z_r (B, C, H, W) moved, faded and painted over as the head's out (B, N, p*p*C + p*p + 2*q*q) says:
-        residual, alpha, displacement.
+    def split_head(self, out, condition):
+        """Head's output (B, N, ...) -> affine (B, 2, 3), displacement (B, 2, g, g), alpha (B, 1, H, W), residual
+        (B, C, H, W); see warp_and_blend."""
+        c, p = self.config, self.config.patch_size
+        k = (4 if c.overlap else 1) * p * p
+        painted, displacement = out.split([(c.channels + 1) * k, 2 * c.warp_grid**2], dim=2)
+        if c.overlap:
+            painted = self.overlap_add((painted.unflatten(2, (-1, k)) * self.window).flatten(2)) / self.window_sum
+        else:
+            residual, alpha = painted.split([c.channels * k, k], dim=2)
+            painted = torch.cat([unpatchify(residual, p), unpatchify(alpha, p)], dim=1)        # (B, C+1, H, W)
+        affine = 0.1 * self.affine_head(condition).float().unflatten(1, (2, 3))
+        return affine, unpatchify(displacement, c.warp_grid), painted[:, -1:], painted[:, :-1]
 
-        Ours. A moving face takes its looks along, which E numbers a patch could not repaint in detail. Displacements are in
-        halves of the picture: an affine map of the whole (B, 2, 3), and one for each of q x q cells a patch, interpolated
-        between them, so that patches do not show.
-        """
-        p, q = self.config.patch_size, self.warp_grid
-        residual, alpha, displacement = out.split([self.config.channels * p * p, p * p, 2 * q * q], dim=2)
-        displacement = F.interpolate(unpatchify(displacement, q), size=z_r.shape[-2:], mode="bilinear", align_corners=False)
-        displacement = rearrange(displacement.nan_to_num().clamp(-1, 1), "b c h w -> b h w c")         # NaN crashes grid_sample
-        field = F.affine_grid(affine.nan_to_num(), z_r.shape, align_corners=False) + displacement      # (B, H, W, 2)
-        identity = F.affine_grid(torch.eye(2, 3, device=z_r.device)[None], z_r[:1].shape, align_corners=False)
-        moved = F.grid_sample(z_r, identity + field, padding_mode="border", align_corners=False)
-        alpha = unpatchify(alpha, p)
-        return Picture(moved * (1 - alpha) + unpatchify(residual, p), moved, alpha, field)
+    def overlap_add(self, x):
+        """Windows of twice a patch (B, N, C*4*p*p), channel first -> their sum (B, C, H, W)."""
+        p = self.config.patch_size
+        return F.fold(x.transpose(1, 2), self.config.image_size, 2 * p, stride=p, padding=p // 2)
+
+
+def warp_and_blend(z_r: Tensor, affine: Tensor, displacement: Tensor, alpha: Tensor, residual: Tensor) -> Picture:
+    """Compose the picture x = warp(z_r) (1 - alpha) + residual. Ours (compare FOMM, Siarohin et al. 2019: a displacement
+    field and an occlusion map).
+
+    z_r (B, C, H, W); affine (B, 2, 3), added to the identity, and displacement (B, 2, g, g), bilinear between its points,
+    in halves of the picture; alpha (B, 1, H, W); residual (B, C, H, W). Outside the picture its border is repeated.
+    """
+    displacement = F.interpolate(displacement, size=z_r.shape[-2:], mode="bilinear", align_corners=False)
+    displacement = rearrange(displacement.nan_to_num().clamp(-1, 1), "b c h w -> b h w c")     # NaN crashes grid_sample
+    field = F.affine_grid(affine.nan_to_num(), z_r.shape, align_corners=False) + displacement          # (B, H, W, 2)
+    grid = F.affine_grid(torch.eye(2, 3, device=z_r.device)[None], z_r[:1].shape, align_corners=False)
+    moved = F.grid_sample(z_r, grid + field, padding_mode="border", align_corners=False)
+    return Picture(moved * (1 - alpha) + residual, moved, alpha, field)
 
 
 @torch.no_grad()
 def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=16, as_pictures=False):
-    """Frames for motions. z_r (1, C, H, W), m_ref (1, L*D): the photo and its motion; motions: iterator of (n, L*D)
-    -> iterator of (n', C, H, W), in all one for every motion; memory does not grow. as_pictures: of Pictures instead,
-    in pixel space with the parts of the last step.
+    """Generate a frame for every motion; memory does not grow with their number.
 
-    Every frame starts from the same noise (1, C, H, W), so that what noise decides stands still (ours). The video model
-    paints its F frames at a time. The image model paints what is there, up to `batch`, and waits for nothing; the first
-    frame alone, so that it leaves early.
+    z_r (1, C, H, W), m_ref (1, L*D): the photo and its motion; motions: iterator of (n, L*D); noise (1, C, H, W)
+    -> iterator of (n', C, H, W). as_pictures: of Pictures, in pixel space with the parts of the last step.
+
+        motions -> [buffer: what has come and is not decoded yet] -> chunk: up to `batch`, or the F of a video model -> frames
+
+    Every frame starts from the same noise, so that what the noise decides does not flicker (ours). The image model decodes
+    what is there and waits for nothing, the first frame alone, so that it is shown early.
     """
     c = decoder.config
     size = c.frames
@@ -262,6 +321,6 @@ def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=16, as_pic
             yield integrate(decoder, start, steps, **cond)
         elif c.predict == "v":
             yield Picture(integrate(decoder, start, steps, **cond))
-        else:                                                     # the last Euler step ends at the picture predicted there
+        else:                                                     # the last step ends at the picture itself
             z = integrate(decoder, start, steps, skip_last=1, **cond)
             yield decoder(z, z.new_full((len(z),), 1 / steps), **cond, as_picture=True)

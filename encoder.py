@@ -3,8 +3,8 @@
     frame (B, C, H, W) -> patches (B, N, p*p*C) -> drop a random share -> ViT, joined by L learnable tokens
                                                                        -> the L outputs, normalised: motion (B, L, D)
 
-The mask and the narrow output make the token a description of the state rather than a copy of the picture: what a
-reference photo can supply (identity, clothes, background) is not worth its place in 1 x D numbers.
+The mask and the narrow output force the token to describe motion and not to copy the picture: the decoder can take
+identity, clothes and background from the reference photo, so the token learns what the photo does not tell.
 
 Shape key: B batch, F frames, N patches, L motion tokens per frame, D motion width, A audio features,
 C H W image or latent, E model width.
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class EncoderConfig:
     heads: int = 3
     num_tokens: int = 1       # L
     token_dim: int = 64       # D
-    patch_summary: int = 16   # S, numbers of each patch that enter token_init (ours)
+    token_init: int = 16      # ours: the learnable tokens start from so many numbers of each patch; 0 (the paper): they do not
+    running_norm: bool = True  # ours: each number of the token normalised by running statistics; False: LayerNorm alone
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -37,47 +38,47 @@ class EncoderConfig:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
 
 
-def patchify(x, p):
+def patchify(x: Tensor, p: int) -> Tensor:
     """(B, C, H, W) -> (B, N, p*p*C), patches in reading order."""
     return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
 
 
-def unpatchify(x, p):
+def unpatchify(x: Tensor, p: int) -> Tensor:
     """(B, N, p*p*C) -> (B, C, H, W), square; the inverse of patchify."""
     return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=int(x.shape[1] ** 0.5))
 
 
-def sincos(positions, width):
+def sincos(positions: Tensor, width: int) -> Tensor:
     """Fixed sinusoidal embedding of positions (n,) -> (n, width), wavelengths 2 pi .. 2 pi 10^4 (Vaswani et al. 2017)."""
     freq = 1e-4 ** torch.linspace(0, 1, width // 2)
     angle = positions[:, None].float() * freq                                          # (n, width/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)                                # (n, width)
 
 
-def sincos_2d(side, width):
+def sincos_2d(side: int, width: int) -> Tensor:
     """Embedding of a side x side grid in reading order -> (side*side, width): one half for rows, one for columns."""
     axis = sincos(torch.arange(side), width // 2)                                      # (side, width/2)
     return torch.cat([axis.repeat_interleave(side, 0), axis.repeat(side, 1)], dim=1)   # (N, width)
 
 
-def attention(q, k, v):
-    """Softmax attention, (B, heads, n, d) -> (B, heads, n, d).
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute softmax attention, (B, heads, n, d) -> (B, heads, n, d).
 
-    torch's fused kernel, except when training on a CPU: its backward pass there is slower than two plain products
-    at our short lengths (bench.py measures it).
+    Uses torch's fused kernel, except in training on a CPU: its backward pass is slower there than two plain products at
+    these short lengths (measure/bench.py times both).
     """
     if q.device.type == "cpu" and q.requires_grad:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def rms_norm(x):
-    """Scale the last axis to unit mean square (no learned gain; in x's own precision)."""
+def rms_norm(x: Tensor) -> Tensor:
+    """Scale the last axis to unit mean square (no learned gain; in the precision of x)."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys (stable in bf16). Keys and values can come from elsewhere."""
+    """Multi-head self-attention with normalised queries and keys (stable in bf16)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -91,10 +92,11 @@ class Attention(nn.Module):
         return rms_norm(q), rms_norm(k), v
 
     def forward(self, x):
-        return self.out(rearrange(attention(*self.project(x)), "b h n d -> b n (h d)"))                # (B, n, E)
+        return self.out(rearrange(attention(*self.project(x)), "b h n d -> b n (h d)"))   # (B, n, E)
 
 
-def mlp(width, ratio=4):
+def mlp(width: int, ratio: int = 4) -> nn.Sequential:
+    """Two linear layers with a GELU between them, `ratio` times as wide inside."""
     return nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(approximate="tanh"), nn.Linear(ratio * width, width))
 
 
@@ -112,19 +114,19 @@ class Block(nn.Module):
 
 
 class RunningNorm(nn.Module):
-    """Give every number of the token zero mean and unit variance over the data, by running statistics (ours).
+    """Normalise each number of the token to zero mean and unit variance by running statistics (ours).
 
-    A freshly made ViT answers every frame with nearly the same token; the decoder then learns to ignore it and the
-    mouth stays dead. Subtracting what all frames share makes the differences the signal from the first step, and gives
-    stage 2 unit-scale targets. No learned scale; training and inference use the same statistics; with several
-    processes, those of the whole batch.
+    BatchNorm without learned scale, except that training, too, uses the running statistics; with several processes, those
+    of the whole batch. A new ViT gives nearly the same token for every frame, and the decoder then learns to ignore it.
+    Subtracting what all frames share makes the differences the signal from the first step, and gives stage 2 targets of
+    unit scale.
     """
 
-    def __init__(self, dim, momentum=0.02):
+    def __init__(self, dim: int, momentum: float = 0.02):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("square", torch.ones(dim))                                # running mean of x^2
+        self.register_buffer("square", torch.ones(dim))      # running mean of x^2
         self.register_buffer("count", torch.zeros(()))
 
     @torch.no_grad()
@@ -134,7 +136,7 @@ class RunningNorm(nn.Module):
             dist.all_reduce(moments)
             moments /= dist.get_world_size()
         self.count += 1
-        rate = torch.clamp(1 / self.count, min=self.momentum)                          # a plain average at first, then a moving one
+        rate = torch.clamp(1 / self.count, min=self.momentum)      # a plain average at first, then a moving one
         self.mean.lerp_(moments[0], rate)
         self.square.lerp_(moments[1], rate)
 
@@ -146,51 +148,67 @@ class RunningNorm(nn.Module):
         return (x - self.mean) / deviation
 
 
-class MotionEncoder(nn.Module):
-    """Frame -> motion tokens (B, L, D). `ids_keep` names the patches that stay; None keeps all of them.
+class TokenInit(nn.Module):
+    """Add to the learnable tokens a linear function of the visible patches, with weights of its own per position (ours).
 
-    The learnable tokens start from token_init, linear in a few numbers of each patch, each place with weights of its own
-    (ours). Without it a new token holds the mean over all patches, in which a mouth is a
-    fiftieth of what varies, and finding it takes several times the steps.
+    Without it a token first holds the mean over all patches, in which a mouth is a fiftieth of the variation; learning to
+    attend to it takes several times the steps.
     """
+
+    def __init__(self, patches: int, width: int, dim: int, num_tokens: int):
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.patch_summary = nn.Linear(width, dim)
+        self.project = nn.Linear(patches * dim, num_tokens * width, bias=False)
+
+    def forward(self, z, ids_keep, patches: int):
+        """z (B, n, E): visible patches, ids_keep (B, n) their numbers of `patches`, or None for all -> (B, L, E)."""
+        summary = self.patch_summary(z)                                                # (B, n, dim)
+        if ids_keep is not None:                                   # each at its place, scaled up for those that are hidden
+            index = ids_keep[..., None].expand_as(summary)
+            summary = summary * (patches / z.shape[1])
+            summary = summary.new_zeros(len(z), patches, summary.shape[-1]).scatter(1, index, summary)
+        return rearrange(self.project(summary.flatten(1)), "b (l e) -> b l e", l=self.num_tokens)
+
+
+class MotionEncoder(nn.Module):
+    """Frame -> motion tokens (B, L, D), eq. (1)."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = c = config
-        grid_size = c.image_size // c.patch_size
+        side = c.image_size // c.patch_size
         self.embed = nn.Linear(c.patch_size**2 * c.channels, c.width)
         self.tokens = nn.Parameter(0.02 * torch.randn(c.num_tokens, c.width))
-        self.patch_summary = nn.Linear(c.width, c.patch_summary)
-        self.token_init = nn.Linear(grid_size**2 * c.patch_summary, c.num_tokens * c.width, bias=False)
+        self.token_init = TokenInit(side**2, c.width, c.token_init, c.num_tokens) if c.token_init else None
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.depth))
         self.head = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, c.token_dim),
                                   nn.LayerNorm(c.token_dim, elementwise_affine=False))
-        self.running_norm = RunningNorm(c.token_dim)
-        self.register_buffer("position", sincos_2d(grid_size, c.width), persistent=False)   # (N, E)
+        self.running_norm = RunningNorm(c.token_dim) if c.running_norm else nn.Identity()
+        self.register_buffer("pos_embed", sincos_2d(side, c.width), persistent=False)  # (N, E)
 
-    def forward(self, x, ids_keep=None):
-        """x (B, C, H, W), ids_keep (B, n) sorted patch numbers -> motion (B, L, D), fp32."""
-        z = self.embed(patchify(x, self.config.patch_size)) + self.position            # (B, N, E)
-        if ids_keep is None:
-            summaries = self.patch_summary(z)                                          # (B, N, S)
-        else:
-            patches, index = z.shape[1], ids_keep[..., None]
-            z = z.gather(1, index.expand(-1, -1, z.shape[-1]))                         # (B, n, E)     Z^m
-            kept = self.patch_summary(z) * (patches / z.shape[1])                      # (B, n, S)
-            summaries = kept.new_zeros(len(z), patches, kept.shape[-1]).scatter(1, index.expand_as(kept), kept)
-        init = rearrange(self.token_init(summaries.flatten(1)), "b (l e) -> b l e", l=self.config.num_tokens)
-        tokens = self.tokens + init                                                    # (B, L, E)     T
+    def forward(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Encode x (B, C, H, W) -> motion (B, L, D), fp32. ids_keep (B, n): sorted numbers of the visible patches, see
+        random_masking; None: all are visible."""
+        z = self.embed(patchify(x, self.config.patch_size)) + self.pos_embed           # (B, N, E)
+        patches = z.shape[1]
+        if ids_keep is not None:
+            z = z.gather(1, ids_keep[..., None].expand(-1, -1, z.shape[-1]))           # (B, n, E)     Z^m
+        tokens = self.tokens.expand(len(z), -1, -1)                                    # (B, L, E)     T
+        if self.token_init is not None:
+            tokens = tokens + self.token_init(z, ids_keep, patches)
         z = torch.cat([z, tokens], dim=1)                                              # (B, n+L, E)   Z^m + T
         for block in self.blocks:
             z = block(z)
-        return self.running_norm(self.head(z[:, -self.config.num_tokens:]))            # (B, L, D)     eq. (1)
+        return self.running_norm(self.head(z[:, -self.config.num_tokens:])).float()    # (B, L, D)     eq. (1)
 
 
-def random_masking(batch, patches, ratio, generator=None, device=None):
-    """Sorted numbers of the patches that a mask of share `ratio` leaves, a different subset for each sample.
+def random_masking(batch: int, patches: int, ratio: float, generator=None, device=None) -> Tensor:
+    """Choose the patches that a mask of share `ratio` leaves visible, a different subset for each sample (MAE).
 
-    -> (batch, n), n = patches - floor(ratio * patches), at least 1. One ratio for all, so that the batch stays a rectangle.
+    -> ids_keep (batch, n) sorted, n = patches - floor(ratio * patches), at least 1. One ratio for all, so that the batch
+    stays a rectangle.
     """
-    num_keep = max(1, patches - int(ratio * patches))
+    visible = max(1, patches - int(ratio * patches))
     order = torch.rand(batch, patches, generator=generator, device=device).argsort(1)
-    return order[:, :num_keep].sort(1).values                                          # (batch, n)
+    return order[:, :visible].sort(1).values                                           # (batch, n)

@@ -38,7 +38,11 @@ def flow_loss(model, z, eps, t, weight=None, **cond):
 
 
 def x_to_v(x, z_t, t, t_min=0.05):
-    """The velocity towards predicted data x at time t: v = (x - z_t) / t, t not below t_min (JiT, arXiv 2511.13720)."""
+    """Velocity towards predicted data x at time t: v = (x - z_t) / t, t not below t_min (JiT, arXiv 2511.13720).
+
+    In training t_min bounds the gradient. In sampling it must lie below the last step's time, 1 / steps, so that the last
+    step ends at x.
+    """
     return (x - z_t) / _per_sample(t.clamp(min=t_min), z_t)
 
 
@@ -57,7 +61,7 @@ def with_cfg(model, guidance, null):
 def integrate(model, noise, steps, method="euler", skip_last=0, **cond):
     """Walk from noise (t = 1) to data (t = 0) in equal steps -> the same shape as noise.
 
-    method: "euler", one call a step; "heun", two calls a step, second order. skip_last: steps at the end not taken.
+    method: "euler", one call a step; "heun", two calls a step, second order. skip_last: so many steps are left to take.
     """
     if steps < 1 or method not in ("euler", "heun"):
         raise ValueError(f"steps must be at least 1 and method 'euler' or 'heun', not {steps} and {method!r}")

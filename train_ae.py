@@ -3,11 +3,11 @@
     python train_ae.py --preset tiny                                   synthetic world, a laptop, no data
     python train_ae.py --preset tiny --frames 8 --init runs/ae/semo.safetensors --out runs/video     image-to-video
     python train_ae.py --preset small --data DIR [DIR ...]             real clips, made by data.py prepare
-    torchrun --nproc_per_node=8 train_ae.py --preset paper --data DIR  the same on 8 GPUs
-    python train_ae.py --preset tiny --reflow runs/gen/semo.safetensors     straighter paths, fewer steps to paint a frame
+    torchrun --nproc_per_node=8 train_ae.py --preset paper --data DIR  the paper's own method, on 8 GPUs
+    python train_ae.py --preset tiny --reflow runs/gen/semo.safetensors     straighter paths, fewer sampling steps
 
-Run the same command again to resume: --out holds state.pt (to go on), semo.safetensors (to use), log.jsonl and pictures
-of reference | target | output. Ctrl-C and SIGTERM save first.
+Run the same command again to resume: --out holds state.pt (training state), semo.safetensors (weights to use), log.jsonl
+and sample pictures: reference | target | 1 step | 4 steps. Ctrl-C and SIGTERM save first.
 """
 import argparse
 import math
@@ -18,280 +18,386 @@ from collections import deque
 from dataclasses import replace
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
 import flow
-import sample
 import training
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder, random_masking
 from media import latents
 from media.device import autocast
 from media.files import InputError
+from media.landmarks import FACTORS
 from media.weights import save_weights
-from world.people import HELD_OUT, random_clip, random_pairs
-from world.render import MOTION, render
+from sample import load_models
+from world.people import HELD_OUT, consecutive_frames, random_pairs
+from world.render import MOTION, region_ellipses, render
 
-# persons: people a step and process; targets: pictures of each; near: share of people who hold still (pairs,
-# data.Clips); mask_max: masks drop a share of U(0, this) (paper: 0.9, too much for minutes of training); label_weight: weight
-# of the known motion in the loss, at the start of a run (AutoEncoder.forward); latents: the space (media/latents.py)
+PAPER = dict(full_attention=True, predict="v", tokens_per_motion=1, motion_delta=False, ref_context=False)
+
+# Sizes of the networks and of a run. persons: of a step and process; targets: pictures of each; near: share of persons
+# whose pictures are near in pose (world.people.pairs, data.Clips); mask_max: masks hide a share of the patches, U(0, this);
+# label_weight: weight of known motion in the loss, fading (0: none); loss: see AutoEncoder; curriculum: see schedule;
+# muon_lr None: AdamW for all weights.
 PRESETS = {
     "nano": dict(encoder=EncoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8),
-                 decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8, tokens_per_motion=2),
-                 steps=20, persons=2, targets=2, near=0.5, mask_max=0.9, label_weight=0.3, lr=3e-3, muon_lr=0.02),
-    "tiny": dict(encoder=EncoderConfig(64, patch_size=8, width=128, depth=4, heads=2),
-                 decoder=DecoderConfig(64, patch_size=8, width=192, depth=4, heads=3),
-                 steps=4700, persons=16, targets=4, near=0.4, mask_max=0.2, label_weight=0.3, lr=1e-3, muon_lr=0.02),
+                 decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8, tokens_per_motion=2,
+                                       warp_grid=4, overlap=True),
+                 loss="region", curriculum=True, steps=20, persons=2, targets=2, near=0.5, mask_max=0.9, label_weight=0.3,
+                 lr=3e-3, muon_lr=0.02),
+    "tiny": dict(encoder=EncoderConfig(96, patch_size=12, width=128, depth=4, heads=2),
+                 decoder=DecoderConfig(96, patch_size=12, width=192, depth=4, heads=3, warp_grid=6, overlap=True),
+                 loss="region", curriculum=True, steps=4700, persons=16, targets=4, near=0.4, mask_max=0.2, label_weight=0.3,
+                 lr=1e-3, muon_lr=0.02),
     "small": dict(encoder=EncoderConfig(256, width=384, depth=8, heads=6, token_dim=128),
-                  decoder=DecoderConfig(256, width=512, depth=12, heads=8, token_dim=128),
-                  steps=200000, persons=16, targets=4, near=0.5, mask_max=0.9, label_weight=0.0, lr=5e-4, muon_lr=0.01),
-    "paper": dict(encoder=EncoderConfig(32, 4, patch_size=2, width=512, depth=8, heads=8, token_dim=512),
+                  decoder=DecoderConfig(256, width=512, depth=12, heads=8, token_dim=128, warp_grid=8, overlap=True),
+                  loss="region", curriculum=True, steps=200000, persons=16, targets=4, near=0.5, mask_max=0.9, label_weight=0.0,
+                  lr=5e-4, muon_lr=0.01),
+    "large": dict(encoder=EncoderConfig(32, 4, patch_size=2, width=512, depth=8, heads=8, token_dim=512),
                   decoder=DecoderConfig(32, 4, patch_size=2, width=768, depth=12, heads=12, token_dim=512, predict="v"),
-                  latents="sd", steps=400000, persons=8, targets=4, near=0.5, mask_max=0.9, label_weight=0.0, lr=1e-4, muon_lr=0.005),
+                  latents="sd", loss="weighted", curriculum=True, steps=400000, persons=8, targets=4, near=0.5, mask_max=0.9,
+                  label_weight=0.0, lr=1e-4, muon_lr=0.005),
+    "paper": dict(encoder=EncoderConfig(32, 4, patch_size=2, width=512, depth=8, heads=8, token_dim=512,
+                                        token_init=0, running_norm=False),
+                  decoder=DecoderConfig(32, 4, patch_size=2, width=768, depth=12, heads=12, token_dim=512, **PAPER),
+                  latents="sd", loss="velocity", curriculum=False, steps=400000, persons=8, targets=4, near=0.0, mask_max=0.9,
+                  label_weight=0.0, lr=1e-4, muon_lr=None),
 }
 
 
-def normalise_factors(motion_labels):
-    """Motion factors (n, M), each at about unit variance."""
-    low, high = torch.tensor(list(MOTION.values()), device=motion_labels.device).unbind(1)
-    return (2 * (motion_labels - low) / (high - low) - 1) * 3**0.5
+def schedule(args, progress: float) -> dict:
+    """What changes during a run, as a function of progress in [0, 1]; printed at the start.
+
+    The paper has no schedule: masks U(0, 0.9) from the first step, t uniform. Ours (curriculum) starts at pure noise
+    without masks, where the token is all there is to learn from; masks and less noisy targets come in later. Known
+    motion fades out over the first 60%, the loss on the warped reference alone over the first third; structure (SSIM,
+    gradients) enters in the last 45%.
+    """
+    ramp = min(1.0, max(0.0, (progress - 0.4) / 0.4)) if args.curriculum else 1.0
+    p_pure_noise = 1 - 0.1 * ramp if args.curriculum else 0.0
+    if args.reflow:
+        p_pure_noise = 1.0 if args.one_step else 0.5
+    return {"mask_max": ramp * args.mask_max, "p_pure_noise": p_pure_noise,
+            "label": args.label_weight * max(0.0, 1 - progress / 0.6),
+            "warped": 0.5 * max(0.0, 1 - 3 * progress), "structure": 0.5 * min(1.0, max(0.0, (progress - 0.55) / 0.1))}
+
+
+def charbonnier(x: Tensor, target: Tensor) -> Tensor:
+    """Smooth L1 distance of pictures (B, C, H, W) at each pixel -> (B, 1, H, W)."""
+    return ((x - target).square().mean(1, keepdim=True) + 1e-4).sqrt()
+
+
+def dssim(x: Tensor, y: Tensor, window: int = 7) -> Tensor:
+    """(1 - SSIM) / 2 of the luminance of pictures (B, C, H, W) in [-1, 1] -> (B, 1, H-6, W-6) (Wang et al. 2004)."""
+    x, y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+    moments = F.avg_pool2d(torch.cat([x, y, x * x, y * y, x * y]), (window, 1), 1)
+    mx, my, xx, yy, xy = F.avg_pool2d(moments, (1, window), 1).chunk(5)
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    return (1 - (2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
+            / ((mx * mx + my * my + c1) * (xx - mx * mx + yy - my * my + c2))) / 2
+
+
+def weighted_mean(error: Tensor, weight: Tensor) -> Tensor:
+    """Mean of error (B, 1, H, W) under weight (B, 1, H, W) -> (B,)."""
+    return (error * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1e-6)
 
 
 class AutoEncoder(nn.Module):
-    """Both networks and their loss, as one module: what DistributedDataParallel and torch.compile want."""
+    """Both networks and their loss, as one module: what DistributedDataParallel and torch.compile want.
 
-    def __init__(self, encoder, decoder):
+    Three losses. "velocity": eq. (8) as it is (the paper). "weighted": each sample's eq. (8) divided by the error of copying
+    the reference, so that a mouth counts as much as a turning head, which changes ten times the pixels (ours). "region"
+    (ours, pixels): `region_loss` on the predicted picture.
+    """
+
+    REGION = 4.0                # weight of mouth and eyes, as of the whole picture
+
+    def __init__(self, encoder: MotionEncoder, decoder: Decoder, loss: str = "region"):
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.label_head = nn.Linear(encoder.config.num_tokens * encoder.config.token_dim, len(MOTION))
+        self.encoder, self.decoder, self.loss = encoder, decoder, loss
+        motion = encoder.config.num_tokens * encoder.config.token_dim
+        self.label_heads = nn.ModuleDict({"synthetic": nn.Linear(motion, len(MOTION), bias=False),
+                                          "real": nn.Linear(motion, len(FACTORS), bias=False)})
 
-    def forward(self, reference, target, noise, t, ids_keep, motion_labels, label_weight, endpoint=None):
-        """reference (R, C, H, W); target, noise (R*T, C, H, W); t (R*T,); ids_keep (R + R*T, n) patches not masked -> loss.
-
-        Each sample's error is divided by that of copying the reference (ours): a moving mouth then counts as much as a
-        turning head, which changes ten times the pixels. Where the true motion is known, motion_labels (R + R*T, M), its error as
-        a linear reading of the token enters with weight `label_weight` (ours; the paper has no labels): a start for small models
-        that are trained for minutes. motion_labels (0, M): unknown. endpoint: where the paths end, if not at the target (reflow).
-        """
-        motion = self.encoder(torch.cat([reference, target]), ids_keep)                    # (R + R*T, L, D)   eq. (1)
+    def forward(self, batch: data.Batch, noise, t, ids_keep, weights: dict, endpoint=None):
+        """batch of R references and R*T targets; noise (R*T, C, H, W), t (R*T,), ids_keep (R + R*T, n): visible patches;
+        weights: schedule(); endpoint (R*T, C, H, W): where the paths end if not at the target (reflow) -> scalar loss."""
+        reference, target = batch.reference, batch.target
+        motion = self.encoder(batch.encoder_views, ids_keep)                           # (R + R*T, L, D)   eqs. (1)
         m_r, m_t = motion[: len(reference)], motion[len(reference):]
         cache = self.decoder.encode_reference(reference, m_r)
-        copied = reference.repeat_interleave(len(target) // len(reference), 0)
-        weight = 0.1 / ((target - copied).square().mean((1, 2, 3)) + 0.002)            # (R*T,)
-        endpoint = target if endpoint is None else endpoint
-        loss = flow.flow_loss(self.decoder, endpoint, noise, t, weight=weight, m_t=m_t, cache=cache)       # eqs. (3), (8)
-        labels = self.label_head(motion.flatten(1))                                    # (R + R*T, M)
-        error = labels[: len(motion_labels)] - normalise_factors(motion_labels)
-        return loss + label_weight * error.square().sum() / max(1, labels.numel())
+        copies = reference.repeat_interleave(len(target) // len(reference), 0)         # (R*T, C, H, W)
+        if self.loss == "region" and endpoint is None:
+            z_t = flow.interpolate(target, noise, t)
+            picture = self.decoder(z_t, t, m_t, cache, as_picture=True)
+            loss = self.region_loss(picture.x, target, copies, batch.regions, weights["structure"])
+            if weights["warped"]:
+                loss = loss + weights["warped"] * self.region_loss(picture.moved, target, copies, batch.regions, 0.0)
+            loss = loss + 0.2 * field_roughness(picture.field)
+        else:
+            weight = None
+            if self.loss != "velocity":
+                weight = 0.1 / ((target - copies).square().mean((1, 2, 3)) + 0.0005)   # (R*T,)
+            endpoint = target if endpoint is None else endpoint
+            loss = flow.flow_loss(self.decoder, endpoint, noise, t, weight=weight, m_t=m_t, cache=cache)   # eqs. (3), (8)
+        if batch.factors is not None:
+            delta = m_t - m_r.repeat_interleave(len(target) // len(reference), 0)      # (R*T, L, D)
+            read = self.label_heads[batch.kind](delta.flatten(1))                      # (R*T, K)
+            loss = loss + weights["label"] * F.smooth_l1_loss(read, batch.factors.clamp(-4, 4))
+        return loss + 0 * sum(head.weight.sum() for head in self.label_heads.values())  # DDP: every weight takes part
+
+    def region_loss(self, x, target, copies, regions, structure: float):
+        """Error of the picture x relative to copying the reference, for the whole picture and for mouth and eyes.
+
+        x, target, copies (B, C, H, W); regions (B, 2, H, W) soft masks: mouth and eyes, face -> scalar. The area of mouth and
+        eyes is a twelfth of the picture; divided by it, as in FLOAT (arXiv 2412.01064, A.2), their error counts. Outside
+        the face the weight is 0.2.
+        """
+        features, face = regions[:, :1], 0.2 + 0.8 * regions[:, 1:]
+        error, copy = charbonnier(x, target), charbonnier(copies, target)
+        loss = weighted_mean(error, face) / (weighted_mean(copy, face) + 0.02)
+        loss = loss + self.REGION * weighted_mean(error, features) / (weighted_mean(copy, features) + 0.03)
+        if structure:
+            inside = 0.3 * regions[:, 1:] + features
+            ring = F.avg_pool2d(inside, 7, 1)
+            loss = loss + structure * (weighted_mean(dssim(x, target), ring)
+                                       / (weighted_mean(dssim(copies, target), ring) + 0.05))
+            for scale in (1, 2, 4):
+                difference, weight = F.avg_pool2d(x - target, scale), F.avg_pool2d(inside, scale)
+                for axis in (2, 3):
+                    edge = difference.diff(dim=axis).abs().mean(1, keepdim=True)
+                    loss = loss + 6 * structure * weighted_mean(edge, weight.narrow(axis, 1, edge.shape[axis]))
+        return loss.mean()
 
 
-def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of the networks and of the run")
-    p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: runs/ae, or runs/reflow_ae)")
-    p.add_argument("--init", help="start from these weights, e.g. the image model for --frames 8")
-    p.add_argument("--reflow", metavar="TEACHER", help="learn the straight line from noise to what these weights make of it; its "
-                   "encoder, and its generator if it has one, are kept")
-    p.add_argument("--one-step", action="store_true", help="with --reflow: learn the one step from pure noise alone (distillation)")
-    p.add_argument("--teacher-steps", type=int, default=20, help="with --reflow: steps of the teacher (default: %(default)s)")
-    p.add_argument("--frames", type=int, default=1, help="above 1: the image-to-video stage, clips of so many frames")
-    p.add_argument("--data", nargs="+", metavar="DIR", default=["synthetic"], help="folders made by data.py prepare, drawn equally; "
-                   "the word synthetic stands for the synthetic world (default)")
-    p.add_argument("--workers", type=int, default=2, help="processes that read clips ahead (default: %(default)s)")
-    p.add_argument("--vae", default=latents.SD, help="preset paper: the autoencoder, hub id or folder (default: %(default)s)")
-    p.add_argument("--steps", type=int, help="length of the run (default: the preset's)")
-    p.add_argument("--persons", type=int, help="people a step and process (default: the preset's)")
-    p.add_argument("--label-weight", type=float, help="weight of the true motion in the loss, fading out over the first 80%% of the "
-                   "run; 0: no label ever (default: the preset's; 0 with --init)")
-    p.add_argument("--mask-max", type=float, help="masks drop a share of the patches, U(0, this) (paper: 0.9; default: the preset's)")
-    p.add_argument("--accumulate", type=int, default=1, help="batches a step, for large batches in little memory")
-    p.add_argument("--checkpoint-activations", action="store_true", help="keep less for the backward pass and compute it again")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                   help="fuse with torch.compile: 1-2 minutes to start, then faster (needs a C++ compiler on CPUs)")
-    p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints and pictures")
-    args = p.parse_args(argv)
-    preset = PRESETS[args.preset]
-    if args.init or args.reflow:
-        preset = {**preset, "label_weight": 0.0, **({"mask_max": 0.0} if args.reflow else {})}
-    args.out = args.out or ("runs/reflow_ae" if args.reflow else "runs/ae")
-    for name in ("steps", "persons", "mask_max", "label_weight"):
-        setattr(args, name, preset[name] if getattr(args, name) is None else getattr(args, name))
-    if args.init and args.reflow or args.one_step and not args.reflow:
-        p.error("--reflow begins from its teacher, without --init; --one-step goes with --reflow")
-    counts = (args.steps, args.persons, args.frames, args.accumulate, args.teacher_steps, args.save_every, args.seed + 1,
-              args.workers + 1)
-    if min(counts) < 1 or args.label_weight < 0 or not 0 <= args.mask_max < 1:
-        p.error("--steps, --persons, --frames, --accumulate, --teacher-steps and --save-every must be positive, "
-                "--seed, --label-weight and --workers not negative, --mask-max in [0, 1)")
-    return args
+def field_roughness(field: Tensor) -> Tensor:
+    """Mean squared difference in pixels between the displacements of neighbouring pixels, field (B, H, W, 2) in halves."""
+    pixels = field * (field.shape[1] / 2)
+    return pixels.diff(dim=1).square().mean() + pixels.diff(dim=2).square().mean()
 
 
-def synthetic_video_batch(seeds, frames, size, render_fn):
-    """The video stage's food: a frame of each of R clips and `frames` later ones in a row -> (R, 3, H, W), (R*F, 3, H, W),
-    and as random_pairs() their motion."""
-    clips = random_clip(seeds, 2 * frames)
-    motion = torch.cat([clips["motion"][:, :1], clips["motion"][:, frames:]], dim=1)     # (R, 1+F, M)
-    people = clips["identity"].repeat_interleave(frames + 1, 0)
-    images = render_fn(people, motion.flatten(0, 1), size).unflatten(0, (-1, frames + 1))
-    return images[:, 0], images[:, 1:].flatten(0, 1), torch.cat([motion[:, 0], motion[:, 1:].flatten(0, 1)])
+def normalise_factors(factors: Tensor) -> Tensor:
+    """Motion factors of the synthetic world (n, M) -> each with zero mean and about unit variance."""
+    low, high = torch.tensor(list(MOTION.values()), device=factors.device).unbind(1)
+    return (2 * (factors - low) / (high - low) - 1) * 3**0.5
 
 
-def image_px(preset):
-    """Pixels of a picture's side: what the models see, times the factor of their latents."""
+def image_px(preset: dict) -> int:
+    """Side of a picture in pixels: what the models see, times the factor of their latents."""
     return preset["encoder"].image_size * latents.SPACES[preset.get("latents", "pixel")].factor
 
 
-def synthetic_batch(args, preset, number, render_fn, held_out=False):
-    """The people of one forward pass, a function of its number alone: no two processes or steps get the same."""
-    size = image_px(preset)
-    seeds = (args.seed * 1_000_003 + number) * args.persons + torch.arange(args.persons)
+def synthetic_batch(args, preset, number: int, render_fn, device="cpu", held_out=False) -> data.Batch:
+    """The persons of one forward pass, a function of its number alone: no two processes or steps get the same.
+
+    In every second batch of a curriculum the encoder sees another person make the same motion (ours): the truth, which
+    only a synthetic world has, that a token must not tell who moves.
+    """
+    seeds = (args.seed * 1_000_003 + number) * args.persons + torch.arange(args.persons, device=device)
     seeds = seeds + HELD_OUT if held_out else seeds % HELD_OUT
+    size = image_px(preset)
     if args.frames > 1:
-        return synthetic_video_batch(seeds, args.frames, size, render_fn)
-    return random_pairs(seeds, preset["targets"], preset["near"], size, render_fn)
+        pictures, motion, views = consecutive_frames(seeds, args.frames, size, render_fn)
+    else:
+        swap = args.curriculum and number % 2 == 1 and not held_out
+        pictures, motion, views = random_pairs(seeds, preset["targets"], preset["near"], size, render_fn, swap)
+    factors = normalise_factors(motion[:, 1:].flatten(0, 1)) - normalise_factors(motion[:, :1].expand_as(motion[:, 1:])
+                                                                                 .flatten(0, 1))
+    return data.make_batch(pictures, views, region_ellipses(motion), factors, "synthetic")
 
 
-def real_clips(args, preset, split):
-    """The folders of --data, or None where there are none. Raises InputError."""
+def real_clips(args, preset, split: str):
+    """The folders of --data as data.Clips, or None where there are none. Raises InputError."""
     folders = [name for name in args.data if name != "synthetic"]
-    targets = args.frames if args.frames > 1 else preset["targets"]
     if not folders:
         return None
-    return data.Clips(folders, args.persons, targets, preset["near"], image_px(preset), args.seed, split, args.frames > 1)
+    targets = args.frames if args.frames > 1 else preset["targets"]
+    return data.Clips(folders, args.persons, targets, preset["near"], image_px(preset), args.seed, split, args.frames > 1,
+                      augment=args.curriculum and split == "train")
 
 
-def batches(args, preset, real, numbers, render_fn):
-    """The batches of `numbers` in their order, each from the synthetic world or from the folders, by their share of --data:
-    pictures as random_pairs() and their motion, (0, M) where nobody knows it."""
+def batches(args, preset, real, numbers, render_fn, device):
+    """The batches of `numbers` in their order, each from the synthetic world or from the folders, by their share of --data."""
     share = 1 - ("synthetic" in args.data) / len(args.data)
 
     def is_real(number):
         return number * 0.6180339887 % 1 < share                                       # evenly spread
 
-    loaded = iter(data.loader(real, (number for number in numbers if is_real(number)), args.workers)) if real else None
+    loaded = iter(data.loader(real, (n for n in numbers if is_real(n)), args.workers)) if real else None
     for number in numbers:
-        yield (*next(loaded), torch.zeros(0, len(MOTION))) if is_real(number) else synthetic_batch(args, preset, number, render_fn)
+        yield next(loaded) if is_real(number) else synthetic_batch(args, preset, number, render_fn, device)
 
 
-def held_out_batch(args, preset):
-    """What the pictures show: held-out people, of the folders' test split where there is one."""
-    if args.data == ["synthetic"]:
-        return synthetic_batch(args, preset, 0, render, held_out=True)
-    try:
-        return real_clips(args, preset, "test")[0]
-    except InputError:
-        return real_clips(args, preset, "train")[0]
+def held_out_batch(args, preset) -> tuple[data.Batch, str]:
+    """The persons of the sample pictures and which they are: the test split of the folders, else the synthetic world's."""
+    if args.data != ["synthetic"]:
+        try:
+            return real_clips(args, preset, "test")[0], "test"
+        except InputError:                                                             # the folders have no test split
+            pass
+    return synthetic_batch(args, preset, 0, render, held_out=True), "synthetic"
 
 
-def sample_noise_t_mask(args, encoder, shape, number, rank, progress):
-    """Noise and times of the R*T targets of one pass and masks for all, drawn on the CPU from (seed, rank, number).
+def sample_noise_t_mask(args, encoder: EncoderConfig, shape, number: int, rank: int, now: dict):
+    """Noise and times of the R*T targets of one pass and visible patches of all, drawn on the CPU from (seed, rank, number).
 
-    A curriculum (ours): a run starts at pure noise and without masks, where the token is all there is to learn from;
-    between 40% and 80% of its steps, clearer targets and the paper's masks come in. Reflow has neither: half of its
-    targets are pure noise, or all.
+    The frames of a clip share their time and, as in sampling, their noise. now: schedule(). Without a curriculum t is
+    uniform on [0, 1], as in the paper.
     """
-    rng = training.step_rng(args.seed, rank, number)
-    ramp = min(1.0, max(0.0, (progress - 0.4) / 0.4))
-    noise = torch.randn(shape, generator=rng)
-    p_pure_noise = (1.0 if args.one_step else 0.5) if args.reflow else 1 - 0.1 * ramp
-    t = flow.sample_timesteps(shape[0] // args.frames, rng, p_pure_noise=p_pure_noise)
-    t = t.repeat_interleave(args.frames)                                               # one time a clip
+    rng, clips = training.step_rng(args.seed, rank, number), shape[0] // args.frames
+    noise = torch.randn(clips, *shape[1:], generator=rng).repeat_interleave(args.frames, 0)
+    if args.curriculum:
+        t = flow.sample_timesteps(clips, rng, p_pure_noise=now["p_pure_noise"])
+    else:
+        t = torch.rand(clips, generator=rng)
     patches = (encoder.image_size // encoder.patch_size) ** 2
-    ratio = ramp * args.mask_max * torch.rand((), generator=rng).item()               # one for all: a rectangle
-    return noise, t, random_masking(args.persons + shape[0], patches, ratio, rng)
+    ratio = now["mask_max"] * torch.rand((), generator=rng).item()                     # one for all: a rectangle
+    return noise, t.repeat_interleave(args.frames), random_masking(args.persons + shape[0], patches, ratio, rng)
 
 
 @torch.no_grad()
-def reflow_pairs(teacher, reference, target, noise, steps):
-    """Reflow's pairs (Liu et al. 2022, algorithm 1): what the teacher makes of the noise, for the targets' motion."""
-    encoder, decoder = teacher["encoder"], teacher["decoder"]
-    m_r = encoder(reference)
-    return flow.integrate(decoder, noise, steps, m_t=encoder(target), cache=decoder.encode_reference(reference, m_r))
+def reflow_pairs(teacher: dict, batch: data.Batch, noise, steps: int) -> Tensor:
+    """What the teacher makes of the noise for the targets' motion: reflow's pairs (Liu et al. 2022, algorithm 1)."""
+    m_r = teacher["encoder"](batch.reference)
+    cache = teacher["decoder"].encode_reference(batch.reference, m_r)
+    return flow.integrate(teacher["decoder"], noise, steps, m_t=teacher["encoder"](batch.target), cache=cache)
 
 
 @torch.no_grad()
-def save_samples(path, model, space, args, preset, device):
-    """Held-out people: reference | target | output after 1 and 4 steps -> PSNR in dB of 1 step and of copying."""
+def save_samples(path, model, space, args, preset, device) -> dict:
+    """Write held-out persons, reference | target | output after 1 and 4 steps -> PSNR in dB of 1 step and of copying."""
+    training_mode = model.training
     model.eval()
-    reference, target = (space.encode(x.to(device)) for x in held_out_batch(args, preset)[:2])
-    m_r, m_t = model.encoder(reference), model.encoder(target)
-    cache = model.decoder.encode_reference(reference, m_r)
-    noise = torch.randn(target.shape, generator=training.step_rng(args.seed, 0, 0)).to(device)
-    one, four = (flow.integrate(model.decoder, noise, n, m_t=m_t, cache=cache) for n in (1, 4))
-    copied = reference.repeat_interleave(len(target) // len(reference), 0)
-    copied, target, one, four = (space.decode(x) for x in (copied, target, one, four))
-    show = slice(None, None, max(1, len(target) // 12))
-    training.save_grid(path, [x[show] for x in (copied, target, one, four)])
-    model.train()
-    return [-10 * math.log10(((x.clamp(-1, 1) - target) / 2).square().mean().item() + 1e-12) for x in (one, copied)]
+    batch, split = held_out_batch(args, preset)
+    batch = batch.to(device).encode(space)
+    m_r, m_t = model.encoder(batch.reference), model.encoder(batch.target)
+    cache = model.decoder.encode_reference(batch.reference, m_r)
+    noise = torch.randn(batch.target.shape, generator=training.step_rng(args.seed, 0, 0)).to(device)
+    outputs = [flow.integrate(model.decoder, noise, n, m_t=m_t, cache=cache) for n in (1, 4)]
+    copies = batch.reference.repeat_interleave(len(batch.target) // len(batch.reference), 0)
+    copies, target, *outputs = (space.decode(x) for x in (copies, batch.target, *outputs))
+    training.save_grid(path, [x[:: max(1, len(target) // 12)] for x in (copies, target, *outputs)])
+    model.train(training_mode)
+    psnr, psnr_copy = (-10 * math.log10(((x.clamp(-1, 1) - target) / 2).square().mean().item() + 1e-12)
+                       for x in (outputs[0], copies))
+    return {"psnr": psnr, "psnr_copy": psnr_copy, "shown": split}
 
 
-def train_step(args, preset, ddp_model, inputs, step, rank, world, space, device, bf16, teacher=None):
-    """Gradients of one step's batches -> their mean loss. Only the last backward pass waits for the other processes."""
-    total = 0.0
-    for part in range(args.accumulate):
-        number = (step * args.accumulate + part) * world + rank
-        *pictures, motion_labels = (x.to(device, non_blocking=True) for x in next(inputs))
-        reference, target = map(space.encode, pictures)
-        drawn = sample_noise_t_mask(args, preset["encoder"], target.shape, number, rank, step / args.steps)
-        noise, t, ids_keep = (x.to(device) for x in drawn)
-        if world > 1:
-            ddp_model.require_backward_grad_sync = part == args.accumulate - 1
-        with bf16:
-            endpoint = reflow_pairs(teacher, reference, target, noise, args.teacher_steps) if teacher else None
-            label_weight = args.label_weight * max(0.0, 1 - step / args.steps / 0.8)
-            loss = ddp_model(reference, target, noise, t, ids_keep, motion_labels, label_weight, endpoint)
-        (loss / args.accumulate).backward()
-        total += loss.item() / args.accumulate
-    return total
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    p.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of the networks and of the run")
+    p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: runs/ae, or runs/reflow_ae)")
+    p.add_argument("--init", help="start from these weights, e.g. the image model for --frames 8")
+    p.add_argument("--reflow", metavar="TEACHER", help="learn the straight line from noise to what these weights make of "
+                   "it; their encoder, and their generator if they have one, are kept")
+    p.add_argument("--one-step", action="store_true", help="with --reflow: learn the step from pure noise alone")
+    p.add_argument("--teacher-steps", type=int, default=20, help="with --reflow: steps of the teacher (default: 20)")
+    p.add_argument("--frames", type=int, default=1, help="above 1: the image-to-video stage, clips of so many frames")
+    p.add_argument("--data", nargs="+", metavar="DIR", default=["synthetic"], help="folders made by data.py prepare, drawn "
+                   "equally; the word synthetic stands for the synthetic world (default)")
+    p.add_argument("--workers", type=int, default=2, help="processes that read clips ahead (default: 2)")
+    p.add_argument("--vae", default=latents.SD, help="presets large and paper: the autoencoder, hub id or folder")
+    p.add_argument("--steps", type=int, help="length of the run (default: the preset's)")
+    p.add_argument("--persons", type=int, help="persons a step and process (default: the preset's)")
+    p.add_argument("--lr", type=float, help="peak learning rate of AdamW (default: the preset's)")
+    p.add_argument("--muon-lr", type=float, help="peak learning rate of Muon (default: the preset's)")
+    p.add_argument("--label-weight", type=float, help="weight of known motion in the loss, fading out; 0: no label in the "
+                   "loss (default: the preset's)")
+    p.add_argument("--mask-max", type=float, help="masks hide a share U(0, this) (paper: 0.9; default: the preset's)")
+    p.add_argument("--accumulate", type=int, default=1, help="batches a step, for large batches in little memory")
+    p.add_argument("--checkpoint-activations", action="store_true", help="keep less for the backward pass, compute it again")
+    p.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: 0)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                   help="use torch.compile: 1-2 minutes to start, then faster (needs a C++ compiler on CPUs)")
+    p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints and pictures (default: 200)")
+    args = p.parse_args(argv)
+    preset = PRESETS[args.preset]
+    if args.reflow:
+        preset = {**preset, "label_weight": 0.0, "mask_max": 0.0, "lr": 0.1 * preset["lr"],      # a student is nearly there
+                  "muon_lr": preset["muon_lr"] and 0.1 * preset["muon_lr"]}
+    args.out = args.out or ("runs/reflow_ae" if args.reflow else "runs/ae")
+    args.curriculum = preset["curriculum"]
+    for name in ("steps", "persons", "lr", "muon_lr", "mask_max", "label_weight"):
+        setattr(args, name, preset[name] if getattr(args, name) is None else getattr(args, name))
+    if args.init and args.reflow or args.one_step and not args.reflow:
+        p.error("--reflow begins from its teacher, without --init; --one-step goes with --reflow")
+    counts = (args.steps, args.persons, args.frames, args.accumulate, args.teacher_steps, args.save_every, args.seed + 1,
+              args.workers + 1)
+    if min(counts) < 1 or args.label_weight < 0 or not 0 <= args.mask_max < 1 or args.lr <= 0:
+        p.error("--steps, --persons, --frames, --accumulate, --teacher-steps, --save-every and --lr must be positive, "
+                "--seed, --label-weight and --workers not negative, --mask-max in [0, 1)")
+    return args
 
 
 def main(argv=None):
+    """-> exit status: 0 when the run is complete, 130 when it was stopped, 2 for bad input."""
     args = parse(argv)
+    try:
+        return train(args)
+    except InputError as error:
+        print(f"train_ae.py: {error}", file=sys.stderr)
+        return 2
+
+
+def train(args) -> int:
+    """Train as the settings say; see `parse`. Raises InputError."""
     preset = PRESETS[args.preset]
     rank, world, device = training.init_distributed(args.device)
     training.seed_everything(args.seed)
     configs = {"encoder": preset["encoder"], "decoder": replace(preset["decoder"], frames=args.frames)}
-    model, ema = (AutoEncoder(MotionEncoder(configs["encoder"]), Decoder(configs["decoder"])).to(device) for _ in range(2))
-    render_fn = torch.compile(render, dynamic=False) if args.compile else render
+    model, ema = (AutoEncoder(MotionEncoder(configs["encoder"]), Decoder(configs["decoder"]), preset["loss"]).to(device)
+                  for _ in range(2))
     kind = preset.get("latents", "pixel")
-    try:
-        space = latents.load_latents(kind, args.vae, device)
-        real = real_clips(args, preset, "train")
-        teacher, meta = sample.load_models(args.reflow, device) if args.reflow else ({}, {})
-        if args.init or args.reflow:
-            path = args.init or args.reflow
-            training.init_from(path, sample.load_models(path)[0], encoder=model.encoder, decoder=model.decoder)
-    except (InputError, ValueError) as error:
-        raise SystemExit(f"train_ae.py: {error}") from error
+    training.make_run_folder(args.out)
+    space = latents.load_latents(kind, args.vae, device)
+    real = real_clips(args, preset, "train")
+    loaded, meta = load_models(args.init or args.reflow, device) if args.init or args.reflow else ({}, {})
+    teacher, meta = (loaded, meta) if args.reflow else ({}, {})
+    if loaded:
+        training.init_from(args.init or args.reflow, loaded, encoder=model.encoder, decoder=model.decoder)
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
-    lr_scale = 0.1 if args.reflow else 1.0                            # a student is nearly there
-    optimisers = training.optimisers(model, lr_scale * preset["lr"], lr_scale * preset["muon_lr"])
+    optimisers = training.optimisers(model, args.lr, args.muon_lr)
     files = {name: os.path.join(args.out, name) for name in ("state.pt", "semo.safetensors", "log.jsonl")}
-    step = training.resume(files["state.pt"], configs, model, ema, optimisers)
+    step = training.resume(files["state.pt"], args, configs, model, ema, optimisers)
+    training.print_settings(args, model, rank, **{f"schedule at {p:.0%}": schedule(args, p) for p in (0, 0.5, 1)})
+    if step >= args.steps and rank == 0:
+        print(f"train_ae.py: finished at step {step}, nothing to do", file=sys.stderr)
 
     if args.checkpoint_activations:
         training.checkpoint_activations(model)
+    render_fn = torch.compile(render, dynamic=False) if args.compile else render
     if args.compile:
         model.decoder.compile(dynamic=False)                        # in place; the encoder's shapes change with the mask
     model.train()
     if teacher:                                                     # tokens must stay what the generator writes
         model.encoder.requires_grad_(False).eval()
     ddp_model = training.ddp_wrap(model, world, device)
-    bf16 = autocast(device)
     stopper, began, first = training.Stopper(), time.time(), step
     recent = deque(maxlen=100)                                      # losses, to print their mean
-    numbers = [(later * args.accumulate + part) * world + rank for later in range(step, args.steps) for part in range(args.accumulate)]
-    inputs = batches(args, preset, real, numbers, render_fn)
+    numbers = [(k * args.accumulate + part) * world + rank for k in range(step, args.steps) for part in range(args.accumulate)]
+    stream = batches(args, preset, real, numbers, render_fn, device)
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
         training.set_lr(optimisers, step, args.steps, warmup=50)
-        loss = train_step(args, preset, ddp_model, inputs, step, rank, world, space, device, bf16, teacher)
+        now, loss = schedule(args, step / args.steps), 0.0
+        for part in range(args.accumulate):                         # only the last backward pass waits for other processes
+            number = (step * args.accumulate + part) * world + rank
+            batch = next(stream).to(device).encode(space)
+            noise, t, ids_keep = sample_noise_t_mask(args, preset["encoder"], batch.target.shape, number, rank, now)
+            noise, t, ids_keep = noise.to(device), t.to(device), ids_keep.to(device)
+            if world > 1:
+                ddp_model.require_backward_grad_sync = part == args.accumulate - 1
+            with autocast(device):
+                endpoint = reflow_pairs(teacher, batch, noise, args.teacher_steps) if teacher else None
+                part_loss = ddp_model(batch, noise, t, ids_keep, now, endpoint) / args.accumulate
+            part_loss.backward()
+            loss += part_loss.item()
         training.clip_and_step(model, optimisers, loss, step, files["state.pt"], device)
         training.update_ema(ema, model, step, training.ema_decay(args.steps))
         step += 1
@@ -300,13 +406,13 @@ def main(argv=None):
         bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
         stop = training.any_rank(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
-            psnr, copy = save_samples(os.path.join(args.out, f"step{step:06d}.png"), ema, space, args, preset, device)
+            samples = save_samples(os.path.join(args.out, f"step{step:06d}.png"), ema, space, args, preset, device)
             meta |= {"latents": kind, "vae": args.vae, "size": image_px(preset), "steps": 1, "trained_steps": step}
             save_weights(files["semo.safetensors"], {**teacher, "encoder": ema.encoder, "decoder": ema.decoder}, meta)
-            pictures = args.accumulate * world * args.persons * (args.frames if args.frames > 1 else preset["targets"])
-            training.log(files["log.jsonl"], step=step, loss=sum(recent) / len(recent), psnr=psnr, psnr_copy=copy,
+            pictures = args.accumulate * world * len(batch.target)
+            training.save_checkpoint(files["state.pt"], step, args, configs, model, ema, optimisers)
+            training.log(files["log.jsonl"], step=step, loss=sum(recent) / len(recent), **samples,
                          pictures_per_second=pictures * (step - first) / (time.time() - began))
-            training.save_checkpoint(files["state.pt"], step, configs, model, ema, optimisers)
         if stop:
             break
     bar.close()

@@ -8,9 +8,12 @@ a kill at any moment leaves a good file.
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import socket
+import sys
+import tempfile
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -113,9 +116,9 @@ def any_rank(flag, device):
 # ---- optimisation ---------------------------------------------------------------------------------------------------
 
 def optimisers(model, lr, muon_lr, weight_decay=0.01):
-    """Muon (Jordan et al. 2024) for the matrices of attention and MLP, AdamW for the rest."""
+    """Muon (Jordan et al. 2024) for the matrices of attention and MLP, AdamW for the rest; AdamW for all with muon_lr None."""
     def inner(name, p):
-        return p.ndim == 2 and "blocks" in name.split(".") and "modulation" not in name
+        return muon_lr is not None and p.ndim == 2 and "blocks" in name.split(".") and "modulation" not in name
 
     matrices = [p for name, p in model.named_parameters() if inner(name, p)]
     rest = [p for name, p in model.named_parameters() if not inner(name, p)]
@@ -169,28 +172,62 @@ def atomic_save(path, **state):
         torch.save(state, temporary)
 
 
-def save_checkpoint(path, step, configs, model, ema, optimisers):
-    """All that `resume` needs."""
-    atomic_save(path, step=step, configs={kind: asdict(config) for kind, config in configs.items()}, model=model.state_dict(),
+def settings(args):
+    """The arguments that a run's result depends on, {name: value}; not where it runs or how often it saves."""
+    return {name: value for name, value in vars(args).items()
+            if name not in ("out", "device", "save_every", "workers", "compile", "checkpoint_activations")}
+
+
+def print_settings(args, model, rank, **more):
+    """Print what this run does, once, at its start."""
+    if rank == 0:
+        count = sum(p.numel() for p in model.parameters())
+        for name, value in {**vars(args), "parameters": f"{count / 1e6:.1f} million", **more}.items():
+            print(f"{name:>24}: {value}", file=sys.stderr)
+
+
+def make_run_folder(folder):
+    """Make the folder of a run and check that it can be written to. Raises InputError."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written to ({error.strerror}); give another folder") from None
+
+
+def save_checkpoint(path, step, args, configs, model, ema, optimisers):
+    """Write all that `resume` needs."""
+    atomic_save(path, step=step, settings=json.dumps(settings(args)), configs={kind: asdict(config) for kind, config in configs.items()}, model=model.state_dict(),
                ema=ema.state_dict(), optimisers=[optimiser.state_dict() for optimiser in optimisers])
 
 
-def resume(path, configs, model, ema, optimisers):
-    """Go on from `path`, if it exists -> the number of steps done. Exits if the run there has other networks, or if only some
-    processes see it: they would train different steps."""
+def resume(path, args, configs, model, ema, optimisers):
+    """Go on from `path`, if it exists -> the number of steps done. Raises InputError if that run has other networks or other
+    settings, or if only some processes see it: they would train different steps."""
     exists, device = os.path.exists(path), next(model.parameters()).device
     if any_rank(exists, device) and any_rank(not exists, device):
-        raise SystemExit(f"{path}: seen by some nodes only; give an --out on a disk that all of them share")
+        raise InputError(f"{path}: seen by some nodes only; give an --out on a disk that all of them share")
     if not exists:
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved, step = json.loads(state["settings"]), state["step"]
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is not a training checkpoint of this version ({type(error).__name__}); give another "
+                         "--out, or remove it to start anew") from None
     if state["configs"] != {kind: asdict(config) for kind, config in configs.items()}:
-        raise SystemExit(f"{path}: this run has networks of other sizes; give another --out, or the run's own --preset")
+        raise InputError(f"{path}: this run has networks of other sizes; give another --out, or the run's own --preset")
+    given = json.loads(json.dumps(settings(args)))
+    changed = [f"--{name.replace('_', '-')} {saved.get(name)} -> {given.get(name)}"
+               for name in sorted({*saved, *given}) if saved.get(name) != given.get(name)]
+    if changed:
+        raise InputError(f"{path}: this run has other settings ({', '.join(changed)}); give its own, or another --out")
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
-    for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
-        optimiser.load_state_dict(saved)
-    return state["step"]
+    for optimiser, saved_optimiser in zip(optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(saved_optimiser)
+    return step
 
 
 def init_from(path, loaded, **models):

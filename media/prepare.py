@@ -49,6 +49,7 @@ MAX_OUTSIDE = 0.2                # of the square's side may lie outside the pict
 MAX_UPSCALE = 2.0                # crops that would be enlarged more than this are dropped
 SILENT, CLIPPED, NOISY = -50.0, 0.005, 6.0    # dB of full scale; share of samples at the limit; dB from quiet to loud frames
 TEST_SHARE = 0.05                # of the people, where a set has no list of its own
+MARGIN = 1.25                    # a prepared square is so many times as wide as the tight square that models see
 KEYFRAMES = 5                    # of the clips: any frame is at most four away from one that is coded by itself
 EMOTIONS = ("neutral", "angry", "contempt", "disgusted", "fear", "happy", "sad", "surprised")
 

@@ -11,12 +11,12 @@ from media.files import InputError, atomic_write
 
 # What format semo-1 called otherwise, {kind: {old: new}}: parts of the weights' names, and fields of the configs.
 SEMO_1_NAMES = {
-    "encoder": {"thumb": "patch_summary", "sketch": "token_init", "standardise": "running_norm"},
-    "decoder": {"under": "ref_patch_embed", "change": "motion_delta", "spread": "delta_mix", "slot": "motion_pos_embed",
+    "encoder": {"thumb": "token_init.patch_summary", "sketch": "token_init.project", "standardise": "running_norm"},
+    "decoder": {"under": "ref_patch_embed", "change": "motion_delta.project", "spread": "motion_delta.mix", "slot": "motion_pos_embed",
                 "role": "segment_embed", "still": "ref_condition", "pose": "affine_head"},
     "generator": {"hear": "cross_attn_audio", "silence": "null_audio", "role": "segment_embed"},
 }
-SEMO_1_FIELDS = {"encoder": {"thumb": "patch_summary"}, "decoder": {"expand": "tokens_per_motion"},
+SEMO_1_FIELDS = {"encoder": {"thumb": "token_init"}, "decoder": {"expand": "tokens_per_motion"},
                  "generator": {"ahead": "lookahead"}}
 
 
@@ -32,6 +32,8 @@ def convert_semo_1(weights, configs):
     weights = {renamed(name): value for name, value in weights.items()}
     configs = {kind: {SEMO_1_FIELDS.get(kind, {}).get(field, field): value for field, value in config.items()}
                for kind, config in configs.items()}
+    if "decoder" in configs:                                       # one displacement for each 8 pixels of a patch
+        configs["decoder"]["warp_grid"] = max(1, configs["decoder"].get("patch_size", 16) // 8)
     return weights, configs
 
 

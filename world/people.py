@@ -1,6 +1,6 @@
 """People of the synthetic world who move and speak, drawn from seeds.
 
-    seeds --> random_motion, random_pairs: single pictures     seeds --> random_clip: one person talking, with sound
+    seeds --> random_pairs, consecutive_frames: pictures     seeds --> random_clip: one person talking, with sound
 
     python -m world.people --out DIR --clips N --seconds S [--seed N]     mp4 clips with sound and their factors (.npz)
 """
@@ -42,25 +42,49 @@ def random_motion(seeds):
     return motion
 
 
-def random_pairs(seeds, targets, near, size=128, render_fn=render):
-    """Draw one picture of each of R people and `targets` others of the same person -> (R, 3, size, size) and
-    (R*targets, 3, size, size), in [-1, 1], and the motion of them all, (R + R*targets, M).
+def random_pairs(seeds, targets, near, size=128, render_fn=render, swap=False):
+    """Draw 1 + `targets` pictures of each of R people (R,) -> pictures (R, 1+T, 3, size, size) in [-1, 1], their motion
+    (R, 1+T, M), and what the motion encoder is to see, as pictures.
 
     The share `near` of the people hold still between their pictures, as neighbouring frames of a speaker do: pose and light
     are kept, and a random half of mouth, eyes and brows, so that a gaze is at times all there is to explain. The others
-    change in everything, as distant frames. render_fn: `render`, or the same compiled.
+    change in everything, as distant frames. swap: three in four encoder views of the targets show another person in the same
+    motion, half of those also for the reference. render_fn: `render`, or the same compiled.
     """
-    people = random_identity(seeds)
-    motion_ids = (seeds % HELD_OUT)[:, None] * (targets + 1) + torch.arange(targets + 1, device=seeds.device)
-    motion_ids = motion_ids % HELD_OUT + HELD_OUT * (seeds >= HELD_OUT)[:, None]                    # (R, 1+T) motions, too, are split
-    motion = random_motion(motion_ids.flatten()).unflatten(0, (-1, targets + 1))               # (R, 1+T, M)
+    count = targets + 1
+    motion_ids = (seeds % HELD_OUT)[:, None] * count + torch.arange(count, device=seeds.device)
+    motion_ids = motion_ids % HELD_OUT + HELD_OUT * (seeds >= HELD_OUT)[:, None]          # (R, 1+T) motions, too, are split
+    motion = random_motion(motion_ids.flatten()).unflatten(0, (-1, count))                # (R, 1+T, M)
     held = torch.tensor([name in (*POSE, "light_x", "light") for name in MOTION], device=seeds.device)
-    keep = held | (uniform(seeds, len(MOTION), stream=12) < 0.5)                         # (R, M)
-    keep = keep & (torch.arange(len(people), device=seeds.device) < round(near * len(people)))[:, None]
+    keep = held | (uniform(seeds, len(MOTION), stream=12) < 0.5)                          # (R, M)
+    number = torch.arange(len(seeds), device=seeds.device)
+    keep = keep & (number < round(near * len(seeds)))[:, None]
     motion = torch.where(keep[:, None], motion[:, :1], motion)
-    images = render_fn(people.repeat_interleave(targets + 1, 0), motion.flatten(0, 1), size)
-    images = images.unflatten(0, (-1, targets + 1))
-    return images[:, 0], images[:, 1:].flatten(0, 1), torch.cat([motion[:, 0], motion[:, 1:].flatten(0, 1)])
+
+    def draw(people):
+        images = render_fn(random_identity(people).repeat_interleave(count, 0), motion.flatten(0, 1), size)
+        return images.unflatten(0, (-1, count))                                           # (R, 1+T, 3, H, W)
+
+    pictures = draw(seeds)
+    if not swap:
+        return pictures, motion, pictures
+    other = draw((seeds + 1 + 7919 * (seeds % 13 + 1)) % HELD_OUT + HELD_OUT * (seeds >= HELD_OUT))
+    other[number % 4 == 3] = pictures[number % 4 == 3]
+    other[number % 2 == 1, 0] = pictures[number % 2 == 1, 0]
+    return pictures, motion, other
+
+
+def consecutive_frames(seeds, frames, size=128, render_fn=render):
+    """Draw a random frame of each of R clips and `frames` consecutive ones -> as random_pairs (the video stage)."""
+    motion = random_clip(seeds, 4 * frames)["motion"]                                     # (R, 4F, M)
+    u = uniform(seeds, 2, stream=13)
+    first = (u[:, :1] * 4 * frames).long()
+    start = (u[:, 1:] * (3 * frames + 1)).long() + torch.arange(frames, device=seeds.device)
+    index = torch.cat([first, start], dim=1)                                              # (R, 1+F)
+    motion = motion.gather(1, index[..., None].expand(-1, -1, motion.shape[-1]))
+    people = random_identity(seeds).repeat_interleave(frames + 1, 0)
+    pictures = render_fn(people, motion.flatten(0, 1), size).unflatten(0, (-1, frames + 1))
+    return pictures, motion, pictures
 
 
 # ---- time: a person who speaks -----------------------------------------------------------------------------------------
