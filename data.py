@@ -26,9 +26,13 @@ from media.sound import FPS, SAMPLE_RATE, has_audio, load_audio
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-def read_at(path: str, numbers, size: int) -> np.ndarray:
-    """Read frames of a prepared clip by number -> (n, size, size, 3) uint8, in the order asked. Raises InputError."""
-    frames = {}
+def read_at(path: str, numbers, size: int, margin=False) -> np.ndarray:
+    """Read the tight square of frames of a prepared clip by number -> (n, size, size, 3) uint8, in the order asked.
+
+    margin: the whole prepared square, (n, W, W, 3) with W = margin_px(size). Raises InputError.
+    """
+    frames, wide = {}, margin_px(size)
+    edge = 0 if margin else (wide - size) // 2
     with open_media(path, VIDEO_WANTED) as container:
         stream = picture_stream(container)
         tick, position, decoded = 1 / (FPS * stream.time_base), None, iter(())
@@ -39,7 +43,7 @@ def read_at(path: str, numbers, size: int) -> np.ndarray:
             for frame in decoded:
                 position = round((frame.pts - (stream.start_time or 0)) / tick)
                 if position >= number:
-                    frames[number] = to_array(frame, size)
+                    frames[number] = to_array(frame, wide)[edge:wide - edge, edge:wide - edge]
                     break
             else:
                 raise InputError(f"{path} ends before its frame {number}; prepare the set again")
@@ -238,7 +242,7 @@ class Clips(Dataset):
         clip = clips[rng.integers(len(clips))]
         ellipses, factors = load_landmarks(clip)
         numbers = self.frame_numbers(rng, clip["frames"], factors, k)
-        return read_at(clip["path"], numbers, margin_px(self.size)), ellipses[numbers], factors[numbers]
+        return read_at(clip["path"], numbers, self.size, margin=True), ellipses[numbers], factors[numbers]
 
     def frame_numbers(self, rng, frames: int, factors, k: int) -> list[int]:
         """Choose the reference and the targets of person k of a batch -> 1+T frame numbers."""

@@ -286,10 +286,10 @@ def save_samples(path, model, space, args, preset, device) -> dict:
     return {"psnr": psnr, "psnr_copy": psnr_copy, "shown": split}
 
 
-def parse(argv):
+def parse(argv, presets=PRESETS):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
-    p.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of the networks and of the run")
+    p.add_argument("--preset", choices=presets, default="tiny", help="sizes of the networks and of the run")
     p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: runs/ae, or runs/reflow_ae)")
     p.add_argument("--init", help="start from these weights, e.g. the image model for --frames 8")
     p.add_argument("--reflow", metavar="TEACHER", help="learn the straight line from noise to what these weights make of "
@@ -316,7 +316,7 @@ def parse(argv):
                    help="use torch.compile: 1-2 minutes to start, then faster (needs a C++ compiler on CPUs)")
     p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints and pictures (default: 200)")
     args = p.parse_args(argv)
-    preset = PRESETS[args.preset]
+    preset = presets[args.preset]
     if args.reflow:
         preset = {**preset, "label_weight": 0.0, "mask_max": 0.0, "lr": 0.1 * preset["lr"],      # a student is nearly there
                   "muon_lr": preset["muon_lr"] and 0.1 * preset["muon_lr"]}
@@ -338,15 +338,14 @@ def main(argv=None):
     """-> exit status: 0 when the run is complete, 130 when it was stopped, 2 for bad input."""
     args = parse(argv)
     try:
-        return train(args)
+        return train(args, PRESETS[args.preset])
     except InputError as error:
         print(f"train_ae.py: {error}", file=sys.stderr)
         return 2
 
 
-def train(args) -> int:
-    """Train as the settings say; see `parse`. Raises InputError."""
-    preset = PRESETS[args.preset]
+def train(args, preset: dict) -> int:
+    """Train as the settings say; see `parse` and PRESETS. Raises InputError."""
     rank, world, device = training.init_distributed(args.device)
     training.seed_everything(args.seed)
     configs = {"encoder": preset["encoder"], "decoder": replace(preset["decoder"], frames=args.frames)}

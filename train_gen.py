@@ -60,9 +60,9 @@ LEVELS = {1: 0.4, 2: 0.7, 3: 1.0}             # strength of MEAD's levels
 OTHERS = 4                                # pictures of the same person in other moods kept beside each clip
 
 
-def parse(argv):
+def parse(argv, presets=PRESETS):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of the network and of the run")
+    p.add_argument("--preset", choices=presets, default="tiny", help="sizes of the network and of the run")
     p.add_argument("--ae", default="runs/ae/semo.safetensors", help="weights of stage 1: their encoder is used, frozen")
     p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: runs/gen, or runs/reflow_gen)")
     p.add_argument("--reflow", metavar="TEACHER", help="in place of --ae: learn the straight line from noise to what the generator of "
@@ -85,7 +85,7 @@ def parse(argv):
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and preview clips")
     args = p.parse_args(argv)
     for name in ("steps", "clips", "windows", "voices"):
-        setattr(args, name, PRESETS[args.preset][name] if getattr(args, name) is None else getattr(args, name))
+        setattr(args, name, presets[args.preset][name] if getattr(args, name) is None else getattr(args, name))
     if args.one_step and not args.reflow:
         p.error("--one-step goes with --reflow")
     args.ae, args.out = args.reflow or args.ae, args.out or ("runs/reflow_gen" if args.reflow else "runs/gen")
@@ -192,7 +192,7 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
     if os.path.exists(path):
         cached = torch.load(path, map_location="cpu", weights_only=True)
         if cached["key"][0] != key[0] and os.path.exists(os.path.join(args.out, "state.pt")):
-            raise SystemExit(f"train_gen.py: the run in {args.out} learned the tokens of another encoder; give another --out")
+            raise InputError(f"the run in {args.out} learned the tokens of another encoder; give another --out")
         if cached["key"] == key:
             return Encoded(*(cached[name] for name in Encoded._fields))
     parts, clip_index, voices, number, first = [], [], [], 0, 0
@@ -218,7 +218,7 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
                 first += frames
     if not parts:
         window = preset["generator"].window
-        raise SystemExit(f"train_gen.py: no clip of {', '.join(args.data)} is as long as a window, {window} frames")
+        raise InputError(f"no clip of {', '.join(args.data)} is as long as a window, {window} frames")
     encoded = Encoded(*(torch.cat(x) for x in zip(*parts, strict=True)), torch.tensor(clip_index), torch.stack(voices))
     training.atomic_save(path, key=key, **encoded._asdict())
     return encoded
@@ -338,20 +338,30 @@ def preview(path, models, meta, space, silence_features, args, device, seconds=3
 
 
 def main(argv=None):
+    """-> exit status: 0 when the run is complete, 130 when it was stopped, 2 for bad input."""
     args = parse(argv)
-    preset = PRESETS[args.preset]
+    try:
+        return train(args, PRESETS[args.preset])
+    except InputError as error:
+        print(f"train_gen.py: {error}", file=sys.stderr)
+        return 2
+
+
+def train(args, preset) -> int:
+    """Train as the settings say; see `parse`. Raises InputError."""
     rank, world, device = training.init_distributed(args.device)
     training.seed_everything(args.seed)
     kind = preset.get("audio", "mel")
+    models, meta = sample.load_models(args.ae, device)
     try:
-        models, meta = sample.load_models(args.ae, device)
         space = load_latents(meta["latents"], meta.get("vae", SD), device)
         silence_features = encode_silence(kind, args.whisper)
-        for name in args.data:
-            if name != "synthetic":
-                data.load_sets([name], "train", sound=True)                            # refuse now what cannot be read later
-    except (InputError, ValueError, OSError) as error:
-        raise SystemExit(f"train_gen.py: {error}") from error
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+    for name in args.data:
+        if name != "synthetic":
+            data.load_sets([name], "train", sound=True)                                # refuse now what cannot be read later
+    training.make_run_folder(args.out)
     encoder = models["encoder"].requires_grad_(False)
     config = replace(preset["generator"], num_tokens=encoder.config.num_tokens, token_dim=encoder.config.token_dim,
                      audio_dim=len(silence_features))
@@ -360,18 +370,17 @@ def main(argv=None):
     model, ema = (Generator(config).to(device) for _ in range(2))
     teacher = None
     if args.reflow:
-        try:
-            training.init_from(args.reflow, models, generator=model)
-        except ValueError as error:
-            raise SystemExit(f"train_gen.py: {error}") from error
+        training.init_from(args.reflow, models, generator=model)
         teacher = flow.with_cfg(models["generator"].requires_grad_(False), meta["guidance"], null={"audio": None})
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
     lr_scale = 0.1 if args.reflow else 1.0                            # a student is nearly there
     optimisers = training.optimisers(model, lr_scale * preset["lr"], lr_scale * preset["muon_lr"])
     files = {name: os.path.join(args.out, name) for name in ("state.pt", "semo.safetensors", "log.jsonl")}
-    os.makedirs(args.out, exist_ok=True)
-    step = training.resume(files["state.pt"], {"generator": config}, model, ema, optimisers)
+    step = training.resume(files["state.pt"], args, {"generator": config}, model, ema, optimisers)
+    training.print_settings(args, model, rank)
+    if step >= args.steps and rank == 0:
+        print(f"train_gen.py: finished at step {step}, nothing to do", file=sys.stderr)
     bf16 = autocast(device)
     encoded = encode_dataset(args, preset, encoder, space, meta["size"], rank, world, device, bf16)
     voice = models.get("voice") if args.reflow else None
@@ -413,7 +422,7 @@ def main(argv=None):
             preview(os.path.join(args.out, f"step{step:06d}.mp4"), models_out, meta_out, space, silence_features, args, device)
             training.log(files["log.jsonl"], step=step, loss=loss.item(),
                          windows_per_second=(step - first) * world * args.windows / (time.time() - began))
-            training.save_checkpoint(files["state.pt"], step, {"generator": config}, model, ema, optimisers)
+            training.save_checkpoint(files["state.pt"], step, args, {"generator": config}, model, ema, optimisers)
         if stop:
             break
     bar.close()

@@ -2,10 +2,11 @@
 in any loss but that of the row which says so.
 
     python -m measure.ablate                        train and measure what is missing in --out, then print all tables
-    python -m measure.ablate --only width mask      some of them: width, count, mask, attention, prediction, label, past, emotion
+    python -m measure.ablate --only width mask      some of them: width, count, mask, attention, prediction, label,
+                                                    shortcuts, past, emotion
     python -m measure.ablate --png ablations.png    also draw the curves
 
-Every variant differs from `base` in one thing. Each is trained from every seed on the same people, in the same order, and
+Every variant differs from `base` in one thing, the shortcuts alone from the paper's method. Each is trained from every seed on the same people, in the same order, and
 measured on unseen ones by evaluate.py. Ctrl-C saves; the same command goes on. Tables are Markdown: mean over seeds, and in
 brackets the lowest and the highest seed. --out keeps a folder for each run, with its log, weights and measurements.
 """
@@ -32,9 +33,11 @@ from measure import evaluate
 from media.files import InputError, atomic_write
 
 SHAPE = dict(image_size=32, patch_size=8, num_tokens=1, token_dim=64)
-BASE = dict(encoder=EncoderConfig(**SHAPE, width=96, depth=3, heads=2), decoder=DecoderConfig(**SHAPE, width=128, depth=3, heads=2),
-            steps=1000, persons=16, targets=4, near=0.5, mask_max=0.5, label_weight=0.0, lr=1e-3, muon_lr=0.02)
-PAST = dict(generator=GeneratorConfig(), steps=1000, windows=32, clips=256, seconds=4, voices=1, lr=1e-3, muon_lr=0.02)
+BASE = dict(encoder=EncoderConfig(**SHAPE, width=96, depth=3, heads=2),
+            decoder=DecoderConfig(**SHAPE, width=128, depth=3, heads=2), loss="weighted", curriculum=True, steps=1000,
+            persons=16, targets=4, near=0.5, mask_max=0.5, label_weight=0.0, lr=1e-3, muon_lr=0.02)
+PAST = dict(generator=GeneratorConfig(), steps=1000, windows=32, clips=256, seconds=4, voices=1, lr=1e-3,
+            muon_lr=0.02)
 
 
 def token(count, width):
@@ -47,6 +50,14 @@ def decoder(**changes):
     return {"decoder": replace(BASE["decoder"], **changes)}
 
 
+def paper(encoder=(), decoder=(), **changes):
+    """The paper's method in the base's sizes and with its optimiser, and what is given changed: our shortcuts."""
+    off = dict(token_init=0, running_norm=False)
+    return {"encoder": replace(BASE["encoder"], **{**off, **dict(encoder)}),
+            "decoder": replace(BASE["decoder"], **{**train_ae.PAPER, **dict(decoder)}),
+            "loss": "velocity", "curriculum": False, "near": 0.0, "mask_max": 0.9, **changes}
+
+
 # table: {row: what differs from the base}
 TABLES = {
     "width": {"1 x 32": token(1, 32), "1 x 64": {}, "1 x 256": token(1, 256), "1 x 1024": token(1, 1024)},
@@ -55,6 +66,14 @@ TABLES = {
     "attention": {"reference cached": {}, "full, as in the paper": decoder(full_attention=True)},
     "prediction": {"x": {}, "v": decoder(predict="v")},
     "label": {"none": {}, "known motion, fading": {"label_weight": 0.3}},
+    "shortcuts": {"paper": paper(), "token_init": paper(encoder={"token_init": 16}),
+                  "running_norm": paper(encoder={"running_norm": True}),
+                  "motion_delta": paper(decoder={"motion_delta": True}),
+                  "ref_context": paper(decoder={"ref_context": True}),
+                  "tokens_per_motion": paper(decoder={"tokens_per_motion": 8}),
+                  "weighted loss": paper(loss="weighted"),
+                  "curriculum": paper(curriculum=True, near=BASE["near"], mask_max=BASE["mask_max"]), "base": {},
+                  "ours": {"loss": "region", **decoder(warp_grid=4, overlap=True)}},
 }
 # likewise of stage 2, what differs from PAST and the share of the past that is masked
 STAGE_2 = {
@@ -64,7 +83,8 @@ STAGE_2 = {
                 "experts, moods never disagree": ({"generator": GeneratorConfig(experts=16), "agree": True}, 0.2)}}
 TITLES = {"width": "One token, its width (paper: table 5)", "count": "64 numbers in 1 to 8 tokens (paper: table 6)",
           "mask": "Masked patches in stage 1 (paper: table 7, figure 9)", "attention": "Who sees the target",
-          "prediction": "What the decoder predicts", "label": "A label in the loss of stage 1, for 80% of the run",
+          "prediction": "What the decoder predicts", "label": "A label in the loss of stage 1, for 60% of the run",
+          "shortcuts": "The paper's method, each of our shortcuts alone, all of them (base), and as released (ours)",
           "past": "Masked patches of the past frames in stage 2", "emotion": "How the generator is told an emotion"}
 CLIPS = {"reconstruct": 12, "probe": 300, "talk": 12, "emotion": 8}
 # what is measured: title -> (file, path to the number, digits)
@@ -125,9 +145,10 @@ def run_evaluation(folder, command, args):
 def run(folder, preset, share, measures, seed, args):
     """Train one variant from one seed, or what is left of it, and measure it -> {measure: number}, None if it was stopped."""
     words = ["--preset", "ablation", "--out", folder, "--seed", str(seed), "--device", args.device]
+    words += ["--steps", str(args.steps)] if args.steps else []
+    words += [] if share is None else ["--ae", args.ckpt, "--mask-max", str(share)]
     script = train_ae if share is None else train_gen
-    script.PRESETS["ablation"] = {**preset, "steps": args.steps or preset["steps"]}
-    status = script.main(words if share is None else [*words, "--ae", args.ckpt, "--mask-max", str(share)])
+    status = script.train(script.parse(words, {"ablation": preset}), preset)
     signal.signal(signal.SIGINT, signal.default_int_handler)        # training took them over
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if status:

@@ -49,7 +49,6 @@ from media.files import InputError, atomic_write
 from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks, load_audio
 from media.video import VideoWriter
 from world import speech
-from world.render import MOTION
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -209,15 +208,22 @@ def variants(args, device):
 # ---- training -------------------------------------------------------------------------------------------------------
 
 def stage_1(name, people, device):
-    """-> AutoEncoder of a preset, a function that makes its loss on random pictures, pictures a pass."""
+    """Build AutoEncoder of a preset -> it, a function that makes its loss on random pictures, pictures a pass.
+
+    The loss is that of the last part of a run, with all its terms.
+    """
     preset = train_ae.PRESETS[name]
     e, people = preset["encoder"], people or preset["persons"]
     count = people * preset["targets"]
-    model = train_ae.AutoEncoder(MotionEncoder(e), Decoder(preset["decoder"])).to(device)
-    reference, target, noise = (torch.randn(n, e.channels, e.image_size, e.image_size, device=device) for n in (people, count, count))
-    t, no_labels = torch.ones(count, device=device), torch.zeros(0, len(MOTION), device=device)
-    ids_keep = random_masking(people + count, (e.image_size // e.patch_size) ** 2, preset["mask_max"] / 2, device=device)
-    return model, lambda: model(reference, target, noise, t, ids_keep, no_labels, 0.0), count
+    model = train_ae.AutoEncoder(MotionEncoder(e), Decoder(preset["decoder"]), preset["loss"]).to(device)
+    reference, target, noise = (torch.randn(n, e.channels, e.image_size, e.image_size, device=device)
+                                for n in (people, count, count))
+    regions = torch.rand(count, 2, e.image_size, e.image_size, device=device)
+    batch = data.Batch(reference, target, torch.cat([reference, target]), regions, None, "synthetic")
+    weights, t = train_ae.schedule(train_ae.parse(["--preset", name]), 0.8), torch.ones(count, device=device)
+    ids_keep = random_masking(people + count, (e.image_size // e.patch_size) ** 2, weights["mask_max"] / 2,
+                              device=device)
+    return model, lambda: model(batch, noise, t, ids_keep, weights), count
 
 
 def stage_2(name, windows, device):
@@ -275,8 +281,8 @@ def loaded(folders, preset, workers, device, batches=12):
     for _ in range(2 * workers + 1):
         next(items)                                                 # workers start, and read ahead
     start, count = time.perf_counter(), 0
-    for pictures in items:
-        count += sum(len(part) for part in pictures)
+    for batch in items:
+        count += len(batch.reference) + len(batch.target)
     return count / (time.perf_counter() - start)
 
 
