@@ -6,9 +6,10 @@ in any loss but that of the row which says so.
                                                     shortcuts, past, emotion
     python -m measure.ablate --png ablations.png    also draw the curves
 
-Every variant differs from `base` in one thing, the shortcuts alone from the paper's method. Each is trained from every seed on the same people, in the same order, and
-measured on unseen ones by evaluate.py. Ctrl-C saves; the same command goes on. Tables are Markdown: mean over seeds, and in
-brackets the lowest and the highest seed. --out keeps a folder for each run, with its log, weights and measurements.
+Every variant differs from `base` in one thing, the shortcuts alone from the paper's method. Each is trained from
+every seed on the same people, in the same order, and measured on unseen ones by evaluate.py. Ctrl-C saves; the same
+command goes on. Tables are Markdown: mean over seeds, and in brackets the lowest and the highest seed. --out keeps a
+folder for each run, with its log, weights and measurements.
 """
 import argparse
 import contextlib
