@@ -1,10 +1,19 @@
-"""The decoder: the cached reference against attention written out in full, clips, conditioning, x-prediction, paint."""
+"""The decoder: the cached reference against attention written out in full, clips, conditioning, x-prediction, decode_frames."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from decoder import Decoder, DecoderConfig, DiTBlock, TemporalBlock, TimeEmbed, decode_frames, modulate
+from decoder import (
+    Decoder,
+    DecoderConfig,
+    DiTBlock,
+    TemporalBlock,
+    TimeEmbed,
+    decode_frames,
+    modulate,
+    warp_and_blend,
+)
 from encoder import patchify, unpatchify
 from flow import integrate
 
@@ -22,7 +31,7 @@ def decoder(lively=True, **change):
             if not weight.any():
                 torch.nn.init.normal_(weight, std=0.3)
         if model.config.predict == "x":
-            model.head.weight.data[-2 * model.warp_grid**2:] *= 0.03             # displacements within the picture
+            model.head.weight.data[-2 * model.config.warp_grid**2:] *= 0.03             # displacements within the picture
     return model
 
 
@@ -217,12 +226,12 @@ def test_every_input_matters_from_the_start(which, name, full):
 
 
 def test_motion_tokens_stand_in_order():
-    """Row = patches, then token 0's `expand` tokens, then token 1's: token l, part k comes from part k of the layer."""
+    """Row = patches, then token 0's `tokens_per_motion` tokens, then token 1's: token l, part k comes from part k of the layer."""
     model = decoder(num_tokens=2)
     z_r, m_r, *_ = inputs(tokens=2)
     row = model.embed_tokens(z_r, m_r, segment=1)
     assert row.shape == (2, 4 + 2 * 3, 24)
-    torch.testing.assert_close(row[:, :4], model.embed(patchify(z_r, 4)) + model.position + model.segment_embed[1])
+    torch.testing.assert_close(row[:, :4], model.embed(patchify(z_r, 4)) + model.pos_embed + model.segment_embed[1])
     for token in range(2):
         for part in range(3):
             rows = slice(24 * part, 24 * part + 24)
@@ -231,53 +240,121 @@ def test_motion_tokens_stand_in_order():
             torch.testing.assert_close(row[:, 4 + place], want + model.motion_pos_embed[place] + model.segment_embed[1])
 
 
-@pytest.mark.parametrize("change", [{}, {"frames": 2}, {"predict": "v"}, {"num_tokens": 2}, {"full_attention": True}])
+OFF = [{"motion_delta": False}, {"ref_context": False}, {"tokens_per_motion": 1}]      # the decoder's shortcuts
+
+
+@pytest.mark.parametrize("change", [{}, {"frames": 2}, {"predict": "v"}, {"num_tokens": 2}, {"full_attention": True},
+                                    {"overlap": True, "warp_grid": 4}, *OFF])
 def test_every_parameter_learns_from_the_first_step(change):
     model = decoder(**change).train()
     v = velocity(model, *inputs(2, 2, tokens=change.get("num_tokens", 1)))
     (v * torch.randn_like(v)).sum().backward()
-    unused = {name for name, p in model.named_parameters() if p.grad is None}
-    assert unused <= ({"still"} if change.get("full_attention") else set())  # there, both rows know the time
-    waits = {name for name, p in model.named_parameters() if p.grad is not None and not p.grad.any()}
+    assert all(p.grad is not None for p in model.parameters())
+    waits = {name for name, p in model.named_parameters() if not p.grad.any()}
     assert all(name.startswith("temporal.") and "attention.out" not in name for name in waits)  # behind a zero layer
+
+
+@pytest.mark.parametrize("change", OFF)
+def test_a_shortcut_left_out_saves_parameters(change):
+    whole, without = (sum(p.numel() for p in decoder(**c).parameters()) for c in ({}, change))
+    assert without < whole
+    assert velocity(decoder(**change), *inputs(2, 3)).shape == (6, 3, 8, 8)
 
 
 # ---- what comes out -------------------------------------------------------------------------------------------------
 
 def answer(paint=0.0, fade=0.0, right=0.0, down=0.0):
-    """The same head's answer everywhere on an 8 x 8 picture of 2 x 2 patches -> (1, 4, 4*4*3 + 4*4 + 2)."""
-    parts = [torch.full((48,), paint), torch.full((16,), fade), torch.tensor([right, down])]
-    return torch.cat(parts).expand(1, 4, -1)
+    """Bias of the head that says the same in every patch of 4 x 4 pixels -> (4*4*3 + 4*4 + 2,)."""
+    return torch.cat([torch.full((48,), paint), torch.full((16,), fade), torch.tensor([right, down])])
 
 
 def test_velocity_follows_from_the_predicted_picture():
+    """v = (x - z_t) / t, t not below 0.05 in training, which bounds gradients, and 0.001 in sampling."""
     z_r, m_r, z_t, t, m_t = inputs(1, 4)
-    t, model = torch.tensor([1, 0.5, 0.05, 0.01]), decoder(lively=False)
-    model.head.bias.data = answer(paint=0.3, fade=0.5)[0, 0].clone()
-    v = velocity(model, z_r, m_r, z_t, t, m_t)
-    left = torch.tensor([1, 0.5, 0.05, 0.05]).view(4, 1, 1, 1)               # not below 0.05
-    torch.testing.assert_close(v, (0.5 * z_r + 0.3 - z_t) / left, atol=1e-4, rtol=1e-4)
+    t, model = torch.tensor([1, 0.5, 0.01, 1e-4]), decoder(lively=False)
+    model.head.bias.data = answer(paint=0.3, fade=0.5)
+    for training, least in ((False, 1e-3), (True, 0.05)):
+        v = velocity(model.train(training), z_r, m_r, z_t, t, m_t)
+        want = (0.5 * z_r + 0.3 - z_t) / t.clamp(min=least).view(4, 1, 1, 1)
+        torch.testing.assert_close(v, want, atol=1e-4, rtol=1e-4)
 
 
-def test_the_reference_is_moved_faded_and_painted_over():
-    z_r, model, still = torch.randn(1, 3, 8, 8), decoder(), torch.zeros(1, 2, 3)
-    torch.testing.assert_close(model.warp_and_blend(z_r, still, answer(0.3, 0.75)).x, 0.25 * z_r + 0.3)
-    pixel = 2 / 8                                                            # in halves of the picture
-    left = model.warp_and_blend(z_r, still, answer(right=pixel)).x                    # each pixel looks one to its right
+@pytest.mark.parametrize("steps", [1, 20, 50, 400])
+def test_any_number_of_steps_ends_at_the_predicted_picture(steps):
+    model = decoder(lively=False)
+    model.head.bias.data = answer(paint=0.3, fade=0.5)
+    z_r, m_r, z_t, _, m_t = inputs()
+    out = integrate(model, z_t, steps, m_t=m_t, cache=model.encode_reference(z_r, m_r))
+    torch.testing.assert_close(out, 0.5 * z_r + 0.3, atol=1e-4, rtol=0)
+
+
+STILL = torch.zeros(1, 2, 3)                                                   # affine
+
+
+def blended(z_r, affine=STILL, right=0.0, down=0.0, alpha=0.0, residual=0.0):
+    """The same displacement, alpha and residual everywhere."""
+    displacement = torch.tensor([right, down]).view(1, 2, 1, 1)
+    return warp_and_blend(z_r, affine, displacement, torch.full((1, 1, 8, 8), alpha), torch.full((1, 3, 8, 8), residual))
+
+
+def test_the_reference_is_warped_and_blended():
+    z_r, pixel = torch.randn(1, 3, 8, 8), 2 / 8                              # a pixel in halves of the picture
+    torch.testing.assert_close(blended(z_r, alpha=0.75, residual=0.3).x, 0.25 * z_r + 0.3)
+    left = blended(z_r, right=pixel).x                                       # each pixel looks one to its right
     torch.testing.assert_close(left[..., :-1], z_r[..., 1:])
     torch.testing.assert_close(left[..., -1], z_r[..., -1])                  # beyond the edge: the edge
-    up = model.warp_and_blend(z_r, still, answer(down=2 * pixel)).x
+    up = blended(z_r, down=2 * pixel).x
     torch.testing.assert_close(up[:, :, :-2], z_r[:, :, 2:])
     turned = torch.tensor([[[-1.0, -1, 0], [1, -1, 0]]])                     # plus the identity: a quarter turn
-    torch.testing.assert_close(model.warp_and_blend(z_r, turned, answer()).x, z_r.rot90(1, (2, 3)))
+    torch.testing.assert_close(blended(z_r, turned).x, z_r.rot90(1, (2, 3)))
+
+
+def test_the_parts_of_a_picture():
+    z_r = torch.randn(1, 3, 8, 8)
+    picture = blended(z_r, torch.tensor([[[0.0, 0, 0.25], [0, 0, 0]]]), down=0.5, alpha=0.75, residual=0.3)
+    torch.testing.assert_close(picture.field, torch.tensor([0.25, 0.5]).expand(1, 8, 8, 2))
+    torch.testing.assert_close(picture.moved[..., :6, :7], z_r[..., 2:, 1:])
+    torch.testing.assert_close(picture.x, 0.25 * picture.moved + 0.3)
+    assert (picture.alpha == 0.75).all() and picture.alpha.shape == (1, 1, 8, 8)
 
 
 def test_displacements_run_smoothly_across_patches():
-    """A horizontal ramp through a field that grows from patch to patch: no step at the border between pixels 3 and 4."""
+    """A horizontal ramp, displaced more on the right: no step at the border between pixels 3 and 4."""
     ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
-    out = torch.cat([answer(right=0.0), answer(right=0.5)], 0)[[0, 1, 0, 1], 0][None]
-    row = decoder().warp_and_blend(ramp, torch.zeros(1, 2, 3), out).x[0, 0, 4]
+    displacement = torch.tensor([[0.0, 0.5], [0.0, 0.0]]).view(1, 2, 1, 2)
+    row = warp_and_blend(ramp, STILL, displacement, torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 8, 8)).x[0, 0, 4]
     assert (row.diff()[1:5] > 0).all() and row.diff()[:6].max() < 2.5 * ramp[0, 0, 0].diff().max()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_each_patch_says_lands_at_its_place(overlap):
+    """Patch 1 (upper right) alone answers: red residual 1, displacement down 1."""
+    model = decoder(overlap=overlap, warp_grid=2)
+    k = (64 if overlap else 16)
+    out = torch.zeros(1, 4, 4 * k + 8)
+    residual = out[0, 1, :3 * k].view(3, k)[0] if overlap else out[0, 1, :3 * k].view(k, 3)[:, 0]
+    residual.fill_(1)
+    out[0, 1, 4 * k:].view(4, 2)[:, 1] = 1
+    affine, displacement, alpha, residual = model.split_head(out, torch.zeros(1, 24))
+    assert affine.shape == (1, 2, 3) and displacement.shape == (1, 2, 4, 4) and alpha.shape == (1, 1, 8, 8)
+    assert not residual[:, 1:].any() and not alpha.any()
+    want = torch.zeros(4, 4)
+    want[:2, 2:] = 1
+    assert torch.equal(displacement[0, 1], want) and not displacement[0, 0].any()
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[:6, 2:] = True                                                    # twice the patch, cut at the border
+    if not overlap:
+        inside = want.bool().repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(residual[0, 0] > 0, inside)
+
+
+def test_equal_overlapping_windows_add_up_to_a_constant():
+    """Also at the border of the picture, where fewer windows meet."""
+    model = decoder(overlap=True)
+    painted = torch.cat([torch.full((3 * 64,), 0.3), torch.full((64,), 0.75), torch.zeros(2)])
+    _, _, alpha, residual = model.split_head(painted.expand(1, 4, -1), torch.zeros(1, 24))
+    torch.testing.assert_close(residual, torch.full((1, 3, 8, 8), 0.3))
+    torch.testing.assert_close(alpha, torch.full((1, 1, 8, 8), 0.75))
 
 
 def test_a_new_decoder_copies_the_reference():
@@ -302,7 +379,7 @@ def test_config_errors_name_the_values(wrong, words):
         DecoderConfig(**{**SMALL, **wrong})
 
 
-# ---- paint ----------------------------------------------------------------------------------------------------------
+# ---- decode_frames ----------------------------------------------------------------------------------------------------------
 
 def painted(model, motion, sizes, **options):
     z_r, m_r, z_t, *_ = inputs(1)
@@ -311,7 +388,7 @@ def painted(model, motion, sizes, **options):
 
 @pytest.mark.parametrize("frames", [1, 3])
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_paint_gives_a_frame_for_every_motion(count, frames):
+def test_decode_frames_gives_a_frame_for_every_motion(count, frames):
     model, motion = decoder(lively=True, frames=frames), inputs(1, count)[4].flatten(1)
     z_r, m_r, z_t, *_ = inputs(1)
     parts = painted(model, motion, count, steps=2, batch=4)
@@ -325,35 +402,14 @@ def test_paint_gives_a_frame_for_every_motion(count, frames):
 
 @pytest.mark.parametrize("frames", [1, 3])
 @pytest.mark.parametrize("sizes", [1, [2, 5], [3, 0, 4]])
-def test_paint_does_not_care_how_motion_arrives(sizes, frames):
+def test_decode_frames_does_not_care_how_motion_arrives(sizes, frames):
     model, motion = decoder(lively=True, frames=frames), inputs(1, 7)[4].flatten(1)
     whole = torch.cat(painted(model, motion, 7))
     torch.testing.assert_close(torch.cat(painted(model, motion, sizes)), whole, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_pictures_are_those_of_the_last_step(steps):
-    """The picture is the frame of the same steps, and made of its parts."""
-    model, motion = decoder(lively=True), inputs(1, 3)[4].flatten(1)
-    frames = torch.cat(painted(model, motion, 3, steps=steps))
-    z_r = inputs(1)[0]
-    at = 0
-    for picture in painted(model, motion, 3, steps=steps, as_pictures=True):
-        n = len(picture.x)
-        torch.testing.assert_close(picture.x, frames[at:at + n], atol=1e-4, rtol=1e-4)
-        identity = torch.nn.functional.affine_grid(torch.eye(2, 3)[None], z_r.shape, align_corners=False)
-        moved = torch.nn.functional.grid_sample(z_r.expand(n, -1, -1, -1), identity + picture.field, padding_mode="border",
-                                                align_corners=False)
-        torch.testing.assert_close(picture.moved, moved)
-        residual = picture.x - picture.moved * (1 - picture.alpha)
-        assert picture.field.abs().max() > 0.01 and residual.abs().max() > 0.01 and picture.alpha.shape == picture.x[:, :1].shape
-        at += n
-    latent, = painted(decoder(lively=True, predict="v"), motion[:1], 1, steps=steps, as_pictures=True)
-    assert latent.moved is None and latent.alpha is None and latent.field is None
-
-
-def test_paint_of_pictures_waits_for_nothing():
-    """Each motion is painted before the next is asked for; clips of the video model have to be full."""
+def test_decode_frames_of_pictures_waits_for_nothing():
+    """Each motion is decoded before the next is asked for; clips of the video model have to be full."""
     z_r, m_r, z_t, *_ = inputs(1)
     for frames, needed in [(1, 5), (3, 10)]:
         taken = []
@@ -363,5 +419,19 @@ def test_paint_of_pictures_waits_for_nothing():
         assert 5 * len(taken) == needed
 
 
-def test_paint_of_nothing_is_nothing():
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("change", [{}, {"predict": "v"}])
+def test_pictures_are_the_frames_and_their_parts(change, steps):
+    model, motion = decoder(lively=True, **change), inputs(1, 5)[4].flatten(1)
+    frames = torch.cat(painted(model, motion, 5, steps=steps))
+    parts = painted(model, motion, 5, steps=steps, as_pictures=True)
+    torch.testing.assert_close(torch.cat([part.x for part in parts]), frames, atol=1e-4, rtol=1e-4)
+    if not change:
+        residual = torch.cat([part.x - part.moved * (1 - part.alpha) for part in parts])
+        assert residual.abs().max() > 1e-3 and torch.cat([part.field for part in parts]).shape == (5, 8, 8, 2)
+    else:
+        assert all(part.moved is None for part in parts)
+
+
+def test_decode_frames_of_nothing_is_nothing():
     assert painted(decoder(), torch.zeros(0, 5), 1) == []

@@ -89,8 +89,8 @@ def test_block_is_a_prenorm_transformer_block():
     torch.testing.assert_close(block(x), y)
 
 
-def test_attend_trains_as_torch_does():
-    """While gradients flow on a CPU, attend writes the products out; the numbers are those of the fused kernel."""
+def test_attention_trains_as_torch_does():
+    """While gradients flow on a CPU, attention writes the products out; the numbers are those of the fused kernel."""
     torch.manual_seed(0)
     ours = [torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 9, 9)]
     theirs = [x.detach().clone().requires_grad_() for x in ours]
@@ -171,19 +171,20 @@ def test_samples_are_independent():
 def test_token_k_is_token_k():
     """Output k belongs to learned token k, its D numbers to it alone: by hand, so a scrambled reshape fails."""
     model, x = encoder(num_tokens=3), images(2)
-    z = model.embed(patchify(x, 4)) + model.position
-    sketch = model.token_init(model.patch_summary(z).flatten(1)).view(2, 3, 24)
-    z = torch.cat([z, model.tokens + sketch], 1)
+    z = model.embed(patchify(x, 4)) + model.pos_embed
+    start = model.token_init.project(model.token_init.patch_summary(z).flatten(1)).view(2, 3, 24)
+    z = torch.cat([z, model.tokens + start], 1)
     for block in model.blocks:
         z = block(z)
     for k in range(3):
         state = z[:, N + k]
-        number = F.layer_norm(model.head[1](F.layer_norm(state, (24,))), (6,))   # Standardise, new, changes nothing
+        number = F.layer_norm(model.head[1](F.layer_norm(state, (24,))), (6,))   # a new RunningNorm changes nothing
         torch.testing.assert_close(model(x)[:, k], number, atol=1e-4, rtol=1e-4)
     order = torch.tensor([2, 0, 1])
     before = model(x)
     model.tokens.data = model.tokens.data[order]
-    model.token_init.weight.data = model.token_init.weight.data.view(3, 24, -1)[order].flatten(0, 1)
+    weight = model.token_init.project.weight
+    weight.data = weight.data.view(3, 24, -1)[order].flatten(0, 1)
     torch.testing.assert_close(model(x), before[:, order], atol=1e-5, rtol=1e-5)        # learned tokens carry no place
 
 
@@ -204,7 +205,33 @@ def test_shape_precision_and_gradients():
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         assert model(torch.randn(5, 4, 8, 8)).dtype == torch.float32
-    assert "position" not in model.state_dict()
+    assert "pos_embed" not in model.state_dict()
+
+
+def test_hidden_patches_add_nothing_to_the_first_token():
+    """token_init: the visible patches' part of the sum over all, scaled up for those that are hidden."""
+    model, keep = encoder(), torch.tensor([[1, 6, 11], [0, 1, 15]])
+    z = torch.randn(2, 3, 24)
+    got = model.token_init(z, keep, N)
+    weight = model.token_init.project.weight.view(24, N, 16)
+    want = torch.einsum("enk,bnk->be", weight[:, keep[0]], model.token_init.patch_summary(z[:1]) * N / 3)
+    torch.testing.assert_close(got[:1, 0], want, atol=1e-5, rtol=1e-5)
+    assert got.shape == (2, 1, 24)
+
+
+@pytest.mark.parametrize("off", [{"token_init": 0}, {"running_norm": False}])
+def test_each_shortcut_can_be_left_out(off):
+    model, whole = encoder(**off).train(), encoder()
+    motion = model(images(3), random_masking(3, N, 0.5))
+    (motion * torch.randn_like(motion)).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert sum(x.numel() for x in model.state_dict().values()) < sum(x.numel() for x in whole.state_dict().values())
+
+
+def test_without_running_norm_the_token_is_layer_normalised():
+    motion = encoder(running_norm=False)(images(3))
+    torch.testing.assert_close(motion.mean(2), torch.zeros(3, 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(motion.var(2, correction=0), torch.ones(3, 1), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("wrong, words", [({"image_size": 17}, "17.*4"), ({"width": 25}, "25.*2"),
@@ -214,7 +241,7 @@ def test_config_errors_name_the_numbers(wrong, words):
         EncoderConfig(**{**SMALL, **wrong})
 
 
-# ---- Standardise ----------------------------------------------------------------------------------------------------
+# ---- RunningNorm ----------------------------------------------------------------------------------------------------
 
 def lopsided(count, seed=0):
     """(count, 2, 3) with means 5, -2, 0 and deviations 0.1, 3, 1."""
@@ -222,7 +249,7 @@ def lopsided(count, seed=0):
     return x * torch.tensor([0.1, 3, 1]) + torch.tensor([5.0, -2, 0])
 
 
-def test_standardise_makes_zero_mean_and_unit_variance():
+def test_running_norm_makes_zero_mean_and_unit_variance():
     norm = RunningNorm(3)
     assert not list(norm.parameters())
     torch.testing.assert_close(norm.eval()(lopsided(4)), lopsided(4))        # before any data: nothing
@@ -234,7 +261,7 @@ def test_standardise_makes_zero_mean_and_unit_variance():
     torch.testing.assert_close(out.var(0), torch.ones(3), atol=0.1, rtol=0)
 
 
-def test_standardise_averages_plainly_at_first():
+def test_running_norm_averages_plainly_at_first():
     """Until 1 / momentum updates the statistics are those of all that was seen; then old data fades."""
     norm = RunningNorm(3)
     for seed in range(50):

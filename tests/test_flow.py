@@ -120,6 +120,14 @@ def test_halving_the_step_halves_eulers_error_and_quarters_heuns():
     assert error["heun", 40] < error["euler", 160]
 
 
+def test_steps_left_to_take():
+    """skip_last=1 of 4 steps ends at t = 1/4, from which one more step is the whole walk."""
+    noise = draw(5, 3)
+    z = flow.integrate(gaussian, noise, 4, skip_last=1)
+    torch.testing.assert_close(z + gaussian(z, torch.full((5,), 0.25)) / 4, flow.integrate(gaussian, noise, 4))
+    assert torch.equal(flow.integrate(gaussian, noise, 1, skip_last=1), noise)
+
+
 @pytest.mark.parametrize("method, calls", [("euler", 5), ("heun", 9)])
 def test_calls_and_times_of_a_walk(method, calls):
     times = []
@@ -182,7 +190,7 @@ def test_guidance_nearly_one_is_nearly_the_model():
     torch.testing.assert_close(flow.integrate(nearly, draw(3, 2), 4, **cond), plain)
 
 
-def test_bend_of_known_paths():
+def test_straightness_of_known_paths():
     """Velocity 3 in the first half of the walk and 1 in the second: mean square 5 against a chord of 2. Straight: 0."""
     noise = draw(4, 3)
     two = flow.straightness(lambda z, t: torch.where(t[:, None] > 0.525, 3.0, 1.0).expand_as(z), noise, 20)
