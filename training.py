@@ -198,8 +198,9 @@ def make_run_folder(folder):
 
 def save_checkpoint(path, step, args, configs, model, ema, optimisers):
     """Write all that `resume` needs."""
-    atomic_save(path, step=step, settings=json.dumps(settings(args)), configs={kind: asdict(config) for kind, config in configs.items()}, model=model.state_dict(),
-               ema=ema.state_dict(), optimisers=[optimiser.state_dict() for optimiser in optimisers])
+    atomic_save(path, step=step, settings=json.dumps(settings(args)),
+                configs={kind: asdict(config) for kind, config in configs.items()}, model=model.state_dict(),
+                ema=ema.state_dict(), optimisers=[optimiser.state_dict() for optimiser in optimisers])
 
 
 def resume(path, args, configs, model, ema, optimisers):

@@ -9,7 +9,7 @@ import torch
 from media.sound import FPS
 from media.video import read_video
 from world import people
-from world.people import HELD_OUT, random_clip, random_motion, random_pairs, render_clip
+from world.people import HELD_OUT, consecutive_frames, random_clip, random_motion, random_pairs, render_clip
 from world.render import IDENTITY, MOTION, POSE, random_identity, render
 from world.speech import EMOTIONS, speak
 
@@ -54,38 +54,67 @@ def test_draws_depend_on_the_seed_alone(make):
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------
 
-def drawn(seeds, targets, near):
-    """What pairs asks to be drawn: people (R, 1+T, I), motion (R, 1+T, M); and what it gives back, as numbers."""
+def drawn(seeds, targets, near, **more):
+    """What random_pairs asks to be drawn, in turn: people (R, 1+T, I), motion (R, 1+T, M); and what it returns, with
+    pictures that are numbers."""
     asked = []
 
     def draw(people, motion, size):
-        asked.extend((people, motion, size))
-        return torch.arange(float(len(people))).view(-1, 1, 1, 1).expand(-1, 3, size, size)
+        asked.append((people.unflatten(0, (-1, 1 + targets)), motion.unflatten(0, (-1, 1 + targets))))
+        number = torch.arange(float(len(people))) + 100 * (len(asked) - 1)
+        return number.view(-1, 1, 1, 1).expand(-1, 3, size, size)
 
-    first, others, _ = random_pairs(torch.tensor(seeds), targets, near, 8, draw)
-    people, motion = (part.unflatten(0, (-1, 1 + targets)) for part in asked[:2])
-    return people, motion, first[:, 0, 0, 0], others[:, 0, 0, 0]
+    pictures, motion, views = random_pairs(torch.tensor(seeds), targets, near, 8, draw, **more)
+    return asked, pictures[..., 0, 0, 0], motion, views[..., 0, 0, 0]
 
 
 def test_pairs_are_pictures_of_the_same_people():
-    first, others, truth = random_pairs(torch.tensor([5, 6]), 3, 0.5, 32)
-    assert first.shape == (2, 3, 32, 32) and others.shape == (6, 3, 32, 32)
-    people, motion, *_ = drawn([5, 6], 3, 0.5)
-    assert torch.equal(truth, torch.cat([motion[:, 0], motion[:, 1:].flatten(0, 1)]))
-    whole = render(people.flatten(0, 1), motion.flatten(0, 1), 32).unflatten(0, (2, 4))
-    torch.testing.assert_close(first, whole[:, 0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(others, whole[:, 1:].flatten(0, 1), atol=1e-5, rtol=0)
-
-
-def test_targets_follow_their_reference():
-    people, _, first, others = drawn([5, 6], 3, 0.5)
-    assert first.tolist() == [0, 4] and others.tolist() == [1, 2, 3, 5, 6, 7]
+    pictures, motion, views = random_pairs(torch.tensor([5, 6]), 3, 0.5, 32)
+    assert pictures.shape == (2, 4, 3, 32, 32) and motion.shape == (2, 4, len(MOTION)) and views is pictures
+    (people, asked), = drawn([5, 6], 3, 0.5)[0]
     assert (people == people[:, :1]).all() and not torch.equal(people[0], people[1])
+    assert torch.equal(motion, asked)
+    whole = render(people.flatten(0, 1), motion.flatten(0, 1), 32).unflatten(0, (2, 4))
+    torch.testing.assert_close(pictures, whole, atol=1e-5, rtol=0)
+
+
+def test_swapped_views_show_another_person_in_the_same_motion():
+    asked, pictures, motion, views = drawn(list(range(8)), 2, 0.5, swap=True)
+    (people, first), (others, second) = asked
+    assert torch.equal(first, motion) and torch.equal(second, motion)
+    assert (people != others).any(2).all() and (others == others[:, :1]).all()
+    swapped = views >= 100                                                   # (R, 1+T)
+    assert torch.equal(views[~swapped], pictures[~swapped])
+    assert torch.equal(views[swapped] - 100, pictures[swapped])              # each in its place
+    assert swapped[:, 1:].all(1).tolist() == [k % 4 != 3 for k in range(8)]
+    assert swapped[:, 0].tolist() == [k % 2 == 0 for k in range(8)]
+
+
+def test_consecutive_frames_are_of_one_clip():
+    seeds = torch.tensor([5, 6])
+    pictures, motion, views = consecutive_frames(seeds, 3, 32)
+    made = random_clip(seeds, 12)
+    for k in range(2):
+        same = (made["motion"][k][:, None] == motion[k]).all(2)              # (12, 1+F)
+        place = same.float().argmax(0)
+        assert same.any(0).all() and place[1:].tolist() == list(range(place[1], place[1] + 3))
+        drawn = render(made["identity"][k].expand(4, -1), motion[k], 32)
+        torch.testing.assert_close(pictures[k], drawn, atol=1e-5, rtol=0)
+    assert pictures.shape == (2, 4, 3, 32, 32) and torch.equal(views, pictures)
+
+
+def test_references_of_the_video_stage_come_from_anywhere():
+    seeds, clip = torch.arange(12), {}
+    _, motion, _ = consecutive_frames(seeds, 2, 8, lambda people, motion, size: torch.zeros(len(people), 3, 8, 8))
+    made = random_clip(seeds, 8)["motion"]
+    clip = [(made[k][:, None] == motion[k]).all(2).float().argmax(0) for k in range(12)]
+    assert len({place[0].item() for place in clip}) > 4 and len({place[1].item() for place in clip}) > 4
+    assert len({(place[1] - place[0]).item() for place in clip}) > 4
 
 
 @pytest.mark.parametrize("near, count", [(0, 0), (0.5, 4), (0.6, 5), (1, 8)])
 def test_the_near_share_keeps_pose_and_light(near, count):
-    _, motion, *_ = drawn(list(range(8)), 2, near)
+    _, _, motion, _ = drawn(list(range(8)), 2, near)
     still = torch.tensor([name in (*POSE, "light_x", "light") for name in MOTION])
     kept = (motion[..., still] == motion[:, :1, still]).flatten(1).all(1)    # (R,)
     assert kept.tolist() == [True] * count + [False] * (8 - count)
@@ -102,8 +131,8 @@ def test_training_pairs_never_show_a_held_out_person(seed, monkeypatch):
     for name in ("random_identity", "random_motion"):
         made = getattr(people, name)
         monkeypatch.setattr(people, name, lambda seeds, made=made: used.append(seeds) or made(seeds))
-    drawn([seed, seed], 3, 0)
-    assert len(used) == 2 and all(((part >= HELD_OUT) == (seed >= HELD_OUT)).all() for part in used)
+    drawn([seed, seed], 3, 0, swap=True)
+    assert len(used) == 3 and all(((part >= HELD_OUT) == (seed >= HELD_OUT)).all() for part in used)
 
 
 # ---- clips ----------------------------------------------------------------------------------------------------------

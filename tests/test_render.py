@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from measure.metrics import NAMES
 from world.people import HELD_OUT, random_motion
-from world.render import IDENTITY, MOTION, face_box, random_identity, render
+from world.render import IDENTITY, MOTION, face_box, random_identity, region_ellipses, render
 
 torch.set_num_threads(1)
 LOW, HIGH = torch.tensor(list(MOTION.values())).unbind(1)
@@ -146,3 +146,30 @@ def test_the_face_box_holds_the_face_and_ends_at_the_chin():
     lit = (render(people, other) - drawn).abs().amax(1) > 0
     bottom, edge = (torch.tensor([m.any(1).nonzero().max() for m in masks]) for masks in (lit, box))
     assert (bottom - edge).abs().float().mean() < 2 and (bottom - edge).max() <= 3
+
+
+def inside(ellipse, size):
+    """Ellipse (4,): x, y, half width, half height in [-1, 1] -> (size, size) bool."""
+    axis = (torch.arange(size) + 0.5) * 2 / size - 1
+    x, y, a, b = ellipse
+    return ((axis - x) / a) ** 2 + ((axis[:, None] - y) / b) ** 2 < 1
+
+
+@pytest.mark.parametrize("pose", [{}, {"yaw": 0.3}, {"pitch": 0.2}, {"roll": 0.2}, {"shift_x": 1, "shift_y": -1, "scale": 1}])
+@pytest.mark.parametrize("number, factors", [(0, {"jaw": 1}), (1, {"blink_l": 1}), (2, {"blink_r": 1})])
+def test_mouth_and_eyes_move_within_their_ellipses(number, factors, pose):
+    """Most of the change that the jaw and the lids make lies in the ellipse of that part."""
+    found = region_ellipses(rest(**pose))
+    assert found.shape == (8, 4, 4)
+    moved = changed(PEOPLE, rest(**pose), rest(**pose, **factors))           # (B, H, W)
+    share = torch.stack([(part * inside(ellipse[number], 64)).sum() / part.sum()
+                         for part, ellipse in zip(moved, found, strict=True)])
+    assert share.mean() > 0.8 and share.min() > 0.65, share
+
+
+def test_the_ellipse_of_the_face_holds_the_face():
+    motion = random_motion(torch.arange(8))
+    for box, ellipses in zip(face_box(PEOPLE, motion, 64), region_ellipses(motion), strict=True):
+        face = inside(ellipses[3], 64)
+        assert (box & face).sum() > 0.75 * box.sum()
+        assert all((inside(part, 64) & face).sum() > 0.9 * inside(part, 64).sum() for part in ellipses[:3])

@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import signal
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import training
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig
+from media.files import InputError
 from media.weights import save_weights
 from sample import load_models
 
@@ -115,6 +117,13 @@ def test_every_parameter_has_one_optimiser():
     assert (adam.param_groups[0]["peak"], muon.param_groups[0]["peak"]) == (1e-3, 0.02)
 
 
+def test_without_a_rate_for_muon_adamw_has_all():
+    model = networks()["decoder"]
+    adam, = training.optimisers(model, 1e-3, None)
+    assert isinstance(adam, torch.optim.AdamW)
+    assert len(adam.param_groups[0]["params"]) == len(list(model.parameters()))
+
+
 def test_a_model_without_blocks_needs_no_muon():
     assert [type(o) for o in training.optimisers(nn.Linear(3, 3), 1e-3, 0.02)] == [torch.optim.AdamW]
 
@@ -138,7 +147,7 @@ def test_ema_equals_the_formula(step, decay):
     for name, value in old.state_dict().items():
         torch.testing.assert_close(value, want[name], msg=name)
     assert old.running_norm.mean[0] == pytest.approx(3 * (1 - decay), rel=1e-4)       # statistics too
-    assert torch.equal(old.position, new.position)
+    assert torch.equal(old.pos_embed, new.pos_embed)
 
 
 def run_of(seed=0, frames=1, steps=2):
@@ -155,17 +164,20 @@ def run_of(seed=0, frames=1, steps=2):
     return configs, model, ema, found
 
 
+ARGS = Namespace(out="here", device="cpu", steps=4, lr=1e-3, data=["synthetic"], mask_max=0.5)
+
+
 def save(path, configs, model, ema, found):
-    training.save_checkpoint(path, 2, configs, model, ema, found)
+    training.save_checkpoint(path, 2, ARGS, configs, model, ema, found)
 
 
 def test_resume_restores_everything(tmp_path):
     configs, *old = run_of()
     _, *new = run_of(seed=1, steps=0)
-    assert training.resume(tmp_path / "state.pt", configs, *new) == 0        # nothing there yet: a new run
+    assert training.resume(tmp_path / "state.pt", ARGS, configs, *new) == 0        # nothing there yet: a new run
     save(tmp_path / "state.pt", configs, *old)
     torch.load(tmp_path / "state.pt", weights_only=True)                     # plain data, no pickled code
-    assert training.resume(tmp_path / "state.pt", configs, *new) == 2
+    assert training.resume(tmp_path / "state.pt", ARGS, configs, *new) == 2
     for a, b in zip(old[:2], new[:2], strict=True):
         assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
     for a, b in zip(old[2], new[2], strict=True):
@@ -178,8 +190,8 @@ def test_resume_refuses_a_state_that_another_node_does_not_see(tmp_path, monkeyp
     """The other one sees the opposite."""
     monkeypatch.setattr(training, "any_rank", lambda wish, device: True)
     for seen in (False, True):
-        with pytest.raises(SystemExit, match="state.pt.*share"):
-            training.resume(tmp_path / "state.pt", *run_of(steps=0))
+        with pytest.raises(InputError, match="state.pt.*share"):
+            training.resume(tmp_path / "state.pt", ARGS, *run_of(steps=0))
         if not seen:
             save(tmp_path / "state.pt", *run_of())
 
@@ -188,9 +200,50 @@ def test_resume_refuses_other_networks(tmp_path):
     save(tmp_path / "state.pt", *run_of())
     other = run_of(frames=4, steps=0)
     before = copy.deepcopy(other[1].state_dict())
-    with pytest.raises(SystemExit, match="state.pt.*--out"):
-        training.resume(tmp_path / "state.pt", *other)
+    with pytest.raises(InputError, match="state.pt.*--out"):
+        training.resume(tmp_path / "state.pt", ARGS, *other)
     assert all(torch.equal(v, before[k]) for k, v in other[1].state_dict().items())
+
+
+def test_resume_refuses_other_settings_by_name(tmp_path):
+    save(tmp_path / "state.pt", *run_of())
+    changed = Namespace(**{**vars(ARGS), "mask_max": 0.9, "data": ["a", "synthetic"]})
+    with pytest.raises(InputError) as refused:
+        training.resume(tmp_path / "state.pt", changed, *run_of(steps=0))
+    said = str(refused.value)
+    assert "--mask-max 0.5 -> 0.9" in said and "--data ['synthetic'] -> ['a', 'synthetic']" in said
+    assert "--lr" not in said and "--steps" not in said
+    elsewhere = Namespace(**{**vars(ARGS), "out": "there", "device": "cuda", "save_every": 7})       # changes no result
+    assert training.resume(tmp_path / "state.pt", elsewhere, *run_of(steps=0)) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", None])
+def test_resume_refuses_what_is_no_checkpoint(tmp_path, content):
+    path = tmp_path / "state.pt"
+    if content is None:                                                      # a checkpoint without settings
+        torch.save({"step": 3}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="state.pt is not a training checkpoint"):
+        training.resume(path, ARGS, *run_of(steps=0))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    training.make_run_folder(tmp_path / "a/b")
+    assert os.listdir(tmp_path / "a/b") == []
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="--out .*file.* cannot be written"):
+        training.make_run_folder(tmp_path / "file/run")
+
+
+def test_settings_are_printed_by_the_first_process_alone(capsys):
+    model = nn.Linear(1000, 1000)
+    training.print_settings(ARGS, model, 1)
+    assert capsys.readouterr().err == ""
+    training.print_settings(ARGS, model, 0, more=3)
+    lines = [line.split(": ") for line in capsys.readouterr().err.splitlines()]
+    assert ["mask_max", "0.5"] in [[a.strip(), b] for a, b in lines]
+    assert ["parameters", "1.0 million"] in [[a.strip(), b] for a, b in lines] and lines[-1][0].strip() == "more"
 
 
 # ---- starting from a release ----------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ def random_pairs(seeds, targets, near, size=128, render_fn=render, swap=False):
 
     The share `near` of the people hold still between their pictures, as neighbouring frames of a speaker do: pose and light
     are kept, and a random half of mouth, eyes and brows, so that a gaze is at times all there is to explain. The others
-    change in everything, as distant frames. swap: three in four encoder views of the targets show another person in the same
-    motion, half of those also for the reference. render_fn: `render`, or the same compiled.
+    change in everything, as distant frames. swap: of three people in four the encoder's views of the targets show
+    another person in the same motion, of every second one also that of the reference. render_fn: `render`, or the same compiled.
     """
     count = targets + 1
     motion_ids = (seeds % HELD_OUT)[:, None] * count + torch.arange(count, device=seeds.device)
@@ -69,9 +69,9 @@ def random_pairs(seeds, targets, near, size=128, render_fn=render, swap=False):
     if not swap:
         return pictures, motion, pictures
     other = draw((seeds + 1 + 7919 * (seeds % 13 + 1)) % HELD_OUT + HELD_OUT * (seeds >= HELD_OUT))
-    other[number % 4 == 3] = pictures[number % 4 == 3]
-    other[number % 2 == 1, 0] = pictures[number % 2 == 1, 0]
-    return pictures, motion, other
+    own = (number % 4 == 3)[:, None].repeat(1, count)                                     # (R, 1+T)
+    own[:, 0] = number % 2 == 1
+    return pictures, motion, torch.where(own[:, :, None, None, None], pictures, other)
 
 
 def consecutive_frames(seeds, frames, size=128, render_fn=render):
