@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass, replace
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -281,7 +282,7 @@ def load_landmarks(clip: dict):
     try:
         with np.load(path) as file:
             ellipses, factors = file["ellipses"], file["factors"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise InputError(f"{path} cannot be read ({error}); remove it and run python -m media.landmarks again") from None
     if ellipses.shape != usual.shape or factors.shape != unknown.shape:
         raise InputError(f"{path} is of another clip: {len(factors)} frames, not {clip['frames']}; remove it and label again")

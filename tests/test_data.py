@@ -1,36 +1,40 @@
-"""data.py: batches are functions of their number."""
+"""data.py: prepared clips, pairs of frames, augmentation; batches are functions of their number."""
+import json
 
 import numpy as np
 import pytest
 import torch
 
 import data
+from media import landmarks
 from media.files import InputError, write_lines
 from media.image import from_uint8
-from media.prepare import KEYFRAMES
+from media.prepare import KEYFRAMES, MARGIN
 from media.video import VideoWriter
 
 torch.set_num_threads(1)
+FRAMES, WIDE = 60, 40                                                        # 40 pixels: the tight square has 32
 
 
-# ---- batches --------------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Two prepared folders: the upper half's grey tells the frame, the lower half's green the clip and its blue left side set b."""
+    """Two prepared folders: the upper half's grey tells the frame, the lower half's green the clip; its left side is
+    blue in set b."""
     made = []
     for name, clips in (("a", 3), ("b", 1)):
         folder = tmp_path_factory.mktemp(name)
         (folder / "clips").mkdir()
         lines = []
         for clip in range(clips):
-            picture = np.zeros((32, 32, 3), np.uint8)
-            with VideoWriter(folder / f"clips/{clip}.mp4", 32, keyframes=KEYFRAMES) as out:
-                for k in range(60):
-                    picture[:16], picture[16:, :, 1], picture[16:, :16, 2] = 10 + 4 * k, 50 * clip, 200 * (name == "b")
+            picture = np.zeros((WIDE, WIDE, 3), np.uint8)
+            with VideoWriter(folder / f"clips/{clip}.mp4", WIDE, keyframes=KEYFRAMES) as out:
+                for k in range(FRAMES):
+                    picture[:20], picture[20:, :, 1], picture[20:, :20, 2] = 10 + 4 * k, 50 * clip, 200 * (name == "b")
                     out.write(picture)
-            lines.append({"file": f"clips/{clip}.mp4", "identity": f"{name}{clip}", "split": "test" if clip == 2 else "train",
-                          "frames": 60, "sound": False})
+            lines.append({"file": f"clips/{clip}.mp4", "identity": f"{name}{clip}", "frames": FRAMES, "sound": False,
+                          "split": "test" if clip == 2 else "train", "margin": MARGIN})
         write_lines(folder / "manifest.jsonl", lines)
         made.append(str(folder))
     return made
@@ -46,60 +50,17 @@ def test_frames_by_number_are_those_of_the_whole(sets):
     whole, _ = data.read_clip(path, 32)
     asked = [7, 59, 0, 31, 30, 7]
     torch.testing.assert_close(from_uint8(data.read_at(path, asked, 32)), whole[asked])
-    assert numbers_of(whole) == list(range(60))
+    assert numbers_of(whole) == list(range(FRAMES))
     with pytest.raises(InputError, match="ends before its frame 60"):
         data.read_at(path, [60], 32)
 
 
-def test_a_batch_is_a_function_of_its_number(sets):
-    clips = data.Clips(sets, 4, 2, 0.5, 32)
-    assert all(torch.equal(x, y) for x, y in zip(clips[5], data.Clips(sets, 4, 2, 0.5, 32)[5], strict=True))
-    seen = {numbers_of(clips[k][0])[0] for k in range(30)}
-    assert len(seen) > 10 and not torch.equal(clips[5][0], data.Clips(sets, 4, 2, 0.5, 32, seed=1)[5][0])
-    one, two = ([x[0] for x in data.loader(clips, [3, 4, 5], workers)] for workers in (0, 2))
-    assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True)) and torch.equal(one[2], clips[5][0])
-
-
-def test_near_people_are_shown_within_a_fifth_of_a_second(sets):
-    clips = data.Clips(sets, 4, 3, 0.5, 32, jitter=0)
-    far = []
-    for k in range(20):
-        first, others = (numbers_of(x) for x in clips[k])
-        gaps = [abs(other - first[n // 3]) for n, other in enumerate(others)]
-        assert max(gaps[:6]) <= 5
-        far += gaps[6:]
-    assert max(far) > 30
-
-
-def test_the_video_stage_gets_frames_in_a_row(sets):
-    clips = data.Clips(sets, 2, 6, 0, 32, rows=True, jitter=0)
-    for k in range(10):
-        for clip in torch.tensor(numbers_of(clips[k][1])).view(2, 6):
-            assert (clip.diff() == 1).all()
-
-
-def test_sets_are_drawn_equally_and_test_people_never(sets):
-    clips = data.Clips(sets, 1, 1, 0, 32, jitter=0)
-    pictures = torch.cat([clips[k][0] for k in range(80)])
-    of_b = (pictures[:, 2, 20:].amax((1, 2)) > 0).float().mean()
-    assert of_b == pytest.approx(0.5, abs=0.15)                              # one clip against two
-    assert ((pictures[:, 1, 20:].mean((1, 2)) + 1) * 127.5).max() < 75       # green 100: the clip of the test person
-    held = data.Clips(sets[:1], 1, 1, 0, 32, split="test", jitter=0)
-    assert ((held[0][0][:, 1, 20:].mean() + 1) * 127.5) > 85
-
-
-def test_flip_and_colour_are_one_for_all_pictures_of_a_person(sets):
-    clips = data.Clips(sets[1:], 1, 2, 0, 32, jitter=0.2)
-    flipped, tints = set(), set()
-    for k in range(12):
-        x = torch.cat(clips[k])
-        side = (x[:, 2, 24, 8] > x[:, 2, 24, 24]).tolist()                   # set b: blue on the left
-        assert len(set(side)) == 1
-        flipped.add(side[0])
-        blue = x[:, 2, 20:].amax((1, 2))
-        assert blue.max() - blue.min() < 0.03
-        tints.add(round(blue[0].item(), 2))
-    assert flipped == {True, False} and len(tints) > 5
+def test_the_tight_square_is_the_middle_of_the_prepared_one(sets):
+    path = f"{sets[1]}/clips/0.mp4"
+    wide, tight = data.read_at(path, [3, 9], 32, margin=True), data.read_at(path, [3, 9], 32)
+    assert wide.shape == (2, WIDE, WIDE, 3) and tight.shape == (2, 32, 32, 3)
+    assert np.array_equal(wide[:, 4:36, 4:36], tight)
+    assert [data.margin_px(size) for size in (32, 96, 256)] == [40, 120, 320]
 
 
 def test_folders_without_what_is_asked_are_refused(sets, tmp_path):
@@ -109,8 +70,249 @@ def test_folders_without_what_is_asked_are_refused(sets, tmp_path):
         data.load_sets(sets[1:], "test")
     with pytest.raises(InputError, match="no clip with sound"):
         data.load_sets(sets, "train", sound=True)
-    rows = [{"identity": who, "split": split, "file": "x.mp4", "sound": True}
-            for who, split in (("a", "train"), ("b", "test"), ("b", "train"))]
+
+
+ROW = {"file": "clips/a.mp4", "identity": "a", "split": "train", "frames": 9, "sound": True, "margin": MARGIN}
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"file": "../a.mp4"}, "not a file inside the folder"), ({"file": "/a.mp4"}, "not a file inside the folder"),
+    ({"file": "clips/../../a.mp4"}, "not a file inside the folder"), ({"file": 3}, "lacks"), ({"frames": 0}, "lacks"),
+    ({"identity": None}, "lacks"), ({"split": "dev"}, "lacks"), ({"margin": 1.0}, "another framing"),
+    ({"margin": None}, "another framing"),
+    ({"identity": "b"}, "clips of b both in its train and in its test split")])
+def test_manifests_that_cannot_be_used_are_refused(tmp_path, change, words):
+    rows = [ROW, {**ROW, "identity": "b", "split": "test"}]
     write_lines(tmp_path / "manifest.jsonl", rows)
-    with pytest.raises(InputError, match="clips of b both in its train and in its test split"):
+    found, = data.load_sets([str(tmp_path)], "train")
+    assert list(found) == ["a"] and found["a"][0]["path"] == str(tmp_path / "clips/a.mp4")
+    write_lines(tmp_path / "manifest.jsonl", [*rows, {**ROW, **change}])
+    with pytest.raises(InputError, match=words) as refused:
         data.load_sets([str(tmp_path)], "train")
+    assert "manifest.jsonl" in str(refused.value) and ("line 3" in str(refused.value) or "both" in words)
+
+
+# ---- landmarks ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def labelled(sets, tmp_path):
+    """Set b with factors that tell the frame: factor j of frame k is k + j."""
+    (tmp_path / "clips").symlink_to(f"{sets[1]}/clips")
+    write_lines(tmp_path / "manifest.jsonl", [json.loads(line) for line in open(f"{sets[1]}/manifest.jsonl")])
+    (tmp_path / "landmarks").mkdir()
+    factors = np.arange(FRAMES, dtype=np.float32)[:, None] + np.arange(len(landmarks.FACTORS), dtype=np.float32)
+    factors[5] = np.nan                                                      # no face found
+    ellipses = np.tile(np.array(landmarks.USUAL, np.float32), (FRAMES, 1, 1)) * 0.5
+    ellipses[5] = np.nan
+    np.savez(tmp_path / "landmarks/0.npz", factors=factors, ellipses=ellipses)
+    return tmp_path
+
+
+def clip_of(folder):
+    people, = data.load_sets([str(folder)], "train")
+    return people["b0"][0]
+
+
+def test_landmarks_are_read_where_they_are(sets, labelled):
+    ellipses, factors = data.load_landmarks(clip_of(labelled))
+    assert ellipses.shape == (FRAMES, 4, 4) and factors.shape == (FRAMES, len(landmarks.FACTORS))
+    usual = np.array(landmarks.USUAL) / MARGIN                               # in the prepared square
+    np.testing.assert_allclose(ellipses[4], np.array(landmarks.USUAL) * 0.5, rtol=1e-6)
+    np.testing.assert_allclose(ellipses[5], usual, rtol=1e-6)
+    assert np.isnan(factors[5]).all() and factors[7, 2] == 9
+    ellipses, factors = data.load_landmarks(clip_of(sets[1]))                # there are none
+    np.testing.assert_allclose(ellipses, np.tile(usual, (FRAMES, 1, 1)), rtol=1e-6)
+    assert np.isnan(factors).all()
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "half", "other arrays", "fewer frames"])
+def test_broken_landmarks_are_refused(labelled, damage):
+    path = labelled / "landmarks/0.npz"
+    whole = path.read_bytes()
+    if damage == "other arrays":
+        np.savez(path, ellipses=np.zeros((FRAMES, 4, 4)))
+    elif damage == "fewer frames":
+        np.savez(path, ellipses=np.zeros((9, 4, 4)), factors=np.zeros((9, len(landmarks.FACTORS))))
+    else:
+        path.write_bytes({"empty": b"", "text": b"hello", "half": whole[: len(whole) // 2]}[damage])
+    with pytest.raises(InputError, match="landmarks/0.npz") as refused:
+        data.load_landmarks(clip_of(labelled))
+    assert "\n" not in str(refused.value)
+
+
+def test_mined_pairs_have_the_same_pose_and_another_mouth():
+    """Ten frames have the pose of frame 0, four of them another mouth; the other poses differ in the mouth even more."""
+    factors = np.zeros((40, len(landmarks.FACTORS)), np.float32)
+    factors[10:, 4], factors[10:, 0] = 1.0, 9.0                              # yaw, opening
+    factors[5:9, 0] = 2.0
+    factors[[1, 6], 2] = np.nan                                              # not seen
+    for seed in range(10):
+        found = data.mine_pairs(np.random.default_rng(seed), factors, 0, (0, 1), 2)
+        assert len(set(found)) == 2 and set(found) <= {2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13}
+        assert 6 not in found and 1 not in found and 0 not in found
+    factors[10:, 0] = 0.0
+    seen = {k for seed in range(20) for k in data.mine_pairs(np.random.default_rng(seed), factors, 0, (0, 1), 1)}
+    assert seen <= {5, 7, 8} and len(seen) > 1
+
+
+def test_some_people_of_a_batch_are_mined(labelled):
+    """Of 8 people 3 for the mouth, 1 for the lids; frame 0 has the pose of every other frame."""
+    clips = data.Clips([str(labelled)], 8, 2, 0.0, 32)
+    factors = np.zeros((FRAMES, len(landmarks.FACTORS)), np.float32)
+    factors[10:14, 0], factors[4:8, 2] = 1.0, 1.0
+    for seed in range(10):
+        first, *others = clips.frame_numbers(np.random.default_rng(seed), FRAMES, factors, 2)
+        assert (first in range(10, 14)) != all(k in range(10, 14) for k in others)
+        first, *others = clips.frame_numbers(np.random.default_rng(seed), FRAMES, factors, 3)
+        assert (first in range(4, 8)) != all(k in range(4, 8) for k in others)
+    free = [clips.frame_numbers(np.random.default_rng(seed), FRAMES, factors, 7)[1] for seed in range(40)]
+    assert len(set(free)) > 20
+
+
+def test_mirrored_factors_swap_the_lids_and_negate_yaw_and_roll(labelled, monkeypatch):
+    clips, frame, found = data.Clips([str(labelled)], 2, 2, 0.0, 32), data.Clips.frame, {}
+    for mirrored in (False, True):
+        monkeypatch.setattr(data.Clips, "frame", lambda self, *given, flag=mirrored: (
+            *frame(self, *given)[:3], torch.full((2,), flag)))
+        batch = clips[3]
+        found[mirrored] = dict(zip(landmarks.FACTORS, batch.factors.T, strict=True))
+        assert batch.kind == "real" and batch.factors.shape == (4, len(landmarks.FACTORS))
+    plain, other = found[False], found[True]
+    assert all(value.any() for value in plain.values())
+    torch.testing.assert_close(other["lid_left"], plain["lid_right"])
+    torch.testing.assert_close(other["lid_right"], plain["lid_left"])
+    for name in ("yaw", "roll"):
+        torch.testing.assert_close(other[name], -plain[name])
+    for name in ("opening", "width", "pitch", "brow", "corner", "furrow"):
+        torch.testing.assert_close(other[name], plain[name])
+
+
+def test_without_landmarks_nothing_is_known(sets):
+    assert data.Clips(sets, 2, 2, 0.5, 32)[0].factors is None
+
+
+# ---- regions --------------------------------------------------------------------------------------------------------
+
+def test_regions_are_soft_masks_of_the_ellipses():
+    ellipses = torch.tensor([[0.0, 0.5, 0.3, 0.2], [-0.4, -0.4, 0.2, 0.1], [0.4, -0.4, 0.2, 0.1], [0.0, 0.0, 0.7, 0.9]])
+    features, face = data.draw_regions(ellipses[None], 64)[0]
+    assert features.shape == (64, 64) and 0 <= features.min() and features.max() <= 1
+    at = [(48, 32), (19, 19), (19, 44)]                                      # rows, columns of mouth and eyes
+    assert all(features[place] > 0.9 for place in at) and all(face[place] > 0.5 for place in at)
+    assert features[32, 32] < 0.1 and face[32, 32] > 0.9 and features[2, 2] < 0.01 and face[2, 2] < 0.1
+    torch.testing.assert_close(features[48, 32 + 9], torch.tensor(0.5), atol=0.1, rtol=0)       # its rim
+
+
+def test_regions_of_a_target_are_those_of_both_pictures():
+    masks = torch.zeros(2, 3, 2, 4, 4)
+    masks[0, 0, 0, 0, 0], masks[0, 2, 0, 1, 1], masks[1, 1, 1, 2, 2] = 1, 1, 1
+    pictures = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(2, 3, 3, 4, 4)
+    batch = data.make_batch(pictures, 10 + pictures, masks, None, "real")
+    assert batch.reference[:, 0, 0, 0].tolist() == [0, 3] and batch.target[:, 0, 0, 0].tolist() == [1, 2, 4, 5]
+    assert batch.encoder_views[:, 0, 0, 0].tolist() == [10, 13, 11, 12, 14, 15]
+    assert batch.regions.flatten(1).sum(1).tolist() == [1, 2, 1, 0]
+    assert batch.regions[1, 0, 0, 0] == batch.regions[1, 0, 1, 1] == batch.regions[2, 1, 2, 2] == 1
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+def equal(a, b):
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+               for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+def test_a_batch_is_a_function_of_its_number(sets):
+    clips = data.Clips(sets, 4, 2, 0.5, 32)
+    assert equal(clips[5], data.Clips(sets, 4, 2, 0.5, 32)[5])
+    plain = data.Clips(sets, 4, 2, 0.5, 32, augment=False)
+    assert len({numbers_of(plain[k].reference)[0] for k in range(30)}) > 10
+    assert not torch.equal(clips[5].reference, data.Clips(sets, 4, 2, 0.5, 32, seed=1)[5].reference)
+    one, two = (list(data.loader(clips, [3, 4, 5], workers)) for workers in (0, 2))
+    assert all(map(equal, one, two)) and equal(one[2], clips[5])
+
+
+def test_near_people_are_shown_within_a_fifth_of_a_second(sets):
+    clips = data.Clips(sets, 4, 3, 0.5, 32, augment=False)
+    far = []
+    for k in range(20):
+        first, others = numbers_of(clips[k].reference), numbers_of(clips[k].target)
+        gaps = [abs(other - first[n // 3]) for n, other in enumerate(others)]
+        assert max(gaps[:6]) <= 5
+        far += gaps[6:]
+    assert max(far) > 30
+
+
+def test_the_video_stage_gets_frames_in_a_row(sets):
+    clips = data.Clips(sets, 2, 6, 0, 32, rows=True, augment=False)
+    for k in range(10):
+        for clip in torch.tensor(numbers_of(clips[k].target)).view(2, 6):
+            assert (clip.diff() == 1).all()
+
+
+def test_sets_are_drawn_equally_and_test_people_never(sets):
+    clips = data.Clips(sets, 1, 1, 0, 32, augment=False)
+    pictures = torch.cat([clips[k].reference for k in range(80)])
+    of_b = (pictures[:, 2, 20:].amax((1, 2)) > 0).float().mean()
+    assert of_b == pytest.approx(0.5, abs=0.15)                              # one clip against two
+    assert ((pictures[:, 1, 20:].mean((1, 2)) + 1) * 127.5).max() < 75       # green 100: the clip of the test person
+    held = data.Clips(sets[:1], 1, 1, 0, 32, split="test", augment=False)
+    assert ((held[0].reference[:, 1, 20:].mean() + 1) * 127.5) > 85
+
+
+# ---- augmentation ---------------------------------------------------------------------------------------------------
+
+def test_without_augmentation_pictures_are_the_middle_of_the_prepared_square(sets):
+    clips = data.Clips(sets[1:], 2, 2, 0, 32, augment=False)
+    batch = clips[4]
+    numbers = numbers_of(batch.target)
+    want = from_uint8(data.read_at(f"{sets[1]}/clips/0.mp4", numbers, 32))
+    assert torch.equal(batch.target, want)
+    assert torch.equal(batch.encoder_views, torch.cat([batch.reference, batch.target]))
+    mouth = batch.regions[0, 0, round(16 * 1.33), 16]                        # at its usual place of the tight square
+    assert mouth > 0.9 and batch.regions.shape == (4, 2, 32, 32)
+
+
+def test_views_that_vary_nothing_are_the_middle_of_the_prepared_square(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.full(shape, 0.5))
+    monkeypatch.setattr(torch, "randn", lambda *shape, generator: torch.zeros(shape))
+    grid, mirrored = data.random_views(None, 2, 32)
+    assert not mirrored.any()
+    wide = torch.arange(3.0 * WIDE * WIDE).view(1, 3, WIDE, WIDE).expand(2, -1, -1, -1)
+    view = torch.nn.functional.grid_sample(wide, grid, align_corners=False)
+    torch.testing.assert_close(view, wide[:, :, 4:36, 4:36], atol=1e-2, rtol=1e-5)
+    whole, _ = data.random_views(None, 2, 32, framing=False)
+    view = torch.nn.functional.grid_sample(wide[:, :, :32, :32], whole, align_corners=False)
+    torch.testing.assert_close(view, wide[:, :, :32, :32], atol=1e-2, rtol=1e-5)
+
+
+def test_augmentation_is_one_for_all_pictures_of_a_person(sets):
+    """Set b is blue on the left: mirrored on the right; alike in reference and targets. Half of the encoder's views differ."""
+    clips = data.Clips(sets[1:], 2, 2, 0, 32)
+    flipped, tints, apart = [], set(), []
+    for k in range(12):
+        batch = clips[k]
+        pictures = torch.cat([batch.reference[:, None], batch.target.unflatten(0, (2, 2))], 1)       # (R, 1+T, 3, H, W)
+        for x in pictures:
+            side = (x[:, 2, 26:, :8].mean((1, 2)) > x[:, 2, 26:, 24:].mean((1, 2))).tolist()
+            assert len(set(side)) == 1
+            flipped.append(side[0])
+            blue = x[:, 2, 26:].amax((1, 2))
+            assert blue.max() - blue.min() < 0.05
+            tints.add(round(blue[0].item(), 2))
+        apart += (batch.encoder_views[:2] != batch.reference).flatten(1).any(1).tolist()
+        assert batch.reference.abs().max() <= 1 and batch.encoder_views.abs().max() <= 1
+    assert 5 < sum(flipped) < 19 and len(tints) > 8 and 5 < sum(apart) < 19
+
+
+def test_regions_follow_the_pictures_that_are_mirrored_and_moved(labelled):
+    """A dark spot at the mouth of the ellipses stays in the mask, whatever the view."""
+    clips = data.Clips([str(labelled)], 4, 1, 0.0, 32)
+    ellipses = torch.tensor(landmarks.USUAL).expand(4, 2, 4, 4) / MARGIN
+    ellipses = ellipses + torch.tensor([0.2, 0, 0, 0])                       # to the right, so that mirroring shows
+    wide = 1 - 2 * data.draw_regions(ellipses.flatten(0, 1), WIDE)[:, :1].expand(-1, 3, -1, -1)
+    clips.augment = True
+    for seed in range(5):
+        pictures, masks, _, _ = clips.frame(wide.unflatten(0, (4, 2)), ellipses, torch.Generator().manual_seed(seed))
+        dark = (1 - pictures.mean(2)) / 2                                    # (R, 2, H, W), colours varied
+        for spot, mask in zip(dark.flatten(0, 1), masks[:, :, 0].flatten(0, 1), strict=True):
+            assert torch.corrcoef(torch.stack([spot.flatten(), mask.flatten()]))[0, 1] > 0.8
