@@ -249,7 +249,7 @@ def sample_noise_t_mask(args, encoder: EncoderConfig, shape, number: int, rank: 
     """
     rng, clips = training.step_rng(args.seed, rank, number), shape[0] // args.frames
     noise = torch.randn(clips, *shape[1:], generator=rng).repeat_interleave(args.frames, 0)
-    if args.curriculum:
+    if args.curriculum or args.reflow:
         t = flow.sample_timesteps(clips, rng, p_pure_noise=now["p_pure_noise"])
     else:
         t = torch.rand(clips, generator=rng)
@@ -261,9 +261,10 @@ def sample_noise_t_mask(args, encoder: EncoderConfig, shape, number: int, rank: 
 @torch.no_grad()
 def reflow_pairs(teacher: dict, batch: data.Batch, noise, steps: int) -> Tensor:
     """What the teacher makes of the noise for the targets' motion: reflow's pairs (Liu et al. 2022, algorithm 1)."""
-    m_r = teacher["encoder"](batch.reference)
+    motion = teacher["encoder"](batch.encoder_views)                                   # as the student sees them
+    m_r, m_t = motion[: len(batch.reference)], motion[len(batch.reference):]
     cache = teacher["decoder"].encode_reference(batch.reference, m_r)
-    return flow.integrate(teacher["decoder"], noise, steps, m_t=teacher["encoder"](batch.target), cache=cache)
+    return flow.integrate(teacher["decoder"], noise, steps, m_t=m_t, cache=cache)
 
 
 @torch.no_grad()

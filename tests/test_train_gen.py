@@ -458,15 +458,32 @@ def test_a_kill_while_the_last_step_is_saved_costs_no_release(ae, tmp_path, monk
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("content", [None, b"no weights"])
-def test_a_wrong_ae_is_one_sentence(tmp_path, content):
+def test_a_wrong_ae_is_one_sentence(tmp_path, content, capsys):
     path = tmp_path / "wrong.safetensors"
     if content is not None:                                                  # None: there is no such file
         path.write_bytes(content)
-    with pytest.raises(SystemExit) as end:
-        train(path, tmp_path / "out")
-    said = end.value.code
-    assert said.startswith("train_gen.py: ") and str(path) in said and "\n" not in said
+    assert train(path, tmp_path / "out") == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("train_gen.py: ") and str(path) in said[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_are_refused_and_a_finished_run_says_so(ae, tmp_path, no_preview, capsys):
+    assert train(ae, tmp_path, steps=2) == 0
+    before = (tmp_path / "state.pt").read_bytes()
+    assert "windows: 4" in capsys.readouterr().err                           # what the run does
+    assert train(ae, tmp_path, "--windows", "2", steps=2) == 2
+    assert "--windows 4 -> 2" in capsys.readouterr().err.splitlines()[-1]
+    assert train(ae, tmp_path, steps=2) == 0
+    assert "train_gen.py: finished at step 2, nothing to do" in capsys.readouterr().err
+    assert (tmp_path / "state.pt").read_bytes() == before
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_work(ae, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_gen, "encode_dataset", None)                   # not reached
+    (tmp_path / "file").write_text("in the way")
+    assert train(ae, tmp_path / "file/out") == 2
+    assert "cannot be written to" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("wrong", [["--steps", "-1"], ["--windows", "-2"], ["--clips", "-3"], ["--save-every", "0"],
