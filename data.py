@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from media import landmarks, prepare
 from media.files import VIDEO_WANTED, InputError, open_media, picture_stream, read_lines
 from media.image import from_uint8
-from media.prepare import KEYFRAMES, MARGIN
+from media.prepare import KEYFRAMES, MARGIN, margin_px
 from media.sound import FPS, SAMPLE_RATE, has_audio, load_audio
 
 
@@ -65,11 +65,6 @@ def read_clip(path: str, size: int):
                   for frame in container.decode(picture_stream(container))]
     wave = load_audio(path)[: len(frames) * SAMPLE_RATE // FPS] if has_audio(path) else None
     return from_uint8(np.stack(frames)), wave
-
-
-def margin_px(size: int) -> int:
-    """Pixels of the prepared square when the tight square in its middle has `size`; even margins."""
-    return size + 2 * round(size * (MARGIN - 1) / 2)
 
 
 def load_sets(folders, split: str, sound=False) -> list[dict]:

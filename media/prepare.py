@@ -2,6 +2,9 @@
 
     videos --prepare--> OUT/clips/*.mp4 (a square round the face, 25 fps, 16 kHz mono), OUT/manifest.jsonl, OUT/dropped.jsonl
 
+A clip shows MARGIN times the side of the tight square (media/face.py) that the models see, so that training can vary the
+framing; "square" and "size" of a manifest row are those of the tight square.
+
 Every person of a manifest belongs to its train or its test split for ever: by the set's own list (--people), else by a
 hash of the name, so that preparing more videos moves nobody.
 """
@@ -16,7 +19,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from glob import escape, glob
 from multiprocessing import get_context, parent_process
 from queue import SimpleQueue
@@ -186,7 +189,7 @@ def prepare_one(path, source, labels, out, size, crop="face", detector=None):
                 dropped.append({"source": source, "start": start / FPS, "frames": count, "reason": reason})
                 continue
             record = {"file": f"clips/{name}-{number:03d}.mp4", "source": source, **labels, "start": start / FPS, "fps": FPS,
-                   "frames": count, "size": size, "square": astuple(square), "sound": audio is not None}
+                   "frames": count, "size": size, "square": astuple(square), "margin": MARGIN, "sound": audio is not None}
             if not centre:                                       # where in the square the face is, as shares of its side
                 record["face"] = FACE_BOX
             kept.append(record)
@@ -198,6 +201,11 @@ def prepare_one(path, source, labels, out, size, crop="face", detector=None):
         return {"kept": [], "dropped": [{"source": source, "reason": str(error).replace(os.fspath(path), source)}]}
     except Exception as error:                                   # whatever libav makes of damage: a line in the report
         return {"kept": [], "dropped": [{"source": source, "reason": f"{type(error).__name__}: {error}"}]}
+
+
+def margin_px(size):
+    """Pixels a side of a prepared square when the tight square in its middle has `size`; even margins."""
+    return size + 2 * round(size * (MARGIN - 1) / 2)
 
 
 def write_clips(path, scenes, kept, out, size):
@@ -213,10 +221,11 @@ def write_clips(path, scenes, kept, out, size):
             continue
         record, sound = plan[start], None if audio is None else torch.from_numpy(audio)
         square = Square(*record["square"])
+        square = replace(square, side=MARGIN * square.side)
         comment = f"A part of {record['source']}, prepared for training."
-        with VideoWriter(os.path.join(out, record["file"]), size, sound, comment, KEYFRAMES) as video:
+        with VideoWriter(os.path.join(out, record["file"]), margin_px(size), sound, comment, KEYFRAMES) as video:
             for _ in range(record["frames"]):
-                video.write(crop_square(next(images), square, size))
+                video.write(crop_square(next(images), square, margin_px(size)))
 
 
 def find_videos(folders):
@@ -331,7 +340,7 @@ def prepare_all(args, todo, known):
         for name in os.listdir(os.path.join(args.out, folder)):
             if name.endswith(".part"):                           # left by a run that was killed
                 os.remove(os.path.join(args.out, folder, name))
-    settings = [{"size": args.size, "crop": args.crop, "framing": "1.44 forehead to chin"}]
+    settings = [{"size": args.size, "crop": args.crop, "framing": "1.44 forehead to chin", "margin": MARGIN}]
     if os.path.exists(os.path.join(args.out, "settings.jsonl")):
         if read_lines(os.path.join(args.out, "settings.jsonl")) != settings:
             raise InputError(f"{args.out} was prepared with another --size or --crop; give another --out")
@@ -368,7 +377,8 @@ def parse(argv):
     p = commands.add_parser("prepare", help="video files -> square 25 fps clips and a manifest", allow_abbrev=False)
     p.add_argument("--videos", nargs="+", required=True, metavar="DIR", help="folders, searched to any depth")
     p.add_argument("--out", required=True, help="folder for clips/, manifest.jsonl, dropped.jsonl; run again to resume")
-    p.add_argument("--size", type=int, default=256, help="pixels a side")
+    p.add_argument("--size", type=int, default=256, help="pixels a side of the tight square; clips have "
+                   f"{MARGIN} times as many (default: 256)")
     p.add_argument("--crop", choices=("face", "centre"), default="face", help="a fixed square round the face, or the middle")
     p.add_argument("--detector", metavar="YUNET.onnx", help="find faces with this file of OpenCV's YuNet (default: with the "
                                                             "cascades in OpenCV)")

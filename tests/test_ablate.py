@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -35,9 +36,28 @@ def test_every_variant_differs_from_the_base_in_one_thing_and_can_be_built():
             v = decoder(picture, torch.ones(2), motion, decoder.encode_reference(picture, motion))
             assert v.shape == picture.shape
     names = list(ablate.runs(list(ablate.TITLES)))
-    assert len(names) == len(set(names)) == 1 + 3 + 3 + 2 + 1 + 1 + 1 + 2 + 3
+    assert len(names) == len(set(names)) == 1 + 3 + 3 + 2 + 1 + 1 + 1 + 9 + 2 + 3
     for change, _ in ablate.STAGE_2["emotion"].values():
         assert Generator(change["generator"]).config.audio_dim == 320
+
+
+def test_each_shortcut_stands_alone_beside_the_papers_method():
+    """A row of the table differs from `paper` in what its name says, and `base` has all of them."""
+    table = {row: {**ablate.BASE, **change} for row, change in ablate.TABLES["shortcuts"].items()}
+    paper, base = table["paper"], table["base"]
+
+    def switches(preset):
+        fields = {**asdict(preset["encoder"]), **asdict(preset["decoder"])}
+        return {**fields, **{name: preset[name] for name in ("loss", "curriculum", "near", "mask_max")}}
+
+    alone = {row: {name for name, value in switches(preset).items() if value != switches(paper)[name]}
+             for row, preset in table.items()}
+    for row in ("token_init", "running_norm", "motion_delta", "ref_context", "tokens_per_motion"):
+        assert alone[row] == {row} and switches(table[row])[row] == switches(base)[row]
+    assert alone["weighted loss"] == {"loss"} and alone["curriculum"] == {"curriculum", "near", "mask_max"}
+    assert set.union(*(alone[row] for row in table if row not in ("base", "ours"))) == alone["base"] - {
+        "full_attention", "predict"}                                         # these have tables of their own
+    assert (paper["loss"], table["ours"]["loss"]) == ("velocity", "region")
 
 
 @pytest.fixture
@@ -49,7 +69,6 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(ablate, "BASE", {**ablate.BASE, "persons": 2, "targets": 1})
     monkeypatch.setattr(ablate, "PAST", {**ablate.PAST, "windows": 2, "clips": 1, "seconds": 2})
     yield tmp_path
-    train_ae.PRESETS.pop("ablation", None)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -72,7 +91,7 @@ def test_the_tables_hold_what_the_runs_measured(quick, capsys):
 
 
 def test_a_stopped_run_ends_the_command_and_can_go_on(quick, monkeypatch, capsys):
-    monkeypatch.setattr(train_ae, "main", lambda words: 130)
+    monkeypatch.setattr(train_ae, "train", lambda args, preset: 130)
     words = ["--out", str(quick), "--only", "prediction", "--seeds", "0", "--steps", "2", "--device", "cpu"]
     assert ablate.main(words) == 130 and capsys.readouterr().out == ""
 

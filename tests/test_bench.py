@@ -39,10 +39,10 @@ def test_cost_a_picture_does_not_depend_on_their_number():
 
 def test_the_table_of_presets_and_what_waits(tmp_path, capsys):
     (tmp_path / "clips").mkdir()
-    with VideoWriter(tmp_path / "clips/a.mp4", 32) as video:
+    with VideoWriter(tmp_path / "clips/a.mp4", 40) as video:
         for k in range(30):
-            video.write(np.full((32, 32, 3), 8 * k, np.uint8))
-    row = {"file": "clips/a.mp4", "identity": "a", "split": "train", "frames": 30, "sound": False}
+            video.write(np.full((40, 40, 3), 8 * k, np.uint8))
+    row = {"file": "clips/a.mp4", "identity": "a", "split": "train", "frames": 30, "sound": False, "margin": 1.25}
     write_lines(tmp_path / "manifest.jsonl", [row])
     words = ["train", "--presets", "nano", "--rounds", "1", "--workers", "0", "--device", "cpu", "--json", str(tmp_path / "out.json")]
     assert bench.main([*words, "--data", str(tmp_path)]) == 0

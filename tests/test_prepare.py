@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -336,7 +337,10 @@ def test_prepare_cuts_the_square_of_the_face(tmp_path):
     square = Square(*row["square"])
     alone = largest(find_faces(load_detector(), portrait))
     assert (square.cx - 140, square.cy - 40, square.side) == pytest.approx((alone.cx, alone.cy, alone.side), abs=6)
-    assert row["face"] == FACE_BOX
+    assert row["face"] == FACE_BOX and row["margin"] == 1.25
+    wide = data.read_at(str(tmp_path / row["file"]), [7], 96, margin=True)
+    around = crop_square(frame, replace(square, side=1.25 * square.side), 120)
+    assert wide.shape == (1, 120, 120, 3) and np.abs(wide[0].astype(int) - around).mean() < 5
     frames, _ = data.read_clip(str(tmp_path / row["file"]), 96)
     expected = from_uint8(crop_square(frame, square, 96))
     assert frames.shape == (30, 3, 96, 96) and (frames[7] - expected).abs().mean() < 0.03
