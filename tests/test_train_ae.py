@@ -25,6 +25,7 @@ import training
 from decoder import Decoder
 from encoder import MotionEncoder, random_masking
 from generator import Generator, GeneratorConfig
+from media.device import autocast
 from media.files import write_lines
 from media.latents import Pixel
 from media.prepare import MARGIN
@@ -345,7 +346,8 @@ def test_accumulated_gradients_are_the_mean_of_the_passes(begun, passed, no_pict
     for number in (0, 1):                                                    # the two passes of step 0
         batch, now = train_ae.synthetic_batch(args, NANO, number, render), train_ae.schedule(args, 0)
         random = train_ae.sample_noise_t_mask(args, NANO["encoder"], batch.target.shape, number, 0, now)
-        losses.append(model(batch, *random, now) / 2)
+        with autocast(CPU):
+            losses.append(model(batch, *random, now) / 2)
         losses[-1].backward()
     assert passed[0][0] == pytest.approx(sum(losses).item()) and len(passed) == 3
     for name, p in model.named_parameters():
@@ -459,7 +461,7 @@ def test_checkpointed_activations_change_memory_alone(bf16, compiled):
     want, much = gradients(plain, bf16=bf16)
     got, little = gradients(other, bf16=bf16)
     assert list(other.state_dict()) == names and same(dict(plain.named_buffers()), dict(other.named_buffers()))
-    assert same(want, got) and little < 0.5 * much
+    assert same(want, got) and little < 0.7 * much
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
