@@ -186,7 +186,9 @@ class FromVoice:
 @functools.lru_cache(maxsize=1)
 def load_text_model(name):
     """A frozen text encoder and its tokenizer, by hub id or local folder."""
+    from huggingface_hub.utils import logging
     from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
+    logging.set_verbosity(logging.CRITICAL)           # what it says of failed tries, the sentence below says once
     try:
         clip = AutoConfig.from_pretrained(name).model_type.startswith("clip")     # whose AutoModel wants pictures, too
         model = (CLIPTextModel if clip else AutoModel).from_pretrained(name)
