@@ -4,6 +4,7 @@
                      [--device auto]
     python sample.py --img x.png --wav y.wav --emotion "neutral, happy:0.6+surprised:0.4@2.5" [--intensity 0..1.5]
     python sample.py --img x.png --video driving.mp4 [--out out.mp4]
+    python sample.py --img x.png --controls "yaw=-10:10 blink=0,1,0" [--seconds 4]
     python sample.py --img x.png --wav - --out -          live: raw 16 kHz sound in, a fragmented mp4 out, as it is made
 
     photo --encoder--> reference motion --+-----------------------------------------+
@@ -151,6 +152,14 @@ def reenact(models, meta, image, video, seed=0, steps=None, absolute=False, comp
     yield from pictures_to_frames(space, autocast_iter(z_r.device, pictures), composer)
 
 
+def animate_from_changes(models, meta, image, changes, seed=0, steps=None, composer=None):
+    """A photo whose motion changes by changes (n, L*D) -> (H, W, 3) uint8 frames, as many."""
+    space, z_r, m_ref, _, noise = prepare_reference(models, meta, image, seed)
+    motions = iter([m_ref + changes.to(m_ref)])
+    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH, as_pictures=True)
+    yield from pictures_to_frames(space, autocast_iter(z_r.device, pictures), composer)
+
+
 def scan_audio(path):
     """A first pass over the sound: it can be used, and -> the gain that levels it, its length in video frames."""
     sizes = []
@@ -176,6 +185,9 @@ def parse(argv):
     drive.add_argument("--wav", help="the speech: wav, flac, ogg, mp3, m4a or a video with sound; -: raw from stdin, as it "
                                      "arrives (signed 16-bit little-endian PCM, mono, 16 kHz)")
     drive.add_argument("--video", help="a driving video instead: its motion and its sound")
+    drive.add_argument("--controls", metavar="TEXT", help="known movements instead, changes from the photo: 'yaw=-10:10 "
+                                                          "blink=0,1,0' goes from -10 to 10 degrees and blinks once (web/controls.py)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="with --controls: length of the video (default: %(default)s)")
     parser.add_argument("--absolute", action="store_true", help="with --video: its poses as they are, not its changes of pose")
     parser.add_argument("--out", default="out.mp4", help="the video to write; -: to stdout, as it is made (default: %(default)s)")
     parser.add_argument("--size", type=int, default=1080, help="long side of the video, at most (default: %(default)s)")
@@ -196,6 +208,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.absolute and not args.video:
         parser.error("--absolute goes with --video")
+    if not 0.04 <= args.seconds <= 3600:
+        parser.error(f"--seconds is {args.seconds}; give 0.04 to 3600")
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps is {args.steps}; give 1 or more")
     if not 0 <= args.seed < 2**63:
@@ -234,6 +248,10 @@ def choose_emotion(args, models, seconds=math.inf):
 
 def frames_and_sound(args, models, meta, image, composer, detector):
     """What the arguments ask for -> iterator of frames, their number (None: not known yet), sound for VideoWriter, emotion."""
+    if args.controls is not None:
+        from web.controls import parse_controls
+        changes = parse_controls(args.controls, meta.get("controls"), round(args.seconds * FPS))
+        return animate_from_changes(models, meta, image, changes, args.seed, args.steps, composer), len(changes), None, None
     if args.video:
         video, note = frame_video(args.video, meta["size"], detector)
         print_note(note)
@@ -299,7 +317,7 @@ def run(args):
     if args.wav == "-" and sys.stdin.isatty():
         raise InputError("--wav - reads sound from a pipe, but stdin is the terminal; pipe 16-bit mono PCM of 16 kHz to it")
     check_file(args.ckpt, "a .safetensors file, such as the embedded weights/semo-tiny.safetensors")
-    for path in (args.img, source, args.ckpt):
+    for path in filter(None, (args.img, source, args.ckpt)):
         if not live and path != "-" and os.path.exists(path) and os.path.exists(args.out) and os.path.samefile(path, args.out):
             raise InputError(f"--out {args.out} would overwrite an input; choose another name")
     models, meta = load_models(args.ckpt, pick_device(args.device))

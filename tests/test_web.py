@@ -1,0 +1,499 @@
+"""The page in a real browser against the same work in Python; skipped where there is no browser or runtime."""
+
+import base64
+import io
+import os
+import shutil
+import threading
+import time
+import urllib.request
+import wave as wave_file
+from dataclasses import asdict
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from decoder import decode_frames
+from generator import generate_motion
+from media import audio_features
+from media.compose import Composer
+from media.face import Square, crop_square
+from media.files import InputError
+from media.image import from_uint8, load_image, open_image, to_uint8
+from media.sound import SAMPLES_PER_FRAME, audio_chunks
+from sample import DEFAULT, load_models
+from web.controls import fit_directions, parse_controls
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
+FLAGS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
+         "--autoplay-policy=no-user-gesture-required", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+SECONDS, SEED = 2.0, 3
+READY = "() => !document.getElementById('play').disabled"
+APP = "async () => (await import('./page.js')).app"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The page with the embedded release, served -> (address, requests that reached the server)."""
+    pytest.importorskip("onnx", reason="needs onnx: pip install -r requirements-web.txt")
+    pytest.importorskip("onnxscript", reason="needs onnxscript: pip install -r requirements-web.txt")
+    from web.__main__ import ORT, build, server
+    if not ORT.is_dir():
+        pytest.skip("needs onnxruntime-web: npm ci --prefix web")
+    build(DEFAULT)
+    with server(0) as serving:
+        thread = threading.Thread(target=serving.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{serving.server_address[1]}/"
+        serving.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs a Chromium browser: apt-get install chromium")
+    with api.sync_playwright() as p:
+        made = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield made
+        made.close()
+
+
+class Tab:
+    """One tab, with all that it complained about and all that it asked for."""
+
+    def __init__(self, browser, **options):
+        self.context = browser.new_context(accept_downloads=True, **options)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(120_000)
+        self.complaints, self.asked = [], []
+        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
+        self.page.on("request", lambda r: self.asked.append(r.url))
+
+    def open(self, site, wait=True):
+        start = time.perf_counter()
+        self.page.goto(site)
+        if wait:
+            self.page.wait_for_function(READY)
+            self.page.wait_for_function("async () => (await import('./page.js')).app.shown.length > 0")
+        return time.perf_counter() - start
+
+    def app(self, expression):
+        """The value of an expression of the page's `app`."""
+        return self.page.evaluate(f"async () => {{ const {{ app }} = await import('./page.js'); return {expression}; }}")
+
+
+@pytest.fixture
+def tab(browser):
+    made = []
+
+    def make(**options):
+        made.append(Tab(browser, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.context.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser, site):
+    """One tab with the page, ready, for all tests that leave it as they found it."""
+    made = Tab(browser, viewport={"width": 1200, "height": 950})
+    print(f"\nfirst picture after {made.open(site):.1f} s")
+    yield made
+    made.context.close()
+
+
+@pytest.fixture(scope="module")
+def release():
+    return load_models(DEFAULT)
+
+
+@pytest.fixture(scope="module")
+def photo(release):
+    return load_image(str(ROOT / "examples" / "portrait.png"), release[1]["size"])
+
+
+@pytest.fixture(scope="module")
+def wave():
+    return torch.cat(list(audio_chunks(str(ROOT / "examples" / "speech.wav"))))[: round(SECONDS * 16000)]
+
+
+WORK = """async ([pixels, noise, draws, wave]) => {
+  const worker = new Worker(new URL('/worker.js', location), { type: 'module' }), frames = [];
+  return await new Promise((resolve, reject) => {
+    worker.onmessage = ({ data }) => {
+      if (data.kind === 'error') reject(new Error(data.text));
+      if (data.kind === 'ready') {
+        worker.postMessage({ kind: 'photo', pixels: new Float32Array(pixels), noise: new Float32Array(noise) });
+        worker.postMessage({ kind: 'talk', id: 1, wave: new Float32Array(wave), noise: new Float32Array(draws) });
+        worker.postMessage({ kind: 'want', frames: 1000 });
+      }
+      if (data.kind === 'photo') frames.still = Array.from(data.token);
+      if (data.kind === 'frame') {
+        if (!frames.length) frames.first = performance.now();
+        const low = frames.length % 5 ? [] : Array.from(data.parts.x);
+        frames.push({ token: Array.from(data.token), low });
+        if (frames.length === data.total) {
+          worker.terminate();
+          resolve({ still: frames.still, frames, fps: 1000 * (frames.length - 1) / (performance.now() - frames.first) });
+        }
+      }
+    };
+    worker.postMessage({ kind: 'load', base: new URL('/', location).href, backend: 'wasm', threads: 2 });
+  });
+}"""
+
+
+def test_tokens_and_frames_are_pythons(tab, site, release, photo, wave):
+    models, meta = release
+    g, size = models["generator"].config, meta["size"]
+    one = tab()
+    one.page.goto(site + "model/model.json")
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(SEED)
+    windows = -(-audio_features.num_frames(len(wave)) // g.window)
+    width = g.num_tokens * g.token_dim
+    draws = torch.cat([torch.randn(1, g.window, width, generator=draw).flatten() for _ in range(windows)])
+    made = one.page.evaluate(WORK, [photo.flatten().tolist(), noise.flatten().tolist(), draws.tolist(), wave.tolist()])
+    with torch.inference_mode():
+        still = models["encoder"](photo[None]).flatten(1)
+        rows = audio_features.extract_features(audio_features.normalise_loudness(wave)[None], "mel")
+        silence = audio_features.extract_features(torch.zeros(1, SAMPLES_PER_FRAME), "mel")[0, 0]
+        tokens = torch.cat(list(generate_motion(models["generator"], still, iter(rows), torch.Generator().manual_seed(SEED), silence,
+                                      meta["gen_steps"], meta["guidance"])))
+        frames = torch.cat(list(decode_frames(models["decoder"], photo[None], still, iter([tokens]), noise, meta["steps"])))
+    assert len(made["frames"]) == len(tokens) == round(SECONDS * 25)
+    assert (torch.tensor(made["still"]) - still[0]).abs().max() < 1e-3
+    found = torch.tensor([frame["token"] for frame in made["frames"]])
+    away = (found - tokens).abs().max()
+    assert away < 1e-3
+    pictures = [(torch.tensor(frame["low"]), true) for frame, true in zip(made["frames"], frames, strict=True)]
+    worst = 127.5 * max((low - true.flatten()).abs().max() for low, true in pictures[::5])
+    print(f"\ntokens within {away:.1e}, pixels within {worst:.3f} of 255; {made['fps']:.1f} pictures/s")
+    assert worst < 1
+
+
+def test_mel_rows_are_pythons_however_the_sound_is_cut(tab, site, wave):
+    one = tab()
+    one.page.goto(site + "model/model.json")
+    sound = torch.cat([wave[: 16000 + 37], torch.zeros(4000)])
+    rows = one.page.evaluate("""async ([wave, cuts]) => {
+      const { MelStream, levelGain } = await import('/mel.js'), { mel } = await (await fetch('/model/model.json')).json();
+      const samples = new Float32Array(wave), gain = levelGain(samples, mel.frame), stream = new MelStream(mel), rows = [];
+      let at = 0;
+      for (const cut of cuts) { rows.push(...stream.push(samples.slice(at, at + cut).map(v => v * gain))); at += cut; }
+      rows.push(...stream.push(samples.slice(at).map(v => v * gain)), ...stream.end());
+      return { gain, rows: rows.map(row => Array.from(row)) };
+    }""", [sound.tolist(), [1, 639, 640, 5000, 3]])
+    assert rows["gain"] == pytest.approx(audio_features.loudness_gain([sound]), rel=1e-4)
+    true = audio_features.extract_features(sound[None] * rows["gain"], "mel")[0]
+    assert torch.tensor(rows["rows"]).shape == true.shape
+    assert (torch.tensor(rows["rows"]) - true).abs().max() < 1e-4
+
+
+def test_live_loudness_is_pythons(tab, site, wave):
+    one = tab()
+    one.page.goto(site + "model/model.json")
+    found = one.page.evaluate("""async wave => {
+      const { RunningLevel } = await import('/mel.js'), level = new RunningLevel(640), out = [];
+      for (let n = 0; n < wave.length; n += 128) out.push(...level.push(new Float32Array(wave.slice(n, n + 128))));
+      return out.flatMap(part => Array.from(part));
+    }""", (0.1 * wave[:16000]).tolist())
+    true = torch.cat(list(audio_features.streaming_gain([0.1 * wave[:16000]])))
+    assert (torch.tensor(found) - true).abs().max() < 1e-4
+
+
+def bytes_of(x):
+    """(1, 3, H, W) in [-1, 1] -> (H, W, 3) uint8."""
+    return to_uint8(x)[0].permute(1, 2, 0).contiguous().numpy()
+
+
+SQUARES = [Square(256, 290, 400), Square(262.3, 281.9, 301.7, 0.15)]
+
+
+@pytest.mark.parametrize("square", SQUARES)
+def test_frames_at_full_resolution_are_pythons(page, release, square):
+    models, meta = release
+    picture = open_image(str(ROOT / "examples" / "portrait.png"))
+    photo = from_uint8(crop_square(picture, square, meta["size"]))
+    noise = torch.randn(1, *photo.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        still = models["encoder"](photo[None])
+        token = still + 0.5 * torch.randn(still.shape, generator=torch.Generator().manual_seed(1))
+        parts = models["decoder"](noise, torch.ones(1), token, models["decoder"].encode_reference(photo[None], still), as_picture=True)
+    x, moved, alpha, field = parts
+    true = Composer(np.asarray(picture), square).frame(bytes_of(x), bytes_of(moved), alpha[0, 0].numpy(), field[0].numpy())
+    pixels = page.page.evaluate("""async ([parts, square]) => {
+      const { app } = await import('./page.js'), { Composer } = await import('./compose.js');
+      const canvas = document.createElement('canvas'), composer = await Composer.make(canvas, app.model, location);
+      composer.setPhoto(app.image);
+      composer.setSquare(square);
+      composer.draw(Object.fromEntries(Object.entries(parts).map(([k, v]) => [k, new Float32Array(v)])));
+      return canvas.toDataURL('image/png').split(',')[1];
+    }""", [{name: part.flatten().tolist() for name, part in parts._asdict().items()}, asdict(square)])
+    found = np.asarray(Image.open(io.BytesIO(base64.b64decode(pixels))).convert("RGB"), np.float32)
+    error, inside = np.abs(found - true), slice(200, 400)
+    print(f"\nfull resolution: mean {error.mean():.3f}, in the face {error[inside, inside].mean():.3f}, "
+          f"worst {error.max():.1f} of 255")
+    assert error[inside, inside].mean() < 2 and error.max() < 24
+    assert np.abs(true - np.asarray(picture, np.float32))[inside, inside].mean() > 2      # the frame did change
+
+
+@pytest.mark.parametrize("square", [*SQUARES, Square(256, 256, 512), Square(60, 470, 130), Square(256, 256, 60)])
+def test_the_networks_picture_of_the_photo_is_pythons(page, release, square):
+    found = page.page.evaluate("""async square => {
+      const { app } = await import('./page.js'), { facePixels } = await import('./image.js');
+      return Array.from(facePixels(app.image, square, app.model.size));
+    }""", asdict(square))
+    true = from_uint8(crop_square(open_image(str(ROOT / "examples" / "portrait.png")), square, release[1]["size"]))
+    error = (torch.tensor(found) - true.flatten()).abs() * 127.5
+    print(f"\ncrop: mean {error.mean():.3f}, worst {error.max():.1f} of 255")
+    assert error.mean() < 0.5 and error.max() < 12
+
+
+def test_ready_without_complaint_and_nothing_leaves_the_host(page, site):
+    assert page.complaints == []
+    assert page.asked and all(url.startswith((site, "blob:" + site, "data:")) for url in page.asked), page.asked
+    assert page.page.evaluate("crossOriginIsolated")
+
+
+def sound_file(path, seconds, rate=16000):
+    t = np.arange(round(seconds * rate)) / rate
+    x = 0.3 * np.sin(2 * np.pi * 200 * t) * (np.sin(2 * np.pi * 3 * t) > 0)
+    with wave_file.open(str(path), "wb") as f:
+        f.setnchannels(1), f.setsampwidth(2), f.setframerate(rate)
+        f.writeframes((x * 32767).astype(np.int16).tobytes())
+    return str(path)
+
+
+def test_talk_plays_in_step_and_downloads_a_video_with_sound(page, tmp_path):
+    p = page.page
+    p.set_input_files("#sound", sound_file(tmp_path / "short.wav", 1.6))
+    p.wait_for_function("() => document.getElementById('sound-name').textContent.includes('1.6 s')")
+    with p.expect_download() as waiting:
+        p.click("#download")
+    path = tmp_path / waiting.value.suggested_filename
+    waiting.value.save_as(path)
+    assert p.inner_text("#error") == ""
+    with av.open(str(path)) as video:
+        assert video.streams.video and video.streams.audio
+        pictures = [frame.time for frame in video.decode(video=0)]
+    with av.open(str(path)) as video:
+        sound = np.concatenate([frame.to_ndarray().mean(0) for frame in video.decode(audio=0)])
+        rate = video.streams.audio[0].rate
+    print(f"\n{path.suffix}: {len(pictures)} pictures, {pictures[-1] - pictures[0]:.2f} s, sound {len(sound) / rate:.2f} s, "
+          f"{page.app('app.player.waits')} waits")
+    assert abs(len(sound) / rate - 1.6) < 0.35 and pictures[-1] - pictures[0] < 2.0
+    assert np.abs(sound).max() > 0.05
+
+
+def test_hostile_files_get_one_sentence_and_the_page_goes_on(page, tmp_path):
+    p = page.page
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("hello <b>there</b>")
+    (tmp_path / "cut.png").write_bytes((ROOT / "examples" / "portrait.png").read_bytes()[:200])
+    Image.new("RGB", (5, 4)).save(tmp_path / "small.png")
+    (tmp_path / "noise.wav").write_bytes(os.urandom(4000))
+    (tmp_path / "picture.wav").write_bytes((ROOT / "examples" / "portrait.png").read_bytes())
+    sound_file(tmp_path / "brief.wav", 0.02)
+    hostile = {"#photo": ("empty.png", "text.png", "cut.png", "small.png"), "#sound": ("noise.wav", "picture.wav", "brief.wav")}
+    for field, names in hostile.items():
+        for name in names:
+            p.evaluate("document.getElementById('error').textContent = ''")
+            p.set_input_files(field, str(tmp_path / name))
+            p.wait_for_function("() => document.getElementById('error').textContent.length > 0")
+            said = p.inner_text("#error")
+            assert said.endswith(".") and said[:5] in ("That ",) and "give" in said, (name, said)
+    before = page.app("app.shown.at(-1)")
+    p.click("#example")
+    p.wait_for_function("async before => (await import('./page.js')).app.shown.at(-1) > before", arg=before)
+
+
+def picture_of(page):
+    data = page.page.evaluate("document.getElementById('picture').toDataURL('image/png').split(',')[1]")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"), np.float32)
+
+
+def slide(page, name, value):
+    """Move a slider as its visitor does -> the picture that answers."""
+    page.page.evaluate("""async ([name, value]) => {
+      const { app } = await import('./page.js'), slider = document.getElementById(`slider-${name}`), still = () => !app.pending;
+      const until = async condition => { while (!condition()) await new Promise(requestAnimationFrame); };
+      await until(still);
+      const before = app.shown.at(-1) ?? -1;
+      slider.value = value;
+      slider.dispatchEvent(new Event('input'));
+      await until(() => still() && app.shown.at(-1) > before);
+    }""", [name, value])
+    return picture_of(page)
+
+
+def test_sliders_move_their_part_of_the_face(page):
+    page.page.click("#tab-puppet")
+    controls = page.app("app.model.controls")
+    page.page.click("#reset")
+    page.page.wait_for_timeout(300)
+    rest = slide(page, "jaw", 0)
+    rows = {"eyes": slice(160, 250), "mouth": slice(300, 410)}            # of the example portrait, 512 pixels high
+    for name, part, other in (("jaw", "mouth", "eyes"), ("blink_l", "eyes", "mouth"), ("blink_r", "eyes", "mouth")):
+        change = np.abs(slide(page, name, controls[name]["high"]) - rest)
+        slide(page, name, 0)
+        assert change[rows[part], 128:384].mean() > 2 * change[rows[other], 128:384].mean(), name
+        assert change[:60, :60].mean() < 2, name                          # the background's corner
+    for name in ("yaw", "roll"):
+        assert np.abs(slide(page, name, controls[name]["high"]) - rest)[rows["eyes"], 128:384].mean() > 3
+        slide(page, name, 0)
+    page.page.click("#tab-talk")
+
+
+def test_pictures_a_second_while_a_slider_moves(page):
+    page.page.click("#tab-puppet")
+    shown = page.page.evaluate("""async () => {
+      const { app } = await import('./page.js'), slider = document.getElementById('slider-jaw');
+      const seen = new Set(), end = performance.now() + 3000;
+      for (let k = 0; performance.now() < end; k++) {
+        slider.value = 0.5 + 0.5 * Math.sin(k / 8);
+        slider.dispatchEvent(new Event('input'));
+        await new Promise(requestAnimationFrame);
+        app.shown.forEach(time => seen.add(time));
+      }
+      return seen.size;
+    }""")
+    page.page.click("#reset")
+    page.page.click("#tab-talk")
+    print(f"\npuppet: {shown / 3:.1f} pictures/s on {os.cpu_count()} cores, {len(os.sched_getaffinity(0))} allowed")
+    assert shown > 0
+
+
+def test_recorded_puppet_is_kept_and_downloaded(page, tmp_path):
+    p = page.page
+    p.click("#tab-puppet")
+    p.click("#record")
+    for value in (0.3, 0.8, 0.1):
+        slide(page, "jaw", value)
+        p.wait_for_timeout(250)
+    p.click("#record")
+    frames = page.app("app.path.length")
+    assert frames >= 15
+    with p.expect_download() as waiting:
+        p.click("#save-path")
+    path = tmp_path / waiting.value.suggested_filename
+    waiting.value.save_as(path)
+    with av.open(str(path)) as video:
+        times = [frame.time for frame in video.decode(video=0)]
+    assert times[-1] - times[0] < frames / 25 + 0.7
+    p.click("#reset")
+    p.click("#tab-talk")
+
+
+def test_microphone_makes_the_face_speak(tab, site):
+    one = tab(permissions=["microphone", "camera"])
+    one.open(site)
+    before = one.app("app.shown.at(-1)")
+    one.page.click("#microphone")
+    one.page.wait_for_function("() => document.getElementById('status').textContent.startsWith('Listening')")
+    one.page.wait_for_function("async before => (await import('./page.js')).app.shown.filter(t => t > before).length > 2", arg=before)
+    one.page.click("#microphone")
+    one.page.wait_for_function("() => document.getElementById('microphone').getAttribute('aria-pressed') === 'false'")
+    one.page.click("#webcam")
+    one.page.wait_for_function("() => document.querySelector('#camera video').videoWidth > 0")
+    one.page.click("#shoot")
+    one.page.wait_for_function("async () => (await import('./page.js')).app.image.width !== 512")
+    assert one.complaints == [] and one.page.inner_text("#error") == ""
+
+
+def test_face_square_follows_keys_wheel_and_pointer(page):
+    p = page.page
+    p.click("#adjust")
+    start = page.app("({ ...app.square })")
+    p.keyboard.press("ArrowRight")
+    p.keyboard.press("-")
+    p.keyboard.press(".")
+    now = page.app("({ ...app.square })")
+    assert now["cx"] > start["cx"] and now["side"] < start["side"] and now["angle"] > 0
+    box = p.locator("#overlay").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    p.mouse.move(x, y)
+    p.mouse.wheel(0, -300)
+    p.mouse.down()
+    p.mouse.move(x - 40, y + 20)
+    p.mouse.up()
+    p.wait_for_timeout(50)
+    moved = page.app("({ ...app.square })")
+    assert moved["side"] < now["side"] and moved["cx"] < now["cx"] and moved["cy"] > now["cy"]
+    p.click("#adjust")
+    p.click("#example")
+    p.wait_for_timeout(500)
+
+
+def test_phone_dark_and_keyboard(tab, site):
+    one = tab(viewport={"width": 390, "height": 844}, color_scheme="dark", has_touch=True, is_mobile=True)
+    one.open(site)
+    p = one.page
+    assert p.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    back = p.evaluate("getComputedStyle(document.body).color")
+    assert min(int(v) for v in back[4:-1].split(",")) > 180                            # light text on dark
+    nameless = p.evaluate("""() => [...document.querySelectorAll('button, input, canvas, progress, video')].filter(e =>
+      !(e.labels?.length || e.textContent.trim() || e.getAttribute('aria-label') || e.closest('dialog')?.getAttribute('aria-label')))
+      .map(e => e.outerHTML)""")
+    assert nameless == []
+    p.focus("#tab-talk")
+    p.keyboard.press("ArrowRight")
+    assert p.evaluate("document.activeElement.id") == "tab-puppet" and p.is_visible("#sliders")
+    assert one.complaints == []
+
+
+def test_server_headers_and_traversal(site):
+    with urllib.request.urlopen(site + "mel.js") as answer:
+        assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+        assert answer.headers["Content-Type"].startswith("text/javascript")
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(site + "../../__main__.py")
+
+
+def test_controls_are_read_from_their_text():
+    controls = {"yaw": {"direction": [1.0, 0.0], "low": -15, "high": 15, "unit": "degrees"},
+                **{f"blink_{k}": {"direction": [0.0, 1.0], "low": 0, "high": 1, "unit": ""} for k in "lr"}}
+    path = parse_controls("yaw=-10:10 blink=0,1,0", controls, 5)
+    assert path[:, 0].tolist() == [-10, -5, 0, 5, 10]
+    assert path[:, 1].tolist() == [0, 1, 2, 1, 0]                         # both eyes have this direction
+    for text in ("nose=1", "yaw=fast", "yaw=90", "yaw=nan", "blink"):
+        with pytest.raises(InputError, match="--controls"):
+            parse_controls(text, controls, 5)
+
+
+def test_directions_of_a_linear_token_are_found():
+    """An encoder whose token is linear in what changes and adds the person: the fit finds its columns."""
+    from world.people import random_motion
+    from world.render import MOTION
+    calls = []
+
+    class Linear(torch.nn.Module):
+        def forward(self, x):
+            k = len(calls)
+            calls.append(x)
+            return (random_motion(7 + torch.arange(6 * k, 6 * k + 6)) @ weight + 5 * k)[:, None]
+
+    weight = torch.randn(len(MOTION), 32, generator=torch.Generator().manual_seed(0))
+    found = fit_directions({"encoder": Linear()}, 16, people=60, start=7)
+    assert len(calls) == 60 and F.cosine_similarity(found, weight).min() > 0.99

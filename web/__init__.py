@@ -1,0 +1,1 @@
+"""The page: a release runs in the visitor's own browser."""
