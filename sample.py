@@ -35,6 +35,7 @@ from media.compose import read_photo
 from media.device import autocast, pick_device
 from media.face import frame_video, load_detector
 from media.files import InputError, check_file
+from media.hub import resolve
 from media.image import to_uint8
 from media.latents import SD, SPACES, load_latents
 from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks, has_audio, pcm_chunks, rechunk
@@ -48,8 +49,8 @@ MODELS = {"encoder": (MotionEncoder, EncoderConfig), "decoder": (Decoder, Decode
 
 
 def load_models(path, device="cpu"):
-    """A file of weights -> ({kind: model in eval mode}, meta). Raises InputError."""
-    models, meta = load_weights(path, MODELS, device)
+    """A file of weights, or owner/name[@revision] on the model hub -> ({kind: model in eval mode}, meta). Raises InputError."""
+    models, meta = load_weights(resolve(path), MODELS, device)
     possible = {"size": range(16, 8193, 2), "latents": SPACES, "steps": range(1, 1001)}
     if "generator" in models:
         possible |= {"audio": audio_features.FEATURE_DIM, "gen_steps": range(1, 1001)}
@@ -192,7 +193,8 @@ def parse(argv):
     parser.add_argument("--out", default="out.mp4", help="the video to write; -: to stdout, as it is made (default: %(default)s)")
     parser.add_argument("--size", type=int, default=1080, help="long side of the video, at most (default: %(default)s)")
     parser.add_argument("--crop", action="store_true", help="write the square of the face alone, not the whole photo")
-    parser.add_argument("--ckpt", default=DEFAULT, help="released weights, .safetensors (default: the embedded ones)")
+    parser.add_argument("--ckpt", default=DEFAULT, help="weights: a .safetensors file, or owner/name[@revision] on the model "
+                                                           "hub (default: the embedded ones)")
     parser.add_argument("--vae", help="folder of the autoencoder of sd weights (default: where it was trained with it)")
     parser.add_argument("--whisper", help="folder of the Whisper model of weights trained on it (default: likewise)")
     parser.add_argument("--steps", type=int, help="sampling steps of both models (default: as released)")
@@ -316,7 +318,7 @@ def run(args):
         raise InputError("--out - would print a video on the terminal; pipe it to a player or give a name that ends in .mp4")
     if args.wav == "-" and sys.stdin.isatty():
         raise InputError("--wav - reads sound from a pipe, but stdin is the terminal; pipe 16-bit mono PCM of 16 kHz to it")
-    check_file(args.ckpt, "a .safetensors file, such as the embedded weights/semo-tiny.safetensors")
+    check_file(resolve(args.ckpt), "a .safetensors file, such as the embedded weights/semo-tiny.safetensors")
     for path in filter(None, (args.img, source, args.ckpt)):
         if not live and path != "-" and os.path.exists(path) and os.path.exists(args.out) and os.path.samefile(path, args.out):
             raise InputError(f"--out {args.out} would overwrite an input; choose another name")

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from media.files import InputError
+from media.hub import resolve
 from sample import DEFAULT
 from web.export import MODEL, export, exported
 
@@ -53,8 +54,9 @@ def build(ckpt, say=print):
     """Complete the folder of the page: graphs of the release, runtime, example. Raises InputError, ValueError."""
     if not (ORT / RUNTIME[0]).is_file():
         raise InputError("onnxruntime-web is not there: npm ci --prefix web")
+    ckpt = resolve(ckpt)
     if not Path(ckpt).is_file():
-        raise InputError(f"{ckpt} does not exist; give a .safetensors release")
+        raise InputError(f"{ckpt} does not exist; give a .safetensors file")
     for name in RUNTIME:
         update(ORT / name, PAGE / "ort" / name)
     for name in EXAMPLE:

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from decoder import decode_frames
 from measure import metrics
-from measure.reader import NAMES, WEIGHTS, load_reader
+from measure.reader import NAMES, WEIGHTS, load_regressor
 from media.files import InputError, atomic_write
 from world.people import HELD_OUT, random_motion
-from world.render import MOTION, identity, render
+from world.render import MOTION, random_identity, render
 
 DEGREES = ("yaw", "pitch", "roll")                                # kept in radians by the world, shown in degrees
 PEOPLE, PICTURES, RIDGE, PASSES = 400, 6, 1.0, 9                  # to fit with; pictures of each slider when it is tested
@@ -35,7 +35,7 @@ def fit_directions(models, size, people=PEOPLE, start=0):
     """Ridge regression of token changes on factor changes -> (M, L*D), for a change of one of the world's units."""
     ids = start + torch.arange(people)
     factors = random_motion(start + torch.arange(people * PICTURES)).unflatten(0, (people, PICTURES))       # (n, k, M)
-    tokens = torch.stack([models["encoder"](render(identity(ids[i: i + 1]).expand(PICTURES, -1), factors[i], size)).flatten(1)
+    tokens = torch.stack([models["encoder"](render(random_identity(ids[i: i + 1]).expand(PICTURES, -1), factors[i], size)).flatten(1)
                           for i in range(people)])                                                          # (n, k, L*D)
     f = (factors - factors.mean(1, keepdim=True)).flatten(0, 1)
     t = (tokens - tokens.mean(1, keepdim=True)).flatten(0, 1)
@@ -55,14 +55,14 @@ def reach(name):
 def read_back(models, meta, directions, people=6):
     """Move each slider of unseen people over its reach and read the frames -> correlation of value and reading (M,), and how
     far each factor moves by it, in shares of the factors' reach (M, M)."""
-    reader, steps = load_reader(WEIGHTS), meta["steps"]
+    reader, steps = load_regressor(WEIGHTS), meta["steps"]
     spans = torch.tensor([reach(name) for name in NAMES])
     rest = torch.zeros(1, len(NAMES))
     rest[0, NAMES.index("light")] = 0.5
     values = torch.stack([torch.linspace(*span, PASSES) for span in spans.tolist()])                        # (M, n)
     found = torch.zeros(people, len(NAMES), PASSES, len(NAMES))
     for p in range(people):
-        photo = render(identity(torch.tensor([HELD_OUT + p])), rest, meta["size"])
+        photo = render(random_identity(torch.tensor([HELD_OUT + p])), rest, meta["size"])
         still = models["encoder"](photo).flatten(1)
         noise = torch.randn(photo.shape, generator=torch.Generator().manual_seed(p))
         moved = still + (values[:, :, None] * directions[:, None]).flatten(0, 1)                            # (M*n, L*D)
