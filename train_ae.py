@@ -28,6 +28,7 @@ import training
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder, random_masking
 from media import latents
+from media.curves import save_curves
 from media.device import autocast
 from media.files import InputError
 from media.landmarks import FACTORS
@@ -363,7 +364,7 @@ def train(args, preset: dict) -> int:
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
     optimisers = training.optimisers(model, args.lr, args.muon_lr)
-    files = {name: os.path.join(args.out, name) for name in ("state.pt", "semo.safetensors", "log.jsonl")}
+    files = {name: os.path.join(args.out, name) for name in ("state.pt", "semo.safetensors", "log.jsonl", "progress.png")}
     step = training.resume(files["state.pt"], args, configs, model, ema, optimisers)
     training.print_settings(args, model, rank, **{f"schedule at {p:.0%}": schedule(args, p) for p in (0, 0.5, 1)})
     if step >= args.steps and rank == 0:
@@ -413,6 +414,7 @@ def train(args, preset: dict) -> int:
             training.save_checkpoint(files["state.pt"], step, args, configs, model, ema, optimisers)
             training.log(files["log.jsonl"], step=step, loss=sum(recent) / len(recent), **samples,
                          pictures_per_second=pictures * (step - first) / (time.time() - began))
+            save_curves(files["log.jsonl"], files["progress.png"])
         if stop:
             break
     bar.close()

@@ -33,6 +33,7 @@ from emotion import VoiceConfig, VoiceEmotion
 from encoder import random_masking
 from generator import Generator, GeneratorConfig, generate_motion
 from media import audio_features
+from media.curves import save_curves
 from media.device import autocast
 from media.files import InputError
 from media.image import from_uint8, to_uint8
@@ -376,7 +377,7 @@ def train(args, preset) -> int:
     ema.eval().requires_grad_(False)
     lr_scale = 0.1 if args.reflow else 1.0                            # a student is nearly there
     optimisers = training.optimisers(model, lr_scale * preset["lr"], lr_scale * preset["muon_lr"])
-    files = {name: os.path.join(args.out, name) for name in ("state.pt", "semo.safetensors", "log.jsonl")}
+    files = {name: os.path.join(args.out, name) for name in ("state.pt", "semo.safetensors", "log.jsonl", "progress.png")}
     step = training.resume(files["state.pt"], args, {"generator": config}, model, ema, optimisers)
     training.print_settings(args, model, rank)
     if step >= args.steps and rank == 0:
@@ -422,6 +423,7 @@ def train(args, preset) -> int:
             preview(os.path.join(args.out, f"step{step:06d}.mp4"), models_out, meta_out, space, silence_features, args, device)
             training.log(files["log.jsonl"], step=step, loss=loss.item(),
                          windows_per_second=(step - first) * world * args.windows / (time.time() - began))
+            save_curves(files["log.jsonl"], files["progress.png"])
             training.save_checkpoint(files["state.pt"], step, args, {"generator": config}, model, ema, optimisers)
         if stop:
             break
