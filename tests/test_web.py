@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from decoder import decode_frames
-from generator import generate_motion
+from decoder import Decoder, DecoderConfig, decode_frames
+from encoder import EncoderConfig, MotionEncoder
+from flow import with_cfg
+from generator import Generator, GeneratorConfig, generate_motion
 from media import audio_features
 from media.compose import Composer
 from media.face import Square, crop_square
@@ -28,6 +30,7 @@ from media.image import from_uint8, load_image, open_image, to_uint8
 from media.sound import SAMPLES_PER_FRAME, audio_chunks
 from sample import DEFAULT, load_models
 from web.controls import fit_directions, parse_controls
+from web.export import graphs
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
@@ -460,6 +463,51 @@ def test_phone_dark_and_keyboard(tab, site):
     p.keyboard.press("ArrowRight")
     assert p.evaluate("document.activeElement.id") == "tab-puppet" and p.is_visible("#sliders")
     assert one.complaints == []
+
+
+def test_graphs_compute_what_the_networks_do(tmp_path):
+    """Small untrained networks with moods, all weights random, under onnxruntime against torch."""
+    pytest.importorskip("onnx", reason="needs onnx: pip install -r requirements-web.txt")
+    pytest.importorskip("onnxscript", reason="needs onnxscript: pip install -r requirements-web.txt")
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install -r requirements-web.txt")
+    torch.manual_seed(0)
+    shape = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 2, "token_dim": 8}
+    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape)),
+              "generator": Generator(GeneratorConfig(token_dim=8, width=16, depth=1, heads=2, experts=3))}
+    for model in models.values():
+        for p in model.parameters():
+            p.data = (0.2 * torch.randn(p.shape)).half().float()
+        model.eval()
+    files, count = graphs(models)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+
+    def run(name, inputs):
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = runtime.InferenceSession(str(tmp_path / f"{name}.onnx"), options)
+        assert [i.name for i in session.get_inputs()] == list(inputs)
+        return [torch.from_numpy(x) for x in session.run(None, {key: x.numpy() for key, x in inputs.items()})]
+
+    photo, z, t = torch.rand(1, 3, 32, 32) * 2 - 1, torch.randn(1, 3, 32, 32), torch.tensor([0.7])
+    with torch.no_grad():
+        still = models["encoder"](photo).flatten(1)
+        assert (run("encoder", {"photo": photo})[0] - still).abs().max() < 1e-4
+        cache = run("reference", {"photo": photo, "token": still})
+        assert len(cache) == count
+        token = still + torch.randn(1, 8)
+        true = models["decoder"](z, t, token[:, None], models["decoder"].encode_reference(photo, still[:, None]), as_picture=True)
+        made = run("target", {"z": z, "t": t, "token": token, **{f"cache{k}": x for k, x in enumerate(cache)}})
+        for a, b in zip(made, true, strict=True):
+            assert a.shape == b.shape and b.std() > 1e-3 and (a - b).abs().max() < 1e-3
+        g = models["generator"].config
+        cond = {"past": torch.randn(1, g.past, 8), "reference": token, "audio": torch.randn(1, 35, 320)}
+        mood = torch.rand(1, g.past + g.window, 7)
+        new = torch.randn(1, g.window, 8)
+        true = with_cfg(models["generator"], 1.5, null={"audio": None})(new, t, **cond, mood=mood)
+        assert (models["generator"](new, t, **cond) - models["generator"](new, t, **cond, mood=mood)).abs().max() > 1e-3
+        made = run("generator", {"z": new, "t": t, **cond, "guidance": torch.tensor(1.5), "mood": mood})[0]
+        assert (made - true).abs().max() < 1e-3
 
 
 def test_server_headers_and_traversal(site):

@@ -1,6 +1,6 @@
 // Sound files -> samples; frames in step with the sound; recording what is played.
 
-const FPS = 25, MAX_BYTES = 100e6, MAX_SECONDS = 600, AHEAD = 24;      // AHEAD: frames asked for before they are shown
+const FPS = 25, MAX_BYTES = 100e6, MAX_SECONDS = 600, AHEAD = 24, TAPED = 600;      // frames made before they are shown; when recording, all if there are no more
 const TYPES = ["video/mp4;codecs=avc1.42E01E,mp4a.40.2", "video/webm;codecs=vp8,opus", "video/webm;codecs=vp9,opus", "video/webm"];
 
 export async function openSound(blob, rate) {                // -> samples at `rate`, one channel, and the sound to play
@@ -50,9 +50,9 @@ export class Player {                                        // plays one thing 
     const tape = record ? recorder(record, destination.stream.getAudioTracks()[0]) : null;
     this.frames = [];
     this.worker.postMessage({ kind: "talk", id, wave, seed, noise });
-    this.worker.postMessage({ kind: "want", frames: AHEAD });
+    this.worker.postMessage({ kind: "want", frames: record ? TAPED : AHEAD });
     await context.suspend();
-    const enough = () => this.frames.length >= Math.min(12, total - shown);
+    const enough = () => this.frames.length >= Math.min(record ? TAPED : AHEAD / 2, total - shown);
     let start = null, shown = 0, waits = 0;
     const blob = await new Promise(resolve => {
       this.now = { id, total, end: resolve };
