@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import sample
 from decoder import Decoder, DecoderConfig, decode_frames
 from encoder import EncoderConfig, MotionEncoder
 from flow import with_cfg
@@ -28,6 +29,7 @@ from media.face import Square, crop_square
 from media.files import InputError
 from media.image import from_uint8, load_image, open_image, to_uint8
 from media.sound import SAMPLES_PER_FRAME, audio_chunks
+from media.weights import save_weights
 from sample import DEFAULT, load_models
 from web.controls import fit_directions, parse_controls
 from web.export import graphs
@@ -528,6 +530,33 @@ def test_controls_are_read_from_their_text():
     for text in ("nose=1", "yaw=fast", "yaw=90", "yaw=nan", "blink"):
         with pytest.raises(InputError, match="--controls"):
             parse_controls(text, controls, 5)
+
+
+def test_sample_follows_controls(tmp_path, capsys):
+    """A small untrained release: as many frames as asked for, moving as the controls do; without controls, a sentence."""
+    torch.manual_seed(0)
+    shape = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 2, "token_dim": 8}
+    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape))}
+    for p in models["decoder"].parameters():
+        p.data = 0.1 * torch.randn(p.shape)
+    controls = {"jaw": {"direction": [1.0] + 7 * [0.0], "low": 0, "high": 5, "unit": ""}}
+    meta = {"latents": "pixel", "size": 32, "steps": 1}
+    save_weights(tmp_path / "with.safetensors", models, {**meta, "controls": controls})
+    save_weights(tmp_path / "without.safetensors", models, meta)
+
+    def run(name, text):
+        return sample.main(["--img", str(ROOT / "examples" / "portrait.png"), "--controls", text, "--seconds", "0.4", "--size", "64",
+                            "--ckpt", str(tmp_path / name), "--out", str(tmp_path / "x.mp4"), "--device", "cpu"])
+
+    assert run("with.safetensors", "jaw=0,5,5") == 0
+    with av.open(str(tmp_path / "x.mp4")) as video:
+        frames = [frame.to_ndarray(format="rgb24").astype(float) for frame in video.decode(video=0)]
+    assert len(frames) == 10
+    assert np.abs(frames[-1] - frames[0]).mean() > 5 * np.abs(frames[-1] - frames[-3]).mean()       # it moves, then stays
+    capsys.readouterr()
+    for name, text in (("without.safetensors", "jaw=1"), ("with.safetensors", "jaw=9"), ("with.safetensors", " ")):
+        assert run(name, text) == 2
+        assert capsys.readouterr().err.count("\n") <= 2              # one may be a note on the face
 
 
 def test_directions_of_a_linear_token_are_found():

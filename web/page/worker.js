@@ -3,7 +3,7 @@ import { gaussian, MotionStream } from "./generator.js";
 import { Networks } from "./decoder.js";
 import { frameCount, levelGain, MelStream, RunningLevel } from "./mel.js";
 
-let net, mood = null, talk = null, pose = null, busy = false;
+let net, mood = null, talk = null, pose = null, busy = false, more = false;
 const sum = { generator: 0, decoder: 0, mel: 0 };            // milliseconds of the last of each stage
 
 async function load({ base, backend, threads }) {
@@ -90,10 +90,11 @@ const breath = () => new Promise(resolve => {                // lets messages co
 });
 
 async function work() {
-  if (busy) return;
+  more = true;
+  if (busy) return;                                          // the loop that runs sees `more`
   busy = true;
   try {
-    while (await step()) await breath();
+    while (more) for (more = false; await step();) await breath();
   } catch (error) {
     postMessage({ kind: "error", text: error.message });
   }
