@@ -8,18 +8,16 @@ vec4 cubic(float f) {                                        // weights of four 
   return vec4(far.x, near.y, near.z, far.w);
 }
 
-uniform sampler2D photo, painted, moved, field;              // painted, moved: (width, s); field: (s, s)
+uniform sampler2D photo, painted, moved, field;              // photo: twice as fine; painted, moved: (width, s); field: (s, s)
 uniform vec2 centre, turn;                                   // of the square, in pixels of the photo; cos and sin of its angle
 uniform float side;                                          // of the square
 uniform int view;                                            // 0: the frame, 1: alpha, 2: residual
 out vec4 colour;
 
-vec4 column(sampler2D image, float u, float y, vec4 w) {     // bicubic along columns
-  float n = float(textureSize(image, 0).y);
-  vec4 sum = vec4(0.0);
-  for (int k = 0; k < 4; k++)
-    sum += w[k] * texture(image, vec2(u, (clamp(floor(y) + float(k - 1), 0.0, n - 1.0) + 0.5) / n));
-  return sum;
+vec4 column(sampler2D image, int x, float y, vec4 w) {       // bicubic along columns
+  int most = textureSize(image, 0).y - 1, i = int(floor(y)) - 1;
+  return w.x * texelFetch(image, ivec2(x, clamp(i, 0, most)), 0) + w.y * texelFetch(image, ivec2(x, clamp(i + 1, 0, most)), 0)
+    + w.z * texelFetch(image, ivec2(x, clamp(i + 2, 0, most)), 0) + w.w * texelFetch(image, ivec2(x, clamp(i + 3, 0, most)), 0);
 }
 
 vec2 displacement(vec2 p) {                                  // bilinear, edges repeated
@@ -31,21 +29,19 @@ vec2 displacement(vec2 p) {                                  // bilinear, edges 
              mix(texelFetch(field, ivec2(i.x, j.y), 0).xy, texelFetch(field, j, 0).xy, f.x), f.y);
 }
 
-vec3 sharp(vec2 at) {                                        // the photo at a place in pixels, bicubic
-  ivec2 most = textureSize(photo, 0) - 1, i = ivec2(floor(at - 0.5));
-  vec4 x = cubic(fract(at.x - 0.5)), y = cubic(fract(at.y - 0.5));
-  vec3 sum = vec3(0.0);
-  for (int n = 0; n < 16; n++)
-    sum += x[n & 3] * y[n >> 2] * texelFetch(photo, clamp(i + ivec2(n & 3, n >> 2) - 1, ivec2(0), most), 0).rgb;
-  return sum;
+vec3 sharp(vec2 at) {                                        // the photo at a place in its pixels
+  return texture(photo, (2.0 * at - 0.5) / vec2(textureSize(photo, 0))).rgb;
 }
 
 void main() {
-  vec2 size = vec2(textureSize(photo, 0)), at = vec2(gl_FragCoord.x, size.y - gl_FragCoord.y), d = at - centre;
-  colour = vec4(texture(photo, at / size).rgb, 1.0);
+  float height = float(textureSize(photo, 0).y + 1) * 0.5;
+  vec2 at = vec2(gl_FragCoord.x, height - gl_FragCoord.y), d = at - centre;
+  colour = vec4(sharp(at), 1.0);
   vec2 p = vec2(turn.x * d.x + turn.y * d.y, turn.x * d.y - turn.y * d.x) * 2.0 / side;          // in the square, -1 to 1
   if (max(abs(p.x), abs(p.y)) > 1.0) return;
-  float u = p.x * 0.5 + 0.5, y = (p.y * 0.5 + 0.5) * float(textureSize(painted, 0).y) - 0.5;
+  ivec2 wide = textureSize(painted, 0);
+  int u = min(int((p.x * 0.5 + 0.5) * float(wide.x)), wide.x - 1);
+  float y = (p.y * 0.5 + 0.5) * float(wide.y) - 0.5;
   vec4 w = cubic(fract(y)), a = column(painted, u, y, w), b = column(moved, u, y, w);
   vec2 move = displacement(p) * side * 0.5;
   vec3 fine = sharp(at + vec2(turn.x * move.x - turn.y * move.y, turn.y * move.x + turn.x * move.y)) * 2.0 - 1.0;
