@@ -474,7 +474,7 @@ def test_graphs_compute_what_the_networks_do(tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install -r requirements-web.txt")
     torch.manual_seed(0)
     shape = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 2, "token_dim": 8}
-    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape)),
+    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape, warp_grid=4, overlap=True)),
               "generator": Generator(GeneratorConfig(token_dim=8, width=16, depth=1, heads=2, experts=3))}
     for model in models.values():
         for p in model.parameters():
