@@ -13,6 +13,7 @@ sample.py reads), log.jsonl and short clips with sound. Ctrl-C and SIGTERM save 
 """
 import argparse
 import hashlib
+import math
 import os
 import sys
 import time
@@ -46,17 +47,24 @@ from world.render import MOTION, render
 from world.speech import EMOTIONS, speak
 
 # clips: of `seconds` each, encoded once a process; windows: drawn from them at each step; audio: kind of features; voices:
-# synthetic ones, without pictures, from which the emotion of a voice is learned
+# synthetic ones, without pictures, from which the emotion of a voice is learned; balanced and augment: ours, see motion_loss and
+# sample_windows
 PRESETS = {
     "nano": dict(generator=GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, lookahead=1, experts=4),
-                 steps=20, windows=4, clips=2, seconds=1, voices=8, lr=1e-3, muon_lr=0.02),
-    "tiny": dict(generator=GeneratorConfig(experts=16), steps=3000, windows=64, clips=768, seconds=4, voices=3000, lr=1e-3,
+                 steps=20, windows=4, clips=2, seconds=1, voices=8, balanced=True, augment=True, lr=1e-3,
+                 muon_lr=0.02),
+    "tiny": dict(generator=GeneratorConfig(experts=16), steps=3000, windows=64, clips=768, seconds=4, voices=3000,
+                 balanced=True, augment=True, lr=1e-3,
                  muon_lr=0.02),
     "small": dict(generator=GeneratorConfig(width=256, depth=8, heads=8, experts=32), steps=100000, windows=128, clips=4096,
-                  seconds=4, voices=20000, lr=5e-4, muon_lr=0.01),
-    "paper": dict(generator=GeneratorConfig(width=512, depth=8, heads=8, experts=64), audio="whisper", steps=200000, windows=128,
-                  clips=4096, seconds=4, voices=20000, lr=1e-4, muon_lr=0.005),
+                  seconds=4, voices=20000, balanced=True, augment=True, lr=5e-4, muon_lr=0.01),
+    "paper": dict(generator=GeneratorConfig(width=512, depth=8, heads=8), audio="whisper", steps=200000, windows=128,
+                  clips=4096, seconds=4, voices=20000, balanced=False, augment=False, lr=1e-4, muon_lr=None),
+    "large": dict(generator=GeneratorConfig(width=512, depth=8, heads=8, experts=64), audio="whisper", steps=200000, windows=128,
+                  clips=4096, seconds=4, voices=20000, balanced=True, augment=False, lr=1e-4, muon_lr=0.005),
 }
+FACTORS = ("opening", "width", "lids", "yaw", "pitch", "roll")          # what motion_loss balances
+SHARES = (0.4, 0.2, 0.2, 0.07, 0.07, 0.06)
 LEVELS = {1: 0.4, 2: 0.7, 3: 1.0}             # strength of MEAD's levels
 OTHERS = 4                                # pictures of the same person in other moods kept beside each clip
 
@@ -105,6 +113,7 @@ class Clip(NamedTuple):
     change: int                    # the frame at which it changes; F: it does not
     voice: torch.Tensor            # (7,) mood of the voice; zeros: unknown
     others: torch.Tensor | None    # (OTHERS, 3, H, W) pictures of the person in other moods
+    factors: torch.Tensor          # (F, 6) FACTORS as far as they are known, each in a unit of its set; nan: not known
 
 
 class Encoded(NamedTuple):
@@ -113,6 +122,7 @@ class Encoded(NamedTuple):
     masked: torch.Tensor           # (n, L*D) seen through a mask
     features: torch.Tensor         # (n, A) of the speech
     mood: torch.Tensor             # (n, 7)
+    factors: torch.Tensor          # (n, 6)
     others: torch.Tensor           # (clips, OTHERS, L*D) the person in other moods, seen through a mask
     clip_index: torch.Tensor       # (clips, 4) first frame, length, number of its set, frame at which its mood changes
     voices: torch.Tensor           # (clips, 7) moods of the voices; zeros: unknown
@@ -148,8 +158,10 @@ def synthetic_clips(args, preset, size, rank, world):
         others = perform(seed.expand(OTHERS), jaw, lip_width, moods, movement=True)
         others = others[torch.arange(OTHERS), (2 * torch.arange(OTHERS) + 1) * frames // (2 * OTHERS)]      # (OTHERS, M)
         parts = (render_fn(clip["identity"].expand(len(part), -1), part, size) for part in clip["motion"][0].split(25))
+        m = dict(zip(MOTION, clip["motion"][0].unbind(1), strict=True))
+        factors = torch.stack([m["jaw"], m["lip_width"], -(m["blink_l"] + m["blink_r"]) / 2, m["yaw"], m["pitch"], m["roll"]], 1)
         others = None if preset.get("agree") else render(clip["identity"].expand(OTHERS, -1), others, size)
-        yield Clip(parts, clip["wave"], face[0], change.item(), voice[0], others)
+        yield Clip(parts, clip["wave"], face[0], change.item(), voice[0], others, factors)
 
 
 def mood_label(record):
@@ -166,7 +178,8 @@ def real_clips(args, folder, size, rank, world):
     """Clips with sound of a prepared folder, its train split. Others of a labelled clip: the person's neutral clips, else any."""
     people, = data.load_sets([folder], "train", sound=True)
     rows = [record for identity in sorted(people) for record in people[identity]]
-    for record in rows[rank::world][:args.clips]:
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    for record in [rows[k] for k in order[rank::world][:args.clips]]:
         frames, wave = data.read_clip(record["path"], size)
         mood, others = mood_label(record), None
         if mood.any():
@@ -175,7 +188,9 @@ def real_clips(args, folder, size, rank, world):
             if found:
                 found = [found[k * len(found) // OTHERS] for k in range(OTHERS)]
                 others = from_uint8(np.concatenate([data.read_at(x["path"], [x["frames"] // 2], size) for x in found]))
-        yield Clip(frames.split(25), wave[None], mood.expand(len(frames), -1), len(frames), mood, others)
+        known = torch.from_numpy(data.load_landmarks(record)[1])[: len(frames)]                    # (F, 10)
+        factors = torch.stack([known[:, 0], known[:, 1], known[:, 2:4].mean(1), *known[:, 4:7].unbind(1)], 1)
+        yield Clip(frames.split(25), wave[None], mood.expand(len(frames), -1), len(frames), mood, others, factors)
 
 
 def fingerprint(path):
@@ -186,9 +201,8 @@ def fingerprint(path):
 def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16):
     """This process's clips, encoded. Kept in --out, for the next start."""
     inputs = [args.ae, *(os.path.join(name, "manifest.jsonl") for name in args.data if name != "synthetic")]
-    key = [*map(fingerprint, inputs), args.clips, args.seed, args.mask_max, preset["seconds"], world, args.whisper, "moods",
-           preset.get("agree", False),
-           *args.data]
+    key = [*map(fingerprint, inputs), args.clips, args.seed, args.mask_max, preset["seconds"], world, args.whisper,
+           preset.get("audio", "mel"), size, preset.get("agree", False), *Encoded._fields, *args.data]
     path = os.path.join(args.out, f"clips-{rank}.pt")
     if os.path.exists(path):
         cached = torch.load(path, map_location="cpu", weights_only=True)
@@ -213,7 +227,8 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
                 others = encode_clip(encoder, space, [clip.others], args.mask_max, rng, device, bf16)[1]
             number += 1
             if frames >= preset["generator"].window:
-                parts.append((motion[:frames], masked[:frames], features[:frames], clip.mood[:frames], others[None]))
+                parts.append((motion[:frames], masked[:frames], features[:frames], clip.mood[:frames], clip.factors[:frames],
+                              others[None]))
                 clip_index.append([first, frames, k, min(clip.change, frames)])
                 voices.append(clip.voice)
                 first += frames
@@ -225,16 +240,18 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
     return encoded
 
 
-def sample_windows(encoded, config, count, rng, silence_features):
+def sample_windows(encoded, config, count, rng, silence_features, augment=False):
     """Random windows -> new motion (B, K, L*D), past (B, P, L*D), reference (B, L*D), audio (B, P+K+lookahead, A), mood (B, P+K, 7).
 
     Sets are drawn equally, then their clips. Two kinds: within a clip, and (a quarter, and all of clips too short for a
     past) at its start, where the past is the reference motion, repeated, and the audio before is silence
-    (silence_features, (A,)), as sample.py begins. The reference is a frame from anywhere in the clip or, of half the windows
-    with a mood, of the person in another: otherwise it would tell the emotion, and the label nothing. A share of 0.15 has no
-    mood; its reference has the window's, so that without a mood the face keeps the photo's.
+    (silence_features, (A,)), as sample.py begins: the reference there is the frame before the first new one, so that a video
+    starts from its photo. Within a clip the reference is a frame from anywhere in it or, of half the windows with a mood, of
+    the person in another mood: otherwise it would tell the emotion, and the label nothing. A share of 0.15 has no mood; its
+    reference has the window's, so that without a mood the face keeps the photo's. augment: the sound is varied (vary_sound)
+    and noise of up to 0.1 is added to the past, which in use holds the model's own errors (ours).
     """
-    motion, masked, features, moods, others, clip_index, _ = encoded
+    motion, masked, features, moods, _, others, clip_index, _ = encoded
     P, K = config.past, config.window
     sets = clip_index[:, 2].bincount()                                                                # clips of each
     kinds = sets.nonzero()[:, 0]
@@ -243,7 +260,8 @@ def sample_windows(encoded, config, count, rng, silence_features):
     first, frames, _, change = clip_index[chosen].unbind(1)                                           # (B,)
     at_start = (torch.rand(count, generator=rng) < 0.25) | (frames < P + K)
     later = P + (torch.rand(count, generator=rng) * (frames - K + 1 - P).clamp(min=1)).long()
-    start = torch.where(at_start, 0, later)                                                           # first new frame
+    early = 1 + (torch.rand(count, generator=rng) * (frames - K).clamp(min=1)).long()                 # any frame is a photo
+    start = torch.where(at_start, torch.minimum(early, frames - K), later)                            # first new frame
     when = start[:, None] + torch.arange(-P, K + config.lookahead)                                    # (B, P+K+lookahead)
     mood = moods[first[:, None] + when[:, :P + K].clamp(min=0)]                                       # (B, P+K, 7)
     no_mood = (torch.rand(count, generator=rng) < 0.15) | ~mood.flatten(1).any(1)
@@ -252,13 +270,71 @@ def sample_windows(encoded, config, count, rng, silence_features):
     own = masked[first + low + (torch.rand(count, generator=rng) * (high - low)).long()]              # (B, L*D)
     other = others[chosen, torch.randint(others.shape[1], (count,), generator=rng)]
     use_other = (torch.rand(count, generator=rng) < 0.5) & ~no_mood
+    own = torch.where(at_start[:, None], motion[first + (start - 1).clamp(min=0)], own)
     reference = torch.where(use_other[:, None], other, own)
     new = motion[(first + start)[:, None] + torch.arange(K)]                                          # (B, K, L*D)
     past = masked[(first + start)[:, None] + torch.where(at_start[:, None], 0, torch.arange(-P, 0))]
     past = torch.where(at_start[:, None, None], reference[:, None], past)                             # (B, P, L*D)
     audio = features[first[:, None] + torch.minimum(when.clamp(min=0), frames[:, None] - 1)]
-    audio = torch.where(((when < 0) | (when >= frames[:, None]))[..., None], silence_features.to(audio), audio)
+    outside = (when < 0) | (when >= frames[:, None])
+    before = at_start & (torch.rand(count, generator=rng) < 0.6)                                      # a video in its midst
+    outside |= before[:, None] & (when < start[:, None])
+    audio = torch.where(outside[..., None], silence_features.to(audio), audio)
+    if augment:
+        audio = vary_sound(audio, silence_features, rng)
+        past = past + 0.1 * torch.rand(count, 1, 1, generator=rng) * torch.randn(past.shape, generator=rng)
     return new, past, reference, audio, mood * ~no_mood[:, None, None]
+
+
+def vary_sound(audio, silence_features, rng):
+    """Vary mel features (B, rows, 320) as other microphones and rooms do, alike in all rows of a window: loudness, a tilt and
+    gentle waves of the spectrum, and for 4 in 10 a floor of noise."""
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng)
+
+    count, rows, bins = len(audio), audio.shape[1], audio_features.BINS
+    waves = F.interpolate(normal(count, 1, 6), size=bins, mode="linear", align_corners=True)          # (B, 1, bins)
+    change = 0.25 * normal(count, 1, 1) + 0.2 * normal(count, 1, 1) * torch.linspace(-1, 1, bins) + 0.1 * waves
+    mel = audio.view(count, rows, -1, bins) + change[:, None]                                         # (B, rows, 4, bins)
+    per_unit = math.log(10) * audio_features.MEL_STD                                                  # natural log of power
+    floor = -1.2 + 0.6 * torch.rand(count, 1, 1, 1, generator=rng) + 0.1 * normal(mel.shape)
+    floor = torch.where(torch.rand(count, 1, 1, 1, generator=rng) < 0.4, floor, torch.tensor(-10.0))
+    mel = torch.logaddexp(mel * per_unit, floor * per_unit) / per_unit
+    return mel.flatten(2).maximum(silence_features)
+
+
+def readout_directions(encoded, count=20000, seed=0):
+    """Linear directions of the token that tell FACTORS: ridge regression of differences within clips, each direction scaled to
+    read a unit spread -> (L*D, 6), or None where nothing is known."""
+    rng = torch.Generator().manual_seed(seed)
+    x, y = [], []
+    for k in encoded.clip_index[:, 2].unique():                    # every set has units of its own
+        rows = encoded.clip_index[encoded.clip_index[:, 2] == k]
+        chosen = rows[torch.randint(len(rows), (count,), generator=rng)]
+        a, b = ((torch.rand(count, generator=rng) * chosen[:, 1]).long() + chosen[:, 0] for _ in range(2))
+        delta = encoded.factors[a] - encoded.factors[b]
+        known = delta.isfinite().all(1)
+        if known.any():
+            x.append((encoded.motion[a] - encoded.motion[b])[known].double())
+            y.append((delta[known] / delta[known].std(0).clamp(min=1e-6)).clamp(-4, 4).double())
+    if not x:
+        return None
+    x, y = torch.cat(x), torch.cat(y)
+    directions = torch.linalg.solve(x.T @ x + 50 * torch.eye(x.shape[1]), x.T @ y)                    # (L*D, 6)
+    return (directions / (x @ directions).std(0).clamp(min=1e-6)).float()
+
+
+def motion_loss(model, motion, noise, t, directions=None, **cond):
+    """Eq. (9), and with directions (L*D, 6) two terms of ours: the error as far as it is read as mouth, lids or pose, each with
+    its share of SHARES, since most of a token's numbers tell nothing that is seen; and that of the change from frame to
+    frame (as FLOAT, arXiv 2412.01064)."""
+    v = model(flow.interpolate(motion, noise, t), t, **cond)
+    error = v.float() - (motion - noise)                                               # (B, K, L*D)
+    loss = error.square().mean()                                                       # eq. (9)
+    if directions is not None:
+        read = (error @ directions).square().mean((0, 1))                              # (6,)
+        loss = loss + 0.5 * (read * read.new_tensor(SHARES)).sum() + 0.25 * error.diff(dim=1).square().mean()
+    return loss
 
 
 @torch.no_grad()
@@ -387,13 +463,16 @@ def train(args, preset) -> int:
     voice = models.get("voice") if args.reflow else None
     if (config.experts or config.mood_table) and not args.reflow:
         voice = train_voice(args, preset, encoded, rank)
+    directions = readout_directions(encoded) if preset["balanced"] and not args.reflow else None
+    directions = None if directions is None else directions.to(device)
     ddp_model = training.ddp_wrap(model, world, device)
     stopper, began, first = training.Stopper(), time.time(), step
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
         training.set_lr(optimisers, step, args.steps, warmup=50)
         rng = training.step_rng(args.seed, rank, step)
-        windows = sample_windows(encoded, config, args.windows, rng, silence_features)
+        windows = sample_windows(encoded, config, args.windows, rng, silence_features,
+                                 preset["augment"] and kind == "mel")
         new, past, reference, audio, mood = (x.to(device) for x in windows)
         cond = {"past": past, "reference": reference, "audio": audio, "mood": mood}
         noise = torch.randn(new.shape, generator=rng).to(device)
@@ -406,7 +485,7 @@ def train(args, preset) -> int:
             t = flow.sample_timesteps(len(new), rng, p_pure_noise=0, mean=0.0, std=1.0).to(device)
             drop = (torch.rand(len(new), generator=rng) < 0.1).to(device)             # for guidance
         with bf16:
-            loss = flow.flow_loss(ddp_model, new, noise, t, drop=drop, **cond)
+            loss = motion_loss(ddp_model, new, noise, t, directions, drop=drop, **cond)
         loss.backward()
         training.clip_and_step(model, optimisers, loss.item(), step, files["state.pt"], device)
         training.update_ema(ema, model, step, training.ema_decay(args.steps))
