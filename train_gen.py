@@ -304,8 +304,9 @@ def vary_sound(audio, silence_features, rng):
 
 
 def readout_directions(encoded, count=20000, seed=0):
-    """Linear directions of the token that tell FACTORS: ridge regression of differences within clips, each direction scaled to
-    read a unit spread -> (L*D, 6), or None where nothing is known."""
+    """Find linear directions of the token that tell FACTORS by ridge regression of differences within clips -> (L*D, 6), or
+    None where nothing is known. Each is scaled so that its reading spreads by the root of its R^2: what cannot be read
+    from the token does not count."""
     rng = torch.Generator().manual_seed(seed)
     x, y = [], []
     for k in encoded.clip_index[:, 2].unique():                    # every set has units of its own
@@ -320,8 +321,11 @@ def readout_directions(encoded, count=20000, seed=0):
     if not x:
         return None
     x, y = torch.cat(x), torch.cat(y)
-    directions = torch.linalg.solve(x.T @ x + 50 * torch.eye(x.shape[1]), x.T @ y)                    # (L*D, 6)
-    return (directions / (x @ directions).std(0).clamp(min=1e-6)).float()
+    gram = x.T @ x
+    directions = torch.linalg.solve(gram + 0.2 * gram.diagonal().mean() * torch.eye(len(gram)), x.T @ y)      # (L*D, 6)
+    read = x @ directions
+    explained = (1 - (y - read).square().sum(0) / y.square().sum(0)).clamp(min=0)
+    return (directions * explained.sqrt() / read.std(0).clamp(min=1e-6)).float()
 
 
 def motion_loss(model, motion, noise, t, directions=None, **cond):
