@@ -270,7 +270,8 @@ def sample_windows(encoded, config, count, rng, silence_features, augment=False)
     own = masked[first + low + (torch.rand(count, generator=rng) * (high - low)).long()]              # (B, L*D)
     other = others[chosen, torch.randint(others.shape[1], (count,), generator=rng)]
     use_other = (torch.rand(count, generator=rng) < 0.5) & ~no_mood
-    own = torch.where(at_start[:, None], motion[first + (start - 1).clamp(min=0)], own)
+    from_photo = at_start & (start > 0) & (start != change)                                           # in the same mood
+    own = torch.where(from_photo[:, None], motion[first + (start - 1).clamp(min=0)], own)
     reference = torch.where(use_other[:, None], other, own)
     new = motion[(first + start)[:, None] + torch.arange(K)]                                          # (B, K, L*D)
     past = masked[(first + start)[:, None] + torch.where(at_start[:, None], 0, torch.arange(-P, 0))]

@@ -81,7 +81,7 @@ def numbered(sets=(0,) * CLIPS, frames=(FRAMES,) * CLIPS, change=None, labelled=
     places = torch.tensor([[sum(frames[:k]), n, sets[k], change[k]] for k, n in enumerate(frames)])
     others = -100.0 * torch.arange(len(frames))[:, None, None] - torch.arange(1, 5)[:, None]         # (clips, 4, 1)
     return train_gen.Encoded(name.expand(-1, 6), (name + 0.5).expand(-1, 6), name.expand(-1, 320), (1 + name.expand(-1, 7)) * labelled,
-                             others.expand(-1, -1, 6), places, torch.zeros(len(frames), 7))
+                             torch.full((len(name), 6), torch.nan), others.expand(-1, -1, 6), places, torch.zeros(len(frames), 7))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def drawn():
     new, past, reference, heard, mood = (part[..., 0] for part in found)
     start = new[:, 0] % 100
     return {"new": new, "past": past, "reference": reference, "heard": heard, "mood": mood, "clip": new[:, 0] // 100, "start": start,
-            "begins": start == 0, "own": reference >= 0}
+            "begins": (past == reference[:, None]).all(1), "own": reference >= 0}
 
 
 def test_new_frames_are_clear_and_in_a_row(drawn):
@@ -110,17 +110,22 @@ def test_past_is_masked_and_leads_to_the_new_frames(drawn):
     assert torch.equal(drawn["past"][inside], want)
 
 
-def test_at_the_start_the_past_is_the_reference(drawn):
+def test_a_video_starts_from_its_photo(drawn):
+    """At the start the past is the reference, repeated, and the reference the clear frame before the first new one."""
     begins = drawn["begins"]
     assert torch.equal(drawn["past"][begins], drawn["reference"][begins, None].expand(-1, P))
+    own = begins & drawn["own"]
+    assert torch.equal(drawn["reference"][own], drawn["new"][own, 0] - 1)
+    assert set(drawn["start"][begins].tolist()) == set(range(1, FRAMES - K + 1))         # any frame may be the photo
 
 
 def test_reference_is_a_masked_frame_from_anywhere_in_the_clip_or_the_person_in_another_mood(drawn):
-    own, reference, clip = drawn["own"], drawn["reference"], drawn["clip"]
+    own, reference, clip = drawn["own"] & ~drawn["begins"], drawn["reference"], drawn["clip"]
     assert torch.equal(reference[own] // 100, clip[own])
     assert set((reference[own] % 100).tolist()) == {f + 0.5 for f in range(FRAMES)}
-    assert set((-reference[~own] - 100 * clip[~own]).tolist()) == {1, 2, 3, 4}
-    assert (~own).float().mean() == pytest.approx(0.85 / 2, abs=0.07)
+    other = ~drawn["own"]
+    assert set((-reference[other] - 100 * clip[other]).tolist()) == {1, 2, 3, 4}
+    assert other.float().mean() == pytest.approx(0.85 / 2, abs=0.07)
 
 
 def test_moods_are_those_of_past_and_new_frames_or_none(drawn):
@@ -147,8 +152,11 @@ def test_clips_of_unknown_mood_have_none_and_keep_their_own_reference():
 def test_row_i_of_the_speech_belongs_to_frame_start_minus_past_plus_i(drawn):
     frame = drawn["start"][:, None] + torch.arange(-P, K + AHEAD)
     outside = (frame < 0) | (frame >= FRAMES)
-    assert torch.equal(drawn["heard"], torch.where(outside, QUIET, 100 * drawn["clip"][:, None] + frame))
-    assert (drawn["heard"][drawn["begins"], :P] == QUIET).all()              # nothing was said before
+    want = torch.where(outside, QUIET, 100 * drawn["clip"][:, None] + frame)
+    silent = (drawn["heard"][:, :P] == QUIET).all(1)                         # six in ten starts: nothing was said before
+    assert silent[drawn["begins"]].float().mean() == pytest.approx(0.6, abs=0.12) and not silent[~drawn["begins"]].any()
+    want[silent, :P] = QUIET
+    assert torch.equal(drawn["heard"], want)
     assert (drawn["heard"][drawn["start"] == FRAMES - K][:, -AHEAD:] == QUIET).all()     # nor after the end
 
 
@@ -164,8 +172,49 @@ def test_sets_are_drawn_equally_and_short_clips_from_their_start():
     new, past, reference, *_ = train_gen.sample_windows(given, CONFIG, 400, torch.Generator().manual_seed(0), torch.zeros(320))
     short = new[:, 0, 0] >= 400
     assert short.float().mean() == pytest.approx(0.5, abs=0.08)
-    assert (new[short][:, :, 0] == 400 + torch.arange(K)).all() and torch.equal(past[short][:, 0], reference[short])
+    assert set((new[short][:, 0, 0] - 400).tolist()) == set(range(1, P)) and torch.equal(past[short][:, 0], reference[short])
     assert (reference[short].abs() < 400 + P + K - 1).all() and (new[~short][:, -1, 0] % 100 < FRAMES).all()
+
+
+def test_varied_sound_keeps_silence_and_its_rows():
+    """Loudness and colour change alike in all rows of a window; nothing falls below silence."""
+    quiet, rng = torch.full((320,), -1.4), torch.Generator().manual_seed(0)
+    sound = torch.randn(50, 9, 320, generator=rng) + 2
+    varied = train_gen.vary_sound(sound, quiet, rng)
+    assert varied.shape == sound.shape and (varied >= quiet).all()
+    change = (varied - sound).unflatten(2, (4, 80))
+    loud = sound.unflatten(2, (4, 80)) > 2.5                                 # far above any floor of noise
+    spread = torch.stack([change[k][..., 40][loud[k][..., 40]].std() for k in range(50)])
+    assert spread.max() < 0.05 and change[:, :, :, 40].std() > 0.15
+
+
+def test_directions_read_what_is_known():
+    """Tokens whose first number is the opening and whose second the yaw: their directions are the axes, the rest count nothing."""
+    rng = torch.Generator().manual_seed(0)
+    motion, factors = torch.randn(400, 6, generator=rng), torch.randn(400, 6, generator=rng)
+    factors[:, 0], factors[:, 3] = 5 * motion[:, 0], -0.1 * motion[:, 1]
+    encoded = numbered(frames=(200, 200))._replace(motion=motion, factors=factors, clip_index=torch.tensor([[0, 200, 0, 200], [200, 200, 0, 200]]))
+    directions = train_gen.readout_directions(encoded)
+    assert directions.shape == (6, 6)
+    delta = (motion[:100] - motion[100:200]) @ directions
+    known = torch.stack([factors[:100, 0] - factors[100:200, 0], factors[:100, 3] - factors[100:200, 3]], 1)
+    for k, column in enumerate((0, 3)):
+        assert torch.corrcoef(torch.stack([delta[:, column], known[:, k]]))[0, 1] > 0.99
+    assert directions[:, [1, 2, 4, 5]].norm() < 0.3 * directions[:, [0, 3]].norm()
+    assert train_gen.readout_directions(encoded._replace(factors=torch.full((400, 6), torch.nan))) is None
+
+
+def test_the_loss_by_hand():
+    """A model that is wrong by a constant along one direction: eq. (9), the share of that direction, no change in time."""
+    motion, noise, t = torch.randn(2, K, 6), torch.randn(2, K, 6), torch.tensor([0.3, 1.0])
+    wrong = torch.tensor([2.0, 0, 0, 0, 0, 0])
+    model = lambda z, t: motion - noise + wrong                              # noqa: E731
+    assert train_gen.motion_loss(model, motion, noise, t).item() == pytest.approx(4 / 6, abs=1e-5)
+    loss = train_gen.motion_loss(model, motion, noise, t, torch.eye(6))
+    assert loss.item() == pytest.approx(4 / 6 + 0.5 * train_gen.SHARES[0] * 4, abs=1e-5)
+    jumping = lambda z, t: motion - noise + wrong * torch.tensor([0.0, 1, 0, 1])[:, None]    # noqa: E731
+    loss = train_gen.motion_loss(jumping, motion, noise, t, torch.zeros(6, 6))
+    assert loss.item() == pytest.approx(4 / 12 + 0.25 * 4 / 6, abs=1e-5)
 
 
 def test_silence_is_the_row_of_a_silent_wave():
@@ -232,7 +281,7 @@ def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
 
     first = get()
     assert made == [0, 1]                                                    # the clip, and the person in other moods
-    assert [part.shape for part in first] == [(25, 8), (25, 8), (25, 320), (25, 7), (1, 4, 8), (1, 4), (1, 7)]
+    assert [part.shape for part in first] == [(25, 8), (25, 8), (25, 320), (25, 7), (25, 6), (1, 4, 8), (1, 4), (1, 7)]
     assert same(list(first), list(get())) and made == []                     # the second time from the disk
     models["encoder"].tokens.data += 1
     save_weights(tmp_path / "other.safetensors", models, meta)
@@ -413,7 +462,7 @@ def test_stop_and_resume_give_the_same_run(ae, tmp_path, monkeypatch, no_preview
 
 
 def test_one_set_of_windows_is_learnt(ae, tmp_path, monkeypatch, no_preview):
-    choose, loss = train_gen.sample_windows, train_gen.flow.flow_loss
+    choose, loss = train_gen.sample_windows, train_gen.motion_loss
     losses = []
 
     def recorded(*given, **cond):
@@ -421,8 +470,8 @@ def test_one_set_of_windows_is_learnt(ae, tmp_path, monkeypatch, no_preview):
         return losses[-1]
 
     monkeypatch.setattr(train_gen, "sample_windows",
-                        lambda given, config, count, draw, quiet: choose(given, config, count, draw.manual_seed(1), quiet))
-    monkeypatch.setattr(train_gen.flow, "flow_loss", recorded)
+                        lambda given, config, count, draw, *more: choose(given, config, count, draw.manual_seed(1), *more))
+    monkeypatch.setattr(train_gen, "motion_loss", recorded)
     assert train(ae, tmp_path, steps=100) == 0
     assert losses[-1] < losses[0] / 5
 
