@@ -74,6 +74,7 @@ def parse(argv, presets=PRESETS):
     p.add_argument("--preset", choices=presets, default="tiny", help="sizes of the network and of the run")
     p.add_argument("--ae", default="runs/ae/semo.safetensors", help="weights of stage 1: their encoder is used, frozen")
     p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: runs/gen, or runs/reflow_gen)")
+    p.add_argument("--init", help="start from the generator of these weights; experts that it lacks start at zero")
     p.add_argument("--reflow", metavar="TEACHER", help="in place of --ae: learn the straight line from noise to what the generator of "
                    "these weights makes of it, guidance included")
     p.add_argument("--one-step", action="store_true", help="with --reflow: learn the one step from pure noise alone (distillation)")
@@ -97,6 +98,8 @@ def parse(argv, presets=PRESETS):
         setattr(args, name, presets[args.preset][name] if getattr(args, name) is None else getattr(args, name))
     if args.one_step and not args.reflow:
         p.error("--one-step goes with --reflow")
+    if args.init and args.reflow:
+        p.error("--reflow begins from its teacher, without --init")
     args.ae, args.out = args.reflow or args.ae, args.out or ("runs/reflow_gen" if args.reflow else "runs/gen")
     counts = (args.steps, args.clips, args.windows, args.voices, args.save_every, args.teacher_steps, args.seed + 1)
     if min(counts) < 1 or not 0 <= args.mask_max < 1:
@@ -451,6 +454,8 @@ def train(args, preset) -> int:
         config = replace(config, experts=models["generator"].config.experts, mood_table=models["generator"].config.mood_table)
     model, ema = (Generator(config).to(device) for _ in range(2))
     teacher = None
+    if args.init:
+        training.init_from(args.init, sample.load_models(args.init)[0], generator=model)
     if args.reflow:
         training.init_from(args.reflow, models, generator=model)
         teacher = flow.with_cfg(models["generator"].requires_grad_(False), meta["guidance"], null={"audio": None})
