@@ -37,8 +37,8 @@ SHAPE = dict(image_size=32, patch_size=8, num_tokens=1, token_dim=64)
 BASE = dict(encoder=EncoderConfig(**SHAPE, width=96, depth=3, heads=2),
             decoder=DecoderConfig(**SHAPE, width=128, depth=3, heads=2), loss="weighted", curriculum=True, steps=1000,
             persons=16, targets=4, near=0.5, mask_max=0.5, label_weight=0.0, lr=1e-3, muon_lr=0.02)
-PAST = dict(generator=GeneratorConfig(), steps=1000, windows=32, clips=256, seconds=4, voices=1, lr=1e-3,
-            muon_lr=0.02)
+PAST = dict(generator=GeneratorConfig(), steps=1000, windows=32, clips=256, seconds=4, voices=1, balanced=True,
+            augment=True, lr=1e-3, muon_lr=0.02)
 
 
 def token(count, width):

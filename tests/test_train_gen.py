@@ -193,7 +193,8 @@ def test_directions_read_what_is_known():
     rng = torch.Generator().manual_seed(0)
     motion, factors = torch.randn(400, 6, generator=rng), torch.randn(400, 6, generator=rng)
     factors[:, 0], factors[:, 3] = 5 * motion[:, 0], -0.1 * motion[:, 1]
-    encoded = numbered(frames=(200, 200))._replace(motion=motion, factors=factors, clip_index=torch.tensor([[0, 200, 0, 200], [200, 200, 0, 200]]))
+    places = torch.tensor([[0, 200, 0, 200], [200, 200, 0, 200]])
+    encoded = numbered(frames=(200, 200))._replace(motion=motion, factors=factors, clip_index=places)
     directions = train_gen.readout_directions(encoded)
     assert directions.shape == (6, 6)
     delta = (motion[:100] - motion[100:200]) @ directions
@@ -309,7 +310,12 @@ def test_every_emotion_of_mead_but_contempt_has_a_label():
     assert sorted(mood.argmax().item() for mood in got.values()) == list(range(7))
 
 
-def test_processes_read_different_real_clips(monkeypatch):
+@pytest.fixture
+def no_landmarks(monkeypatch):
+    monkeypatch.setattr(train_gen.data, "load_landmarks", lambda row: (None, np.full((9, 10), np.nan, np.float32)))
+
+
+def test_processes_read_different_real_clips(monkeypatch, no_landmarks):
     people = {"b": [{"path": "b0"}, {"path": "b1"}], "a": [{"path": "a0"}, {"path": "a1"}, {"path": "a2"}]}
     monkeypatch.setattr(train_gen.data, "load_sets", lambda *_, **__: [people])
     read = []
@@ -320,7 +326,8 @@ def test_processes_read_different_real_clips(monkeypatch):
     assert sorted(read) == ["a0", "a1", "a2", "b0", "b1"]                    # all, each once
 
 
-def test_a_labelled_person_is_also_seen_in_neutral_clips(monkeypatch):
+def test_a_labelled_person_is_also_seen_in_neutral_clips(monkeypatch, no_landmarks):
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))         # the clips in their order
     rows = [{"path": name, "identity": "a", "emotion": emotion, "level": 3, "frames": 9}
             for name, emotion in (("a0", "neutral"), ("a1", "happy"), ("a2", "sad"), ("a3", "neutral"))]
     rows.append({"path": "b0", "identity": "b", "emotion": "angry", "level": 3, "frames": 9})
