@@ -123,7 +123,7 @@ def read_lines(path):
     try:
         with open(path, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as lines of JSON: {error}") from None
     if not all(isinstance(record, dict) for record in rows):
         raise InputError(f"{path} holds lines that are not JSON objects")

@@ -46,6 +46,15 @@ def save_weights(path, models, meta, dtype=torch.float16):
         save_file(weights, temporary, metadata={"semo": json.dumps(meta)})
 
 
+def check_config(path, kind, config, weights):
+    """Refuse numbers that no network of these weights {name: tensor} can have, before one is built of them: InputError."""
+    largest = {"image_size": 4096, "depth": len(weights)}
+    for field, value in config.items():
+        most = largest.get(field, 2**16)
+        if not isinstance(value, (bool, str)) and not (isinstance(value, int) and 0 <= value <= most):
+            raise InputError(f"{path}: the {kind}'s {field} is {value!r}, which cannot be; the file is damaged")
+
+
 def load_weights(path, classes, device="cpu"):
     """-> ({kind: model in eval mode}, meta). classes: {kind: (class of the model, class of its config)} of all kinds.
     InputError with one clear sentence if the file does not hold sound weights."""
@@ -53,12 +62,14 @@ def load_weights(path, classes, device="cpu"):
         with safe_open(path, framework="pt") as f:
             meta = json.loads((f.metadata() or {}).get("semo", "null"))
             weights = {name: f.get_tensor(name) for name in f.keys()} if meta else {}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); "
                          "give SeMo weights such as weights/semo-tiny.safetensors") from error
     if not isinstance(meta, dict) or meta.get("format") not in ("semo-1", "semo-2"):
         raise InputError(f"{path}: a safetensors file, but not SeMo weights; train_ae.py and train_gen.py write those")
     configs = meta.pop("configs", {})
+    if not isinstance(configs, dict) or not all(isinstance(config, dict) for config in configs.values()):
+        raise InputError(f"{path}: its configs are damaged; copy the file again")
     if meta["format"] == "semo-1":
         weights, configs = convert_semo_1(weights, configs)
         meta["format"] = "semo-2"
@@ -67,14 +78,23 @@ def load_weights(path, classes, device="cpu"):
         raise InputError(f"{path}: {len(bad)} weights hold NaN or infinity, first {bad[0]}; the file is damaged or badly trained")
     models = {}
     for kind, config in configs.items():
+        own = {name[len(kind) + 1:]: value for name, value in weights.items() if name.startswith(kind + ".")}
+        check_config(path, kind, config, own)
         try:
             make, make_config = classes[kind]
-            model = make(make_config(**config))
-        except (KeyError, TypeError, ValueError) as error:
+            with torch.device("meta"):                            # sizes alone: they may be damaged
+                sizes = {name: value.shape for name, value in make(make_config(**config)).state_dict().items()}
+            if sizes == {name: value.shape for name, value in own.items()}:
+                model = make(make_config(**config))
+            else:
+                wrong = sorted(name for name in sizes.keys() | own.keys() if name not in own or own[name].shape != sizes.get(name))
+                raise InputError(f"{path}: the {kind}'s weights do not fit its config (first {wrong[0]}); the file is damaged")
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise InputError(f"{path}: its {kind} was made by another version of SeMo ({error})") from error
-        own = {name[len(kind) + 1:]: value.float() for name, value in weights.items() if name.startswith(kind + ".")}
         try:
-            model.load_state_dict(own)
+            model.load_state_dict({name: value.float() for name, value in own.items()})
         except RuntimeError as error:
             raise InputError(f"{path}: the {kind}'s weights do not fit its config ({str(error).splitlines()[-1].strip()})") from error
         models[kind] = model.to(device).eval()
