@@ -34,7 +34,7 @@ from media import audio_features
 from media.compose import read_photo
 from media.device import autocast, pick_device
 from media.face import frame_video, load_detector
-from media.files import InputError, check_file
+from media.files import InputError, check_file, printable
 from media.hub import resolve
 from media.image import to_uint8
 from media.latents import SD, SPACES, load_latents
@@ -336,7 +336,7 @@ def run(args):
     with VideoWriter(out, composer.size, sound, comment) as video, tqdm(total=total, unit="frame", disable=None) as bar:
         write_all(video, frames, bar.update)
     seconds = time.perf_counter() - start
-    print(f"{args.out}: {video.frames} frames, {video.frames / FPS:.2f} s, made at {video.frames / seconds:.1f} fps",
+    print(f"{printable(args.out)}: {video.frames} frames, {video.frames / FPS:.2f} s, made at {video.frames / seconds:.1f} fps",
           file=sys.stderr if live else sys.stdout)
     if emotion is not None:
         print(f"emotion: {emotion.describe()}", file=sys.stderr if live else sys.stdout)

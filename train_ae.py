@@ -12,7 +12,6 @@ and sample pictures: reference | target | 1 step | 4 steps. Ctrl-C and SIGTERM s
 import argparse
 import math
 import os
-import sys
 import time
 from collections import deque
 from dataclasses import replace
@@ -422,4 +421,4 @@ def train(args, preset: dict) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    training.shutdown(main)

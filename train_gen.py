@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import math
 import os
-import sys
 import time
 from dataclasses import replace
 from typing import NamedTuple
@@ -521,4 +520,4 @@ def train(args, preset) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    training.shutdown(main)

@@ -5,6 +5,7 @@ themselves stand in train_ae.py and train_gen.py.
 What a user needs is another file (media/weights.py). Both are written to a temporary name and moved into place, so that
 a kill at any moment leaves a good file.
 """
+import gc
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -65,6 +67,33 @@ def rendezvous_store(rank, world):
             return dist.TCPStore(host, port, world, is_master=False)
         except OSError:                                            # the place of a start that is over
             time.sleep(0.2)
+
+
+def shutdown(main):
+    """Run main() and end the process with its exit status, also as one of several.
+
+    The gloo group of a DDP model keeps its threads whatever is freed (torch 2.13 gives back none of the references that DDP takes
+    to it), and the end of the interpreter under running threads is a SIGABRT now and then, after all the work. So one of
+    several processes ends without it; one that failed waits for no other."""
+    try:
+        status = main()
+    except SystemExit as stop:
+        if not dist.is_initialized():
+            raise
+        status = stop.code
+    except BaseException:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        status = 1
+    if not dist.is_initialized():
+        sys.exit(status)
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    gc.collect()                                                   # reading processes end with their loader
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if isinstance(status, str) else status or 0)
 
 
 def ddp_wrap(model, world, device):

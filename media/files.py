@@ -54,9 +54,14 @@ def open_media(path, wanted):
 
 
 def picture_stream(container):
-    """The first real video stream, or None; the cover picture of a song is no video."""
+    """The first real video stream that can be decoded, or None; the cover picture of a song is no video."""
     covers = av.stream.Disposition.attached_pic
-    return next((stream for stream in container.streams.video if not stream.disposition & covers), None)
+    return next((stream for stream in container.streams.video if stream.codec_context and not stream.disposition & covers), None)
+
+
+def sound_stream(container):
+    """The first stream of sound that can be decoded, or None."""
+    return next((stream for stream in container.streams.audio if stream.codec_context), None)
 
 
 def decode_stream(container, stream):
@@ -81,6 +86,23 @@ def check_not_truncated(path, container, stream, seconds):
         promised *= size / os.path.getsize(path) if size < 0x7FFF0000 else 0    # endless streams write such numbers
     if name.startswith(("wav", "flac", "mov")) and seconds < 0.9 * promised - 0.1:
         raise InputError(f"{path} is cut off: only {seconds:.1f} s of {promised:.1f} s can be read; copy it again")
+
+
+def disk_fault(path):
+    """The OSError of adding a megabyte to a file, or None."""
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
+def printable(path):
+    """A path as text for stdout, whatever bytes are in it."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 @contextmanager
@@ -113,6 +135,12 @@ def atomic_write(path, suffix="", make_folder=False):
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+    except InputError:
+        raise
+    except Exception as error:                                    # torch, safetensors and libsndfile tell a full disk in their ways
+        if fault := disk_fault(temporary):
+            raise OutputError(f"{path} cannot be written: {fault.strerror or fault}; choose another place") from error
+        raise
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

@@ -40,7 +40,7 @@ from media.face import (
     median_square,
     middle_square,
 )
-from media.files import InputError, OutputError, read_lines, write_lines
+from media.files import InputError, OutputError, printable, read_lines, write_lines
 from media.sound import FPS, SAMPLES_PER_FRAME, audio_chunks, has_audio
 from media.video import VideoWriter, square_pixel_frames
 
@@ -334,6 +334,21 @@ def prepare(args):
         prepare_all(args, todo, known)
 
 
+def read_part(path, out):
+    """What prepare_one said of a video in an earlier run; None if there is nothing, or nothing whole: it is prepared again."""
+    fields = {"file": str, "source": str, "identity": str, "split": str, "start": (int, float), "fps": int, "frames": int, "size": int,
+              "sound": bool}
+    try:
+        part, = read_lines(path)
+        whole = {"kept", "dropped"} == part.keys() and all(
+            all(isinstance(record.get(name), kind) for name, kind in fields.items())
+            and os.path.isfile(os.path.join(out, record["file"])) for record in part["kept"])
+        whole = whole and all(isinstance(record["reason"], str) for record in part["dropped"])
+    except (InputError, AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return part if whole else None
+
+
 def prepare_all(args, todo, known):
     """The videos todo [(path, source)] into args.out, which no other process writes to now."""
     for folder in ("clips", "parts"):
@@ -349,7 +364,7 @@ def prepare_all(args, todo, known):
     with closing(workers), tqdm(total=len(todo), unit="video", disable=None) as bar:
         for path, source in todo:
             parts[source] = os.path.join(args.out, "parts", hashlib.sha256(os.fsencode(source)).hexdigest()[:24] + ".jsonl")
-            if os.path.exists(parts[source]):
+            if read_part(parts[source], args.out):
                 bar.update()
                 continue
             folder, name = source.split("/", 1)
@@ -360,13 +375,13 @@ def prepare_all(args, todo, known):
         for job in as_completed(jobs):
             write_lines(parts[jobs[job]], [job.result()])
             bar.update()
-    done = [read_lines(parts[source])[0] for _, source in todo]
+    done = [read_part(parts[source], args.out) for _, source in todo]
     kept, dropped = ([record for part in done for record in part[kind]] for kind in ("kept", "dropped"))
     write_lines(os.path.join(args.out, "dropped.jsonl"), dropped)
     write_lines(os.path.join(args.out, "manifest.jsonl"), kept)
     minutes, people = sum(record["frames"] for record in kept) / FPS / 60, len({record["identity"] for record in kept})
-    print(f"{len(kept)} clips, {minutes:.1f} minutes, {people} people in {args.out}/manifest.jsonl; "
-          f"{len(dropped)} dropped, each with its reason in {args.out}/dropped.jsonl")
+    print(f"{len(kept)} clips, {minutes:.1f} minutes, {people} people in {printable(args.out)}/manifest.jsonl; "
+          f"{len(dropped)} dropped, each with its reason in {printable(args.out)}/dropped.jsonl")
     if not kept:
         raise InputError(f"no clip could be made; see the reasons in {args.out}/dropped.jsonl")
 

@@ -12,7 +12,17 @@ import av
 import numpy as np
 import torch
 
-from media.files import MAX_GAP, SOUND_WANTED, VIDEO_WANTED, InputError, check_not_truncated, decode_stream, open_media, picture_stream
+from media.files import (
+    MAX_GAP,
+    SOUND_WANTED,
+    VIDEO_WANTED,
+    InputError,
+    check_not_truncated,
+    decode_stream,
+    open_media,
+    picture_stream,
+    sound_stream,
+)
 
 FPS = 25                                   # frames per second of every video here
 SAMPLE_RATE = 16000                        # samples per second of every sound here
@@ -23,7 +33,7 @@ LAYOUTS = {1: "mono", 2: "stereo"}
 def has_audio(path):
     """Whether a sound or video file holds any sound."""
     with open_media(path, VIDEO_WANTED) as container:
-        return len(container.streams.audio) > 0
+        return sound_stream(container) is not None
 
 
 def samples_to_float(frame):
@@ -43,9 +53,9 @@ def decode_audio(path):
     In a video, silence fills what its timestamps leave open, so that sample 0 belongs to the first picture.
     """
     with open_media(path, SOUND_WANTED) as container:
-        if not container.streams.audio:
-            raise InputError(f"{path} has no sound; give {SOUND_WANTED}")
-        stream, picture = container.streams.audio[0], picture_stream(container)
+        stream, picture = sound_stream(container), picture_stream(container)
+        if stream is None:
+            raise InputError(f"{path} has no sound that can be decoded; give {SOUND_WANTED}")
         zero = picture.start_time * picture.time_base if picture and picture.start_time is not None else None
         given, drop, seconds = 0, None, 0.0                       # samples yielded; those before time zero, to drop
         for frame in decode_stream(container, stream):

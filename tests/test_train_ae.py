@@ -417,6 +417,7 @@ def half(rank, folder):
                     "buffers": dict(model.named_buffers())}, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
+    os._exit(0)                                                              # as training.shutdown does
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):

@@ -3,7 +3,11 @@ import copy
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +93,66 @@ def test_under_torchrun_a_second_signal_changes_nothing(monkeypatch):
     finally:
         for name, handler in kept.items():
             signal.signal(name, handler)
+
+
+TWO = """
+import atexit, sys, torch, training
+
+def main():
+    atexit.register(print, "the interpreter ends")
+    rank, world, device = training.init_distributed("cpu")
+    torch.set_num_threads(int(sys.argv[1]))
+    model = training.ddp_wrap(torch.nn.Linear(64, 64), world, device)
+    for _ in range(3):
+        model(torch.ones(8, 64)).sum().backward()
+    assert training.any_rank(rank == 1, device)
+    print("worked")
+    if sys.argv[2] == "fails" and rank == 1:
+        raise KeyError("a fault of ours")
+    if sys.argv[2] == "tells":
+        raise SystemExit("not finite")
+    return 130                                                   # as a run that was stopped
+
+training.shutdown(main)
+"""
+
+
+def start_two(tmp_path, *words):
+    """-> [(status, stdout, stderr) of each]."""
+    (tmp_path / "two.py").write_text(TWO)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "PYTHONPATH": str(Path(training.__file__).parent), "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+           "WORLD_SIZE": "2"}
+    runs = [subprocess.Popen([sys.executable, tmp_path / "two.py", *words], text=True, env={**env, "RANK": str(rank)},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
+    told = [run.communicate(timeout=200) for run in runs]
+    return [(run.returncode, *said) for run, said in zip(runs, told, strict=True)]
+
+
+@pytest.mark.parametrize("starts, threads", [(1, 2), pytest.param(150, 1, marks=pytest.mark.slow),
+                                             pytest.param(150, 2, marks=pytest.mark.slow)])
+def test_two_processes_end_with_their_own_status(tmp_path, starts, threads):
+    """The interpreter is not taken down under the threads of the group: now and then that was a SIGABRT."""
+    for _ in range(starts):
+        for status, out, err in start_two(tmp_path, str(threads), "well"):
+            assert (status, out) == (130, "worked\n") and "terminate" not in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("how, statuses, words", [("fails", (130, 1), "a fault of ours"), ("tells", (1, 1), "not finite")])
+def test_a_process_that_fails_waits_for_nobody(tmp_path, how, statuses, words):
+    (one, *_), (other, _, err) = start_two(tmp_path, "1", how)
+    assert (one, other) == statuses and words in err
+
+
+def test_one_process_ends_as_ever():
+    for status in (0, 130):
+        with pytest.raises(SystemExit) as stop:
+            training.shutdown(lambda status=status: status)
+        assert stop.value.code == status
+    with pytest.raises(KeyError):
+        training.shutdown(lambda: {}["x"])
 
 
 def test_seed_everything_fixes_the_first_weights():

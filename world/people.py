@@ -14,7 +14,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from media.files import InputError
+from media.files import InputError, atomic_write
 from media.image import to_uint8
 from media.sound import FPS, SAMPLE_RATE
 from media.video import VideoWriter
@@ -226,12 +226,14 @@ def main(argv=None):
         for seed in tqdm(range(args.seed, args.seed + args.clips), unit="clip"):
             factors = {name: value[0] for name, value in random_clip(torch.tensor([seed]), frames).items()}
             stem = os.path.join(args.out, f"{seed:06d}")
-            soundfile.write(stem + ".wav", factors["wave"].numpy(), SAMPLE_RATE)
+            with atomic_write(stem + ".wav") as temporary:
+                soundfile.write(temporary, factors["wave"].numpy(), SAMPLE_RATE, format="WAV")
             with VideoWriter(stem + ".mp4", args.size, sound=stem + ".wav") as video:
                 for frame in render_clip(factors["identity"], factors["motion"], args.size):
                     video.write(frame)
-            np.savez(stem + ".npz", identity=factors["identity"], motion=factors["motion"], emotion=factors["emotion"],
-                     identity_names=IDENTITY, motion_names=list(MOTION), emotion_names=EMOTIONS)
+            with atomic_write(stem + ".npz") as temporary, open(temporary, "wb") as file:
+                np.savez(file, identity=factors["identity"], motion=factors["motion"], emotion=factors["emotion"],
+                         identity_names=IDENTITY, motion_names=list(MOTION), emotion_names=EMOTIONS)
     except (InputError, OSError) as error:
         print(f"world.people: {error}", file=sys.stderr)
         return 2
