@@ -12,6 +12,7 @@ and sample pictures: reference | target | 1 step | 4 steps. Ctrl-C and SIGTERM s
 import argparse
 import math
 import os
+import sys
 import time
 from collections import deque
 from dataclasses import replace

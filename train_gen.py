@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import math
 import os
+import sys
 import time
 from dataclasses import replace
 from typing import NamedTuple

@@ -342,7 +342,7 @@ def read_part(path, out):
         part, = read_lines(path)
         whole = {"kept", "dropped"} == part.keys() and all(
             all(isinstance(record.get(name), kind) for name, kind in fields.items())
-            and os.path.isfile(os.path.join(out, record["file"])) for record in part["kept"])
+            and record["frames"] > 0 and os.path.isfile(os.path.join(out, record["file"])) for record in part["kept"])
         whole = whole and all(isinstance(record["reason"], str) for record in part["dropped"])
     except (InputError, AttributeError, KeyError, TypeError, ValueError):
         return None
