@@ -54,11 +54,11 @@ def load_models(path, device="cpu"):
     possible = {"size": range(16, 8193, 2), "latents": SPACES, "steps": range(1, 1001)}
     if "generator" in models:
         possible |= {"audio": audio_features.FEATURE_DIM, "gen_steps": range(1, 1001)}
-        if not isinstance(meta.get("guidance"), (int, float)) or not 0 <= meta["guidance"] <= 100:
+        if not isinstance(meta.get("guidance", 1), (int, float)) or not 0 <= meta.get("guidance", 1) <= 100:
             possible["guidance"] = ()
-    for name, values in possible.items():
-        if not isinstance(meta.get(name), (str, int)) or meta[name] not in values:
-            raise InputError(f"{path}: its {name} is {meta.get(name)!r}, which cannot be; the file is damaged or of another version")
+    for name in possible.keys() & meta.keys():
+        if not isinstance(meta[name], (str, int)) or meta[name] not in possible[name]:
+            raise InputError(f"{path}: its {name} is {meta[name]!r}, which cannot be; the file is damaged or of another version")
     return models, meta
 
 
@@ -323,6 +323,9 @@ def run(args):
         if not live and path != "-" and os.path.exists(path) and os.path.exists(args.out) and os.path.samefile(path, args.out):
             raise InputError(f"--out {args.out} would overwrite an input; choose another name")
     models, meta = load_models(args.ckpt, pick_device(args.device))
+    wanted = {"size", "latents", "steps", *(("audio", "gen_steps", "guidance") if "generator" in models else ())}
+    if lacking := sorted(wanted - meta.keys()):
+        raise InputError(f"{args.ckpt} does not say its {', '.join(lacking)}; the file is damaged or of another version")
     meta.update({name: given for name, given in (("vae", args.vae), ("whisper", args.whisper)) if given})
     if args.wav and "generator" not in models:
         raise InputError(f"{args.ckpt} holds no motion generator; give another, or --video in place of --wav")

@@ -51,7 +51,7 @@ def check_config(path, kind, config, weights):
     largest = {"image_size": 4096, "depth": len(weights)}
     for field, value in config.items():
         most = largest.get(field, 2**16)
-        if not isinstance(value, (bool, str)) and not (isinstance(value, int) and 0 <= value <= most):
+        if not isinstance(value, (bool, str)) and not (isinstance(value, (int, float)) and 0 <= value <= most):
             raise InputError(f"{path}: the {kind}'s {field} is {value!r}, which cannot be; the file is damaged")
 
 
