@@ -32,15 +32,15 @@ from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig, generate_motion
 from media import audio_features
 from media.compose import read_photo
+from media.controls import parse_controls
 from media.device import autocast, pick_device
 from media.face import frame_video, load_detector
 from media.files import InputError, check_file, printable
-from media.hub import resolve
 from media.image import to_uint8
 from media.latents import SD, SPACES, load_latents
 from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks, has_audio, pcm_chunks, rechunk
 from media.video import PROVENANCE, VideoWriter
-from media.weights import load_weights
+from media.weights import load_weights, resolve
 
 BATCH = 16  # frames decoded, or encoded, at once
 DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "semo-tiny.safetensors")
@@ -251,7 +251,6 @@ def choose_emotion(args, models, seconds=math.inf):
 def frames_and_sound(args, models, meta, image, composer, detector):
     """What the arguments ask for -> iterator of frames, their number (None: not known yet), sound for VideoWriter, emotion."""
     if args.controls is not None:
-        from web.controls import parse_controls
         changes = parse_controls(args.controls, meta.get("controls"), round(args.seconds * FPS))
         return animate_from_changes(models, meta, image, changes, args.seed, args.steps, composer), len(changes), None, None
     if args.video:

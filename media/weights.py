@@ -1,6 +1,8 @@
 """Weights to share: one .safetensors file with the half-precision weights of one or more models, and as JSON in its metadata
 the config of each. The caller tells which classes the models have. Files of the older format semo-1 are converted at load."""
 import json
+import os
+import re
 from dataclasses import asdict
 
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 
 from media.files import InputError, atomic_write
 
+HUB_FILE = "semo.safetensors"            # name of the weights in a repository of the model hub
 # What format semo-1 called otherwise, {kind: {old: new}}: parts of the weights' names, and fields of the configs.
 SEMO_1_NAMES = {
     "encoder": {"thumb": "token_init.patch_summary", "sketch": "token_init.project", "standardise": "running_norm"},
@@ -99,3 +102,28 @@ def load_weights(path, classes, device="cpu"):
             raise InputError(f"{path}: the {kind}'s weights do not fit its config ({str(error).splitlines()[-1].strip()})") from error
         models[kind] = model.to(device).eval()
     return models, meta
+
+
+def resolve(name):
+    """A path, or owner/name[@revision] on the model hub -> path of the file. Raises InputError in one sentence."""
+    if os.path.exists(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) or name.endswith(".safetensors"):
+        return name
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    except ImportError:
+        raise InputError(f"{name} is no file, and to load it from the model hub: pip install huggingface_hub") from None
+    repository, _, revision = name.partition("@")
+    try:
+        return hf_hub_download(repository, HUB_FILE, revision=revision or None)
+    except LocalEntryNotFoundError:                               # before its parent class EntryNotFoundError
+        raise InputError(f"{name} is no file, is not in the cache of the model hub, and the hub cannot be reached; give the "
+                         "path of a .safetensors file") from None
+    except RepositoryNotFoundError:
+        raise InputError(f"{name} is no file and the model hub has no {repository}; give a path or owner/name") from None
+    except RevisionNotFoundError:
+        raise InputError(f"{repository} on the model hub has no revision {revision}") from None
+    except EntryNotFoundError:
+        raise InputError(f"{repository} on the model hub holds no {HUB_FILE}") from None
+    except Exception as error:                                    # of the network, in the words of several libraries
+        raise InputError(f"{name} cannot be loaded from the model hub ({str(error).splitlines()[0][:120]})") from None

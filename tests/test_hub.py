@@ -1,4 +1,4 @@
-"""media/hub.py against a folder of the hub's cache layout, without a network."""
+"""web/hub.py against a folder of the hub's cache layout, without a network."""
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 import sample
-from media import hub
 from media.files import InputError
+from media.weights import HUB_FILE, resolve
+from web import hub
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,7 +23,7 @@ def cache(tmp_path, monkeypatch):
     base = tmp_path / "models--owner--face"
     for revision, commit in (("main", "a" * 40), ("v1", "b" * 40)):
         (base / "snapshots" / commit).mkdir(parents=True)
-        (base / "snapshots" / commit / hub.FILE).symlink_to(sample.DEFAULT)
+        (base / "snapshots" / commit / HUB_FILE).symlink_to(sample.DEFAULT)
         (base / "refs").mkdir(exist_ok=True)
         (base / "refs" / revision).write_text(commit)
     return base
@@ -30,7 +31,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, commit", [("owner/face", "a"), ("owner/face@v1", "b"), ("owner/face@" + "b" * 40, "b")])
 def test_weights_are_loaded_by_name(cache, name, commit):
-    path = hub.resolve(name)
+    path = resolve(name)
     assert Path(path).parent.name == commit * 40
     models, _ = sample.load_models(name)
     assert set(models) == {"encoder", "decoder", "generator"}
@@ -39,13 +40,13 @@ def test_weights_are_loaded_by_name(cache, name, commit):
 @pytest.mark.parametrize("name", ["owner/other", "owner/face@v2"])
 def test_what_is_not_in_the_cache_is_refused_in_a_sentence(cache, name):
     with pytest.raises(InputError, match=f"^{name} is no file.*") as caught:
-        hub.resolve(name)
+        resolve(name)
     assert "\n" not in str(caught.value)
 
 
 def test_paths_are_left_alone(tmp_path):
     for name in ("weights/missing.safetensors", "/no/such/file", str(tmp_path), "plain"):
-        assert hub.resolve(name) == name
+        assert resolve(name) == name
 
 
 def test_sample_refuses_an_unknown_name_with_status_2(tmp_path):
@@ -67,10 +68,10 @@ def test_folder_for_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sample, "main", short)
     assert hub.main(["--out", str(tmp_path / "release")]) == 0
-    assert (tmp_path / "release" / hub.FILE).read_bytes() == Path(sample.DEFAULT).read_bytes()
+    assert (tmp_path / "release" / HUB_FILE).read_bytes() == Path(sample.DEFAULT).read_bytes()
     header = (tmp_path / "release" / "README.md").read_text().split("---")[1]
     assert yaml.safe_load(header)["license"] == "mit"
-    assert asked[0][asked[0].index("--ckpt") + 1] == str(tmp_path / "release" / hub.FILE)
+    assert asked[0][asked[0].index("--ckpt") + 1] == str(tmp_path / "release" / HUB_FILE)
     assert (tmp_path / "release" / "preview.mp4").is_file()
 
 

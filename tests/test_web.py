@@ -25,13 +25,14 @@ from flow import with_cfg
 from generator import Generator, GeneratorConfig, generate_motion
 from media import audio_features
 from media.compose import Composer
+from media.controls import parse_controls
 from media.face import Square, crop_square
 from media.files import InputError
 from media.image import from_uint8, load_image, open_image, to_uint8
 from media.sound import SAMPLES_PER_FRAME, audio_chunks
 from media.weights import save_weights
 from sample import DEFAULT, load_models
-from web.controls import fit_directions, parse_controls
+from web.controls import fit_directions
 from web.export import graphs
 
 ROOT = Path(__file__).resolve().parent.parent

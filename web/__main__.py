@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from media.files import InputError
-from media.hub import resolve
+from media.weights import resolve
 from sample import DEFAULT
 from web.export import MODEL, export, exported
 

@@ -18,6 +18,7 @@ from decoder import decode_frames
 from measure import metrics
 from measure.reader import NAMES, WEIGHTS, load_regressor
 from media.files import InputError, atomic_write
+from sample import DEFAULT, load_models
 from world.people import HELD_OUT, random_motion
 from world.render import MOTION, random_identity, render
 
@@ -100,35 +101,7 @@ def fit_controls(models, meta):
     return controls
 
 
-def parse_controls(text, controls, frames):
-    """"yaw=-10:10 blink=0,1,0" -> token changes (frames, L*D). a: stays; a:b: from a to b; a,b,c: through these, evenly in
-    time. blink: both eyes. Raises InputError."""
-    if not controls:
-        raise InputError("--controls: these weights hold none; python -m web.controls --ckpt FILE fits them")
-    if not text.split():
-        raise InputError("--controls is empty; give for example 'yaw=-10:10 blink=0,1,0'")
-    path = torch.zeros(frames, len(next(iter(controls.values()))["direction"]))
-    for item in text.split():
-        name, _, values = item.partition("=")
-        names = ["blink_l", "blink_r"] if name == "blink" else [name]
-        if any(n not in controls for n in names):
-            raise InputError(f"--controls: there is no {name!r}; give some of blink, {', '.join(controls)}")
-        try:
-            points = [float(v) for v in values.replace(":", ",").split(",")]
-        except ValueError:
-            raise InputError(f"--controls: {item!r} is not NAME=number, NAME=from:to or NAME=a,b,c") from None
-        low, high = controls[names[0]]["low"], controls[names[0]]["high"]
-        if not all(low <= v <= high for v in points):
-            raise InputError(f"--controls: {name} goes from {low:g} to {high:g} {controls[names[0]]['unit']}".rstrip())
-        course = torch.nn.functional.interpolate(torch.tensor(points)[None, None], size=frames, mode="linear",
-                                                 align_corners=True)[0, 0]                                  # (frames,)
-        for n in names:
-            path += course[:, None] * torch.tensor(controls[n]["direction"])
-    return path
-
-
 def main(argv=None):
-    from sample import DEFAULT, load_models  # sample.py, too, imports this file
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--ckpt", default=DEFAULT, help="released weights, .safetensors; its metadata is rewritten")
     args = parser.parse_args(argv)
