@@ -263,7 +263,6 @@ def test_a_damaged_outcome_of_a_video_is_not_read(cases, prepared, tmp_path):
             assert all(isinstance(row["identity"], str) and row["frames"] > 0 for row in part["kept"]), k
 
 
-@pytest.mark.skipif(not hasattr(data, "check_rows"), reason="load_sets does not look at the rows of a manifest yet")
 @several
 def test_a_manifest_survives_damage(cases, prepared, tmp_path):
     folder, _ = prepared
