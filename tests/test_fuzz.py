@@ -1,6 +1,6 @@
 """Files damaged at random: every one ends in a complete result or in one sentence, in time, in memory, and leaves nothing.
 
-    pytest tests/test_fuzz.py -m slow          1,000 of each kind, but for those of the fast run
+    pytest tests/test_fuzz.py -m long          1,000 of each kind, but for those of the fast run
     FUZZ=100 pytest tests/test_fuzz.py         as many of each
 
 Case k of a kind is the same for ever: its damage is drawn from (kind, k) alone.
@@ -200,7 +200,7 @@ def prepared(tmp_path_factory):
 
 # ---- the cases ------------------------------------------------------------------------------------------------------
 
-several = pytest.mark.parametrize("cases", [range(FEW), pytest.param(range(FEW, MANY), marks=pytest.mark.slow)], ids=["few", "many"])
+several = pytest.mark.parametrize("cases", [range(FEW), pytest.param(range(FEW, MANY), marks=[pytest.mark.slow, pytest.mark.long])], ids=["few", "many"])
 
 
 @several

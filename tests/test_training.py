@@ -131,8 +131,8 @@ def start_two(tmp_path, *words):
     return [(run.returncode, *said) for run, said in zip(runs, told, strict=True)]
 
 
-@pytest.mark.parametrize("starts, threads", [(1, 2), pytest.param(150, 1, marks=pytest.mark.slow),
-                                             pytest.param(150, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("starts, threads", [(1, 2), pytest.param(150, 1, marks=[pytest.mark.slow, pytest.mark.long]),
+                                             pytest.param(150, 2, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_two_processes_end_with_their_own_status(tmp_path, starts, threads):
     """The interpreter is not taken down under the threads of the group: now and then that was a SIGABRT."""
     for _ in range(starts):
