@@ -200,7 +200,8 @@ def prepared(tmp_path_factory):
 
 # ---- the cases ------------------------------------------------------------------------------------------------------
 
-several = pytest.mark.parametrize("cases", [range(FEW), pytest.param(range(FEW, MANY), marks=[pytest.mark.slow, pytest.mark.long])], ids=["few", "many"])
+several = pytest.mark.parametrize("cases", [range(FEW), pytest.param(range(FEW, MANY), marks=[pytest.mark.slow, pytest.mark.long])],
+                                  ids=["few", "many"])
 
 
 @several
