@@ -48,7 +48,8 @@ from world.speech import EMOTIONS, speak
 
 # clips: of `seconds` each, encoded once a process; windows: drawn from them at each step; audio: kind of features; voices:
 # synthetic ones, without pictures, from which the emotion of a voice is learned; balanced and augment: ours, see motion_loss and
-# sample_windows
+# sample_windows; guidance: at sampling, with 10% of the training windows without sound (ours, default 1.5); 1: none, and t
+# uniform, as in the paper
 PRESETS = {
     "nano": dict(generator=GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, lookahead=1, experts=4),
                  steps=20, windows=4, clips=2, seconds=1, voices=8, balanced=True, augment=True, lr=1e-3,
@@ -59,7 +60,7 @@ PRESETS = {
     "small": dict(generator=GeneratorConfig(width=256, depth=8, heads=8, experts=32), steps=100000, windows=128, clips=4096,
                   seconds=4, voices=20000, balanced=True, augment=True, lr=5e-4, muon_lr=0.01),
     "paper": dict(generator=GeneratorConfig(width=512, depth=8, heads=8), audio="whisper", steps=200000, windows=128,
-                  clips=4096, seconds=4, voices=20000, balanced=False, augment=False, lr=1e-4, muon_lr=None),
+                  clips=4096, seconds=4, voices=20000, balanced=False, augment=False, guidance=1.0, lr=1e-4, muon_lr=None),
     "large": dict(generator=GeneratorConfig(width=512, depth=8, heads=8, experts=64), audio="whisper", steps=200000, windows=128,
                   clips=4096, seconds=4, voices=20000, balanced=True, augment=False, lr=1e-4, muon_lr=0.005),
 }
@@ -270,7 +271,7 @@ def sample_windows(encoded, config, count, rng, silence_features, augment=False)
     no_mood = (torch.rand(count, generator=rng) < 0.15) | ~mood.flatten(1).any(1)
     low = torch.where(no_mood & (start >= change), change, 0)                                         # the part of one mood
     high = torch.where(no_mood & (start < change), change, frames)
-    own = masked[first + low + (torch.rand(count, generator=rng) * (high - low)).long()]              # (B, L*D)
+    own = motion[first + low + (torch.rand(count, generator=rng) * (high - low)).long()]              # (B, L*D)   M_r
     other = others[chosen, torch.randint(others.shape[1], (count,), generator=rng)]
     use_other = (torch.rand(count, generator=rng) < 0.5) & ~no_mood
     from_photo = at_start & (start > 0) & (start != change)                                           # in the same mood
@@ -436,7 +437,7 @@ def train(args, preset) -> int:
     """Train as the settings say; see `parse`. Raises InputError."""
     rank, world, device = training.init_distributed(args.device)
     training.seed_everything(args.seed)
-    kind = preset.get("audio", "mel")
+    kind, guidance = preset.get("audio", "mel"), preset.get("guidance", 1.5)
     models, meta = sample.load_models(args.ae, device)
     try:
         space = load_latents(meta["latents"], meta.get("vae", SD), device)
@@ -492,8 +493,12 @@ def train(args, preset) -> int:
             with torch.no_grad(), bf16:
                 new = flow.integrate(teacher, noise, args.teacher_steps, **cond)
         else:
-            t = flow.sample_timesteps(len(new), rng, p_pure_noise=0, mean=0.0, std=1.0).to(device)
-            drop = (torch.rand(len(new), generator=rng) < 0.1).to(device)             # for guidance
+            drop = None
+            t = torch.rand(len(new), generator=rng)                                    # the paper's
+            if guidance != 1:
+                t = flow.sample_timesteps(len(new), rng, p_pure_noise=0, mean=0.0, std=1.0)
+                drop = (torch.rand(len(new), generator=rng) < 0.1).to(device)
+            t = t.to(device)
         with bf16:
             loss = motion_loss(ddp_model, new, noise, t, directions, drop=drop, **cond)
         loss.backward()
@@ -506,7 +511,7 @@ def train(args, preset) -> int:
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             models_out = {"encoder": encoder, "decoder": models["decoder"], "generator": ema}
             models_out |= {"voice": voice} if voice else {}
-            sampling_defaults = {"gen_steps": 1, "guidance": 1.0} if teacher else {"gen_steps": 4, "guidance": 1.5}
+            sampling_defaults = {"gen_steps": 1, "guidance": 1.0} if teacher else {"gen_steps": 4, "guidance": guidance}
             meta_out = {**meta, "audio": kind, "whisper": args.whisper, **sampling_defaults}
             save_weights(files["semo.safetensors"], models_out, meta_out)
             preview(os.path.join(args.out, f"step{step:06d}.mp4"), models_out, meta_out, space, silence_features, args, device)
