@@ -30,11 +30,11 @@ PROVENANCE = "AI-generated video: made by SeMo from one photo; not a recording o
 LARGE = 512 * 512          # pixels of a picture
 
 
-# -------------------------------------------------------------------------------------------------------------- video
+# ---- reading -----------------------------------------------------------------------------------------------
 def to_upright_rgb(frame, aspect):
-    """A decoded frame -> (PIL image, a pixel's width by its height): colours to RGB, turned as its metadata says.
+    """Turn a decoded frame upright and into RGB -> (PIL image, a pixel's width by its height).
 
-    Of an interlaced frame every other line is kept: both fields in one picture would show a moving mouth twice.
+    Of an interlaced frame every other line is kept: both fields in one picture show a moving mouth twice.
     """
     guess = "ITU709" if frame.colorspace in (0, 2) and frame.height >= 720 else None   # untagged HD is BT.709
     pixels = frame.to_ndarray(format="rgb24", src_colorspace=guess)
@@ -56,7 +56,8 @@ def read_frames(path):
         if stream is None:
             raise InputError(f"{path} has no picture that can be decoded; give {VIDEO_WANTED}")
         if not MIN_SIDE <= min(stream.width, stream.height) <= max(stream.width, stream.height) <= 8192:
-            raise InputError(f"{path} is {stream.width}x{stream.height}; give a video of {MIN_SIDE} to 8192 pixels")
+            size = f"{stream.width}x{stream.height}"
+            raise InputError(f"{path} is {size}; give a video of {MIN_SIDE} to 8192 pixels")
         stream.thread_type, aspect = "AUTO", float(stream.sample_aspect_ratio or 1)
         if not 0.1 <= aspect <= 10:
             raise InputError(f"{path} says that its pixels are {aspect:.3g} times as wide as high; convert it to mp4 again")
@@ -67,9 +68,10 @@ def read_frames(path):
             if shown is None:
                 zero = now
             elif now <= last:
-                continue                                          # a timestamp that stands still or runs backwards
+                continue                                     # a timestamp that stands still or runs backwards
             elif now - last > MAX_GAP:
-                raise InputError(f"{path} jumps {now - last:.0f} s between two frames; convert it to mp4 again")
+                gap = f"{now - last:.0f} s"
+                raise InputError(f"{path} jumps {gap} between two frames; convert it to mp4 again")
             while shown is not None and zero + count / FPS < (last + now) / 2:
                 yield shown
                 count += 1
@@ -84,17 +86,21 @@ def read_frames(path):
 
 
 def square_pixel_frames(path):
-    """Pictures of a video, 25 a second, PIL with square pixels; the same object where one is shown more than once."""
+    """Read a video as PIL images with square pixels, 25 a second; the same object for one shown again."""
     last, image = None, None
     for frame, aspect in read_frames(path):
         if frame is not last:
             last = frame
-            image = frame if aspect == 1 else frame.resize((max(1, round(frame.width * aspect)), frame.height))
+            width = max(1, round(frame.width * aspect))
+            image = frame if aspect == 1 else frame.resize((width, frame.height))
         yield image
 
 
 def read_video(path, size):
-    """Frames of a video as (3, size, size) float in [-1, 1], 25 a second, upright and square (square_box). Raises InputError."""
+    """Read a video as (3, size, size) float in [-1, 1], 25 a second, upright and square (square_box).
+
+    Raises InputError.
+    """
     last, tensor = None, None
     for image, aspect in read_frames(path):
         if image is not last:                                     # slow videos show a picture more than once
@@ -102,51 +108,102 @@ def read_video(path, size):
         yield tensor
 
 
+# ---- writing -----------------------------------------------------------------------------------------------
+
+class Mp4File:
+    """A file to write: complete or absent (see atomic_write), its index in front: it plays while it loads."""
+    format_options = {"movflags": "+faststart"}
+    codec_options = {}
+
+    def __init__(self, path):
+        self.path = path
+
+    def open(self, stack):
+        """-> what av.open writes to, closed with stack."""
+        return "file:" + stack.enter_context(atomic_write(self.path, ".mp4"))
+
+    def select(self, packets):
+        """-> the coded packets that are to be written."""
+        return packets
+
+    def flush(self):
+        """Hand on what is coded."""
+
+
+class Mp4Stream:
+    """An open binary file to write to, such as a pipe: a fragmented mp4, which plays while it is made."""
+    # a fragment a frame, and sound and picture do not wait for each other
+    format_options = {"movflags": "frag_keyframe+empty_moov+default_base_moof",
+                      "frag_duration": str(10**6 // FPS), "flush_packets": "1", "max_interleave_delta": "1"}
+    codec_options = {"tune": "zerolatency", "g": str(FPS)}        # who comes late waits a second at most
+
+    def __init__(self, file):
+        self.file, self.coded = file, []
+
+    def open(self, stack):
+        """-> what av.open writes to."""
+        return SimpleNamespace(write=self.coded.append)
+
+    def select(self, packets):
+        """-> the packets from time zero on: AAC begins before it, which fragments cannot hide."""
+        return [packet for packet in packets if packet.pts >= 0]
+
+    def flush(self):
+        """Hand on what is coded to the open file. Not from within libav, where a Ctrl-C would be lost."""
+        if not self.coded:
+            return
+        data = memoryview(b"".join(self.coded))
+        self.coded.clear()
+        try:
+            while data:                                           # without a buffer, a part may be taken
+                data = data[self.file.write(data):]
+            self.file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            cause = error.strerror or error
+            raise InputError(f"the video cannot be written to its pipe: {cause}; choose another") from None
+
+
 class VideoWriter:
-    """An mp4 (H.264 yuv420p + AAC, 25 fps), written frame by frame, complete or absent (see atomic_write).
+    """An mp4 (H.264 yuv420p + AAC, 25 fps), written frame by frame.
 
         with VideoWriter("out.mp4", size=(640, 480), sound="speech.wav") as video:
             video.write(frame)        # (480, 640, 3) uint8
 
+    path: a name (Mp4File), or an open binary file such as a pipe (Mp4Stream): whatever is coded is written
+    to it and flushed before write() returns, and nothing before the first frame.
     size: width and height, or one number for both; even.
-
-    path: a name, or an open binary file such as a pipe. That gets a fragmented mp4, which plays while it is made: whatever
-    is coded is written and flushed before write() returns; nothing is written before the first frame.
-    sound: None, a file (streamed while frames come, at its own rate up to 48 kHz, in mono or stereo), a (S,) tensor
-    at 16 kHz, or an iterator of such, of which a frame's sound is taken as the frame is written. It lasts exactly as long
-    as the frames: cut, or followed by silence.
+    sound: None, a file (streamed while frames come, at its own rate up to 48 kHz, in mono or stereo), a (S,)
+    tensor at 16 kHz, or an iterator of such, of which a frame's sound is taken as the frame is written. It
+    lasts exactly as long as the frames: cut, or followed by silence.
+    keyframes: in a file, one in so many frames is a keyframe: few for a small file, many for quick seeking.
     """
 
     def __init__(self, path, size, sound=None, comment=PROVENANCE, keyframes=250):
-        """keyframes: one in so many frames is coded by itself; few are small, many can be read from anywhere at once."""
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         if self.size[0] % 2 or self.size[1] % 2:
             raise ValueError(f"size {size}: yuv420p needs even numbers")
+        self.output = Mp4Stream(path) if hasattr(path, "write") else Mp4File(path)
         self.path, self.sound, self.comment, self.keyframes, self.frames = path, sound, comment, keyframes, 0
 
     def __enter__(self):
         with ExitStack() as stack:
-            self.coded = [] if hasattr(self.path, "write") else None
-            if self.coded is None:
-                target = "file:" + stack.enter_context(atomic_write(self.path, ".mp4"))
-                options = {"movflags": "+faststart"}              # the index in front: plays while it loads
-            else:                                                 # a fragment a frame, and no stream waits for the other
-                target = SimpleNamespace(write=self.coded.append)
-                options = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "frag_duration": str(10**6 // FPS),
-                           "flush_packets": "1", "max_interleave_delta": "1"}
+            target = self.output.open(stack)
             self.open_sound()
+            options = self.output.format_options
             self.container = stack.enter_context(av.open(target, "w", format="mp4", options=options))
-            self.container.metadata["comment"] = self.comment.encode(errors="backslashreplace").decode()    # odd file names
-            # of large pictures veryfast makes files of the same size and quality (at two less crf) in half the time
+            comment = self.comment.encode(errors="backslashreplace").decode()                 # odd file names
+            self.container.metadata["comment"] = comment
+            # large pictures: veryfast gives the same size and quality (at two less crf) in half the time
             crf, preset = ("16", "veryfast") if self.size[0] * self.size[1] > LARGE else ("18", "fast")
-            options = {"crf": crf, "preset": preset, "g": str(self.keyframes)}
-            if self.coded is not None:
-                options.update(tune="zerolatency", g=str(FPS))    # no look-ahead; who comes late waits a second at most
+            options = {"crf": crf, "preset": preset, "g": str(self.keyframes), **self.output.codec_options}
             self.video = self.container.add_stream("libx264", rate=FPS, options=options)
             context = self.video.codec_context
             context.width, context.height = self.size
             context.pix_fmt, context.thread_count = "yuv420p", 1  # a second thread gains nothing here
-            context.color_range = context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+            context.color_range = context.colorspace = 1                                      # BT.709
+            context.color_primaries = context.color_trc = 1
             if self.blocks:
                 self.audio = self.container.add_stream("aac", rate=self.rate, layout=LAYOUTS[self.channels])
                 self.audio.codec_context.bit_rate = 96_000 * self.channels
@@ -154,20 +211,21 @@ class VideoWriter:
         return self
 
     def open_sound(self):
-        """The sound as blocks of one frame's length, the last shorter: self.blocks, None where there is none."""
+        """Set self.blocks: blocks of sound of one frame's length, the last shorter; None without sound."""
         self.blocks, wave = None, self.sound
         if isinstance(wave, torch.Tensor):
-            wave = wave.detach().cpu().float().numpy()[None]                                            # (1, S)
+            wave = wave.detach().cpu().float().numpy()[None]                                  # (1, S)
             source, channels, self.gain = SAMPLE_RATE, 1, 1 / max(1.0, np.abs(wave).max(initial=0))
             blocks = [(wave, SAMPLE_RATE)]
         elif hasattr(wave, "__next__"):
             source, channels, self.gain = SAMPLE_RATE, 1, 1.0
-            blocks = ((chunk.numpy()[None], SAMPLE_RATE) for chunk in wave)                             # (1, S)
+            blocks = ((chunk.numpy()[None], SAMPLE_RATE) for chunk in wave)                   # (1, S)
         elif wave is not None:
             source, channels, self.gain = probe_audio(wave)
             blocks = decode_audio(wave)
         if wave is not None:
-            self.rate = max(16000, source) if source in (22050, 24000, 32000, 44100) or source <= 16000 else 48000
+            kept = source in (22050, 24000, 32000, 44100) or source <= 16000
+            self.rate = max(16000, source) if kept else 48000
             self.channels = channels if channels <= 2 else 1
             self.blocks = rechunk(resample(blocks, self.rate, self.channels), self.rate // FPS)
 
@@ -177,42 +235,28 @@ class VideoWriter:
         picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG",
                                    interpolation="AREA", threads=1)
         picture.pts, picture.time_base = self.frames, Fraction(1, FPS)
-        self.container.mux(self.video.encode(picture))
+        self.encode(self.video, picture)
         if self.blocks:
             n = self.rate // FPS
             x = next(self.blocks, torch.zeros(0, self.channels)) * self.gain
-            x = np.pad(x.clamp(-1, 1).numpy().T, ((0, 0), (0, n - len(x))))                             # (C, n)
-            self.container.mux(self.drop_priming(self.audio.encode(sound_frame(x, self.rate, self.frames * n))))
+            x = np.pad(x.clamp(-1, 1).numpy().T, ((0, 0), (0, n - len(x))))                   # (C, n)
+            self.encode(self.audio, sound_frame(x, self.rate, self.frames * n))
         self.frames += 1
-        self.flush_coded()
+        self.output.flush()
 
-    def drop_priming(self, packets):
-        """Fragments cannot say, as an edit list does, that what AAC begins with lies before time zero: leave it out."""
-        return packets if self.coded is None else [packet for packet in packets if packet.pts >= 0]
-
-    def flush_coded(self):
-        """Hand on what is coded to an open file. Not from within libav, where a Ctrl-C would be lost."""
-        if self.coded:
-            data = memoryview(b"".join(self.coded))
-            self.coded.clear()
-            try:
-                while data:                                       # without a buffer, a part may be taken
-                    data = data[self.path.write(data):]
-                self.path.flush()
-            except BrokenPipeError:
-                raise
-            except OSError as error:
-                raise InputError(f"the video cannot be written to its pipe: {error.strerror or error}; choose another") from None
+    def encode(self, stream, frame):
+        """Code a frame of a stream, or with None what its coder still holds."""
+        self.container.mux(self.output.select(stream.encode(frame)))
 
     def __exit__(self, kind, error, trace):
         if kind is None:
             try:
                 for stream in self.container.streams:
-                    self.container.mux(self.drop_priming(stream.encode(None)))
+                    self.encode(stream, None)
             except BaseException:
                 self.stack.__exit__(*sys.exc_info())
                 raise
         done = self.stack.__exit__(kind, error, trace)
         if kind is None:
-            self.flush_coded()
+            self.output.flush()
         return done
