@@ -20,10 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import soundfile
 import torch
@@ -32,6 +31,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import encoder
 import flow
 import sample
 import train_ae
@@ -152,6 +152,16 @@ def sampling(args, device):
     return {"stages": stages, "fps": frames / total, "real_time_factor": total / args.seconds, "first_frame": first, "memory_mb": most}
 
 
+@contextmanager
+def attention_as(plain):
+    """Compute attention by plain products for a while, or as released."""
+    encoder.PLAIN_ATTENTION = plain
+    try:
+        yield
+    finally:
+        encoder.PLAIN_ATTENTION = False
+
+
 @torch.inference_mode()
 def variants(args, device):
     """One thing changed at a time, on the released decoder painting 16 frames of --img in one step."""
@@ -168,10 +178,10 @@ def variants(args, device):
     full = Decoder(replace(c, full_attention=True)).to(device).eval()
     compiled = torch.compile(decoder, dynamic=False) if args.compile else None
 
-    def picture(model=decoder, bf16=fast, attention_fn=None, cached=True, batch=n):
+    def picture(model=decoder, bf16=fast, plain=False, cached=True, batch=n):
         """-> a function that paints n frames."""
         def work():
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16), patched(attention_fn):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16), attention_as(plain):
                 frames = []
                 for z, m in zip(noise.split(batch), moved.split(batch), strict=True):
                     if cached:
@@ -184,11 +194,8 @@ def variants(args, device):
             cache = model.encode_reference(photo, m_ref)
         return work
 
-    def patched(attention_fn):
-        return mock.patch("decoder.attention", attention_fn) if attention_fn else nullcontext()
-
     cases = {"as it is": picture(), "in the other precision": picture(bf16=not fast),
-             "attention by plain products": picture(attention_fn=lambda q, k, v: (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v),
+             "attention by plain products": picture(plain=True),
              "reference computed for every frame": picture(cached=False),
              "reference sees the target (paper; other weights)": picture(model=full, cached=False)}
     cases |= {f"{batch} at a time": picture(batch=batch) for batch in (1, 4)}
