@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,7 +78,7 @@ def test_clips(args, size, sound=False):
         wave = wave[None, : len(images) * SAMPLES_PER_FRAME] if sound else None
         large = data.read_clip(entry["path"], landmarks.SIZE)[0][:len(images)] if args.landmarks else None
         yield SimpleNamespace(number=number, id=entry["file"], who=entry["identity"], images=images, box=box, wave=wave,
-                              motion=None, face=face, large=large, reenacted={})
+                              motion=None, face=face, large=large)
 
 
 def training_frames(args, size, count=1000):
@@ -101,48 +102,88 @@ def nearest_in(bank):
     return lambda target: bank[torch.cdist(shrink((target + 1) * 127.5), bank_small).argmin(1)] / 127.5 - 1
 
 
+@dataclass
+class Row:
+    """Pictures of one clip in a row of a table: pred against target (n, 3, H, W), box (n, H, W) of the face.
+
+    motion (n, M): the commanded one, where it is known and is to be read off pred. Without target, pred is only read
+    by the face mesh (--landmarks).
+    """
+    name: str
+    pred: torch.Tensor
+    target: torch.Tensor | None = None
+    box: torch.Tensor | None = None
+    motion: torch.Tensor | None = None
+
+
+class FeatureCache:
+    """Network features of the pictures of one clip, once for each tensor: rows share their target."""
+
+    def __init__(self):
+        self.features = {}
+
+    def __call__(self, name, network, pictures):
+        key = name, id(pictures)
+        if key not in self.features:
+            self.features[key] = network(pictures), pictures    # kept: ids of freed tensors are reused
+        return self.features[key][0]
+
+
+def person_mean(clips):
+    """Average the measures of one person's clips, [{name: number}, ...] -> {name: number}."""
+    return {name: sum(measured[name] for measured in clips) / len(clips) for name in clips[0]}
+
+
 def picture_metrics(args, checkpoint, rows_of, sound=False):
-    """Pictures against true ones. rows_of(clip) -> {row: (pred, target, box, motion)} of each unseen clip -> SimpleNamespace: rows
-    {row: measures}, read {row: [(n, M)]} and commanded {row: [(n, M)]} where motion is known, ids of the clips, the regressor."""
-    by_row, by_network, read, commanded, ids, size = {}, {}, {}, {}, [], checkpoint.meta["size"]
-    by_mesh = {}
+    """Measure pictures against true ones, and print the tables.
+
+    rows_of(clip, earlier) -> [Row] of each unseen clip; earlier: id, who, photo (the first frame) and wave of the
+    clips before it. -> SimpleNamespace: rows {row: measures}, read {row: [(n, M)]} and commanded {row: [(n, M)]}
+    where motion is known, clips (id, who, photo, wave of all), ids, read_motion (the regressor), landmarks.
+    """
+    by_row, by_network, by_mesh, read, commanded, clips = {}, {}, {}, {}, {}, []
+    size = checkpoint.meta["size"]
     patch = checkpoint.decoder.config.patch_size * checkpoint.space.factor
     read_motion = None if args.data else reader.load_regressor(args.reader)
     nets, absent = perceptual.load(args.networks, checkpoint.device) if args.networks else ({}, [])
     for c in test_clips(args, size, sound):
-        ids.append(c.id)
-        features = {}                                               # of this clip's pictures, each once
-        rows = rows_of(c)
+        rows, cache = rows_of(c, clips), FeatureCache()
+        clips.append(SimpleNamespace(id=c.id, who=c.who, photo=c.images[0], wave=c.wave))
         for name, scores in (landmark_scores(args, c, rows) if args.landmarks else {}).items():
             by_mesh.setdefault(name, []).append((c.who, scores))
-        for name, (pred, target, box, motion) in rows.items():
-            by_row.setdefault(name, {}).setdefault(c.who, []).append(metrics.compare(pred, target, box, patch))
-            by_network.setdefault(name, []).append(network_metrics(nets, c, pred, target, features, sound))
-            if motion is not None:
-                read.setdefault(name, []).append(read_motion(pred))
-                commanded.setdefault(name, []).append(motion)
-    rows = {name: summary([{k: sum(x[k] for x in clips) / len(clips) for k in clips[0]} for clips in by_person.values()])
-            for name, by_person in by_row.items()}
-    of = args.data or "the synthetic world"
-    print(f"{len(ids)} clips of {len(by_row[name])} unseen people of {of}, {size} px; face: the box round the head; mean [95%]")
+        for row in rows:
+            if row.target is None:
+                continue
+            measured = metrics.compare(row.pred, row.target, row.box, patch)
+            by_row.setdefault(row.name, {}).setdefault(c.who, []).append(measured)
+            by_network.setdefault(row.name, []).append(network_metrics(nets, c, row, cache, sound))
+            if row.motion is not None:
+                read.setdefault(row.name, []).append(read_motion(row.pred))
+                commanded.setdefault(row.name, []).append(row.motion)
+    ids, people = [c.id for c in clips], {c.who for c in clips}
+    rows = {name: summary([person_mean(of_one) for of_one in by_person.values()]) for name, by_person in by_row.items()}
+    print(f"{len(ids)} clips of {len(people)} unseen people of {args.data or 'the synthetic world'}, {size} px; "
+          "face: the box round the head; mean [95%]")
     pictures_table(rows)
     if nets:
         networks_table(by_network, rows)
     mesh = landmarks_table(by_mesh, size) if by_mesh else {}
     print(PAPER.get(args.command, ""))
-    print(*(absent or ["LPIPS, FID, FVD, Sync and CSIM need published networks: --networks DIR"] * (not nets)), sep="\n")
-    return SimpleNamespace(rows=rows, read=read, commanded=commanded, ids=ids, read_motion=read_motion, landmarks=mesh)
+    hint = [] if nets else ["LPIPS, FID, FVD, Sync and CSIM need published networks: --networks DIR"]
+    print(*(absent or hint), sep="\n")
+    return SimpleNamespace(rows=rows, read=read, commanded=commanded, clips=clips, ids=ids,
+                           read_motion=read_motion, landmarks=mesh)
 
 
 def landmark_scores(args, c, rows):
-    """Compare what a face mesh reads from a clip's rows {row: (pred, ...)} with what it reads from the clip.
+    """Compare what a face mesh reads from a clip's rows [Row] with what it reads from the clip.
 
     All frames are read at 256 px, rows enlarged; the target is the clip at that size, so that the row `true frames` is the
     ceiling at the model's size. -> {row: landmarks.scores}, with the rows of c.reenacted {row: pred}.
     """
     first = int(args.command == "reconstruct")                      # its rows begin after the photo
-    pred = {name: row[0] for name, row in rows.items() if name not in ("the same with frame 0", "nearest training frame")}
-    pred |= c.reenacted
+    unread = "the same with frame 0", "nearest training frame"
+    pred = {row.name: row.pred for row in rows if row.name not in unread}
     clips = [c.large[first:], *(F.interpolate(x.float(), landmarks.SIZE, mode="bicubic") for x in pred.values())]
     frames = to_uint8(torch.cat(clips)).permute(0, 2, 3, 1).contiguous().numpy()
     try:
@@ -171,28 +212,28 @@ def landmarks_table(by_mesh, size):
     return rows
 
 
-def network_metrics(nets, c, pred, target, features, sound):
-    """What the networks of perceptual.py say of a clip's pictures: {measure: number}, and the rows for Frechet distances.
-    features: what the two that give rows said of pictures of this clip before."""
+def network_metrics(nets, c, row, cache, sound):
+    """Ask the networks of perceptual.py about a Row of clip c -> {measure: number}.
+
+    For Frechet distances the features of its pred and target, by the clip's FeatureCache.
+    """
     values = {}
     if "lpips" in nets:
-        values["lpips"] = nets["lpips"](pred, target).mean().item()
+        values["lpips"] = nets["lpips"](row.pred, row.target).mean().item()
     if "csim" in nets:
-        values["csim"] = nets["csim"](target[:1], pred, c.face).mean().item()
+        values["csim"] = nets["csim"](row.target[:1], row.pred, c.face).mean().item()
     if "syncnet" in nets and sound:
-        values |= {k: v for k, v in nets["syncnet"](pred, c.wave, c.face).items() if k != "offset"}
+        values |= {k: v for k, v in nets["syncnet"](row.pred, c.wave, c.face).items() if k != "offset"}
     for name in {"inception", "i3d"} & nets.keys():
-        keys = [(name, x.data_ptr(), x.stride(0), len(x)) for x in (pred, target)]
-        for key, x in zip(keys, (pred, target), strict=True):
-            if key not in features:
-                features[key] = nets[name](x)
-        values[name] = [features[key] for key in keys]
+        values[name] = [cache(name, nets[name], x) for x in (row.pred, row.target)]
     return values
 
 
 def networks_table(by_network, rows):
-    """Adds to rows {row: measures} what the networks said, {row: [what judge() returns of each clip]}, and prints it. Of the true
-    frames the Frechet distance is that of every other clip to the rest: as near as different clips of one kind come."""
+    """Print what the networks said, {row: [network_metrics() of each clip]}, and add it to rows {row: measures}.
+
+    Of the true frames the Frechet distance is that of every other clip to the rest: as near as different clips come.
+    """
     measures = {k: None for values in by_network.values() for clip in values for k in clip}
     lines = []
     for name, values in by_network.items():
@@ -236,29 +277,31 @@ def reconstruct(args):
     of the next person B, moved as A moves, against the true B."""
     checkpoint = open_checkpoint(args, "encoder", "decoder")
     size, shipped = checkpoint.meta["size"], args.steps or checkpoint.meta["steps"]
-    nearest, photos = nearest_in(training_frames(args, size)), {}
+    nearest = nearest_in(training_frames(args, size))
 
-    def rows_of(c):
+    def rows_of(c, earlier):
         photo, target, tokens, motion = c.images[0], c.images[1:], encode(checkpoint, c.images), c.motion
         later = None if motion is None else motion[1:]
         pred = {n: decode_clip(checkpoint, photo, tokens, n, c.number) for n in dict.fromkeys((shipped, 4))}
-        rows = {"true frames": (target, target, c.box[1:], later),
-                **{f"ours, {step_label(n)}": (x[1:], target, c.box[1:], later) for n, x in pred.items()},
-                "the same with frame 0": (pred[shipped], c.images, c.box, None),
-                "copy the photo": (photo.expand_as(target), target, c.box[1:], None),
-                "nearest training frame": (nearest(target), target, c.box[1:], None)}
-        if args.landmarks:                                          # the person before, moved as this one moves
-            photos.setdefault(c.who, photo)
-            for other in [x for who, x in photos.items() if who != c.who][-1:]:
-                c.reenacted["another person"] = decode_clip(checkpoint, other, tokens[1:], shipped, c.number)
+        rows = [Row("true frames", target, target, c.box[1:], later),
+                *(Row(f"ours, {step_label(n)}", x[1:], target, c.box[1:], later) for n, x in pred.items()),
+                Row("the same with frame 0", pred[shipped], c.images, c.box),
+                Row("copy the photo", photo.expand_as(target), target, c.box[1:]),
+                Row("nearest training frame", nearest(target), target, c.box[1:])]
+        if args.landmarks:                                       # the person before, moved as this one moves
+            others = [x for x in earlier if x.who != c.who]
+            for other in [x for x in others if x.who == others[-1].who][:1]:
+                pred = decode_clip(checkpoint, other.photo, tokens[1:], shipped, c.number)
+                rows.append(Row("another person", pred))
         if motion is None:
             return rows
         other = random_clip(torch.tensor([c.id + 1]), FRAMES["reconstruct"])
         b = other["identity"][0]
         photo, box = render_batched(b, other["motion"][0, :1], size)[0], face_box(b, later, size)
-        b_target, b_pred = render_batched(b, later, size), decode_clip(checkpoint, photo, tokens[1:], shipped, c.number)
-        return rows | {f"B as A, {step_label(shipped)}": (b_pred, b_target, box, later),
-                       "copy B's photo": (photo.expand_as(b_target), b_target, box, None)}
+        b_target = render_batched(b, later, size)
+        b_pred = decode_clip(checkpoint, photo, tokens[1:], shipped, c.number)
+        return [*rows, Row(f"B as A, {step_label(shipped)}", b_pred, b_target, box, later),
+                Row("copy B's photo", photo.expand_as(b_target), b_target, box)]
 
     result = picture_metrics(args, checkpoint, rows_of)
     return {"rows": result.rows, "motion_correlation": motion_table(result), "ids": result.ids, "landmarks": result.landmarks}
@@ -268,14 +311,14 @@ def masked(args):
     """Reconstruction from tokens of frames, and a photo, of which the encoder sees only a part."""
     checkpoint, rng = open_checkpoint(args, "encoder", "decoder"), step_rng(5, 0, 0)
 
-    def rows_of(c):
-        target, rows = c.images[1:], {}
+    def rows_of(c, _):
+        target, rows = c.images[1:], []
         later = None if c.motion is None else c.motion[1:]
         for ratio in MASKS:
             tokens = encode(checkpoint, c.images, ratio, rng)
             pred = decode_clip(checkpoint, c.images[0], tokens[1:], args.steps or checkpoint.meta["steps"], c.number, tokens[:1])
-            rows[f"{ratio:.0%} masked"] = pred, target, c.box[1:], later
-        return rows | {"copy the photo": (c.images[:1].expand_as(target), target, c.box[1:], None)}
+            rows.append(Row(f"{ratio:.0%} masked", pred, target, c.box[1:], later))
+        return [*rows, Row("copy the photo", c.images[:1].expand_as(target), target, c.box[1:])]
 
     result = picture_metrics(args, checkpoint, rows_of)
     return {"rows": result.rows, "motion_correlation": motion_table(result, ("yaw", "jaw", "blink_l")), "ids": result.ids}
@@ -329,37 +372,39 @@ def animate(checkpoint, photo, wave, gen_steps, steps, seed):
 def talk(args):
     """The photo is a clip's first frame, the sound the clip's; `other sound` is another clip's, against this one's truth."""
     checkpoint = open_checkpoint(args, "encoder", "decoder", "generator")
-    size, silence_mouth, last, photos = checkpoint.meta["size"], {}, [], []
+    size = checkpoint.meta["size"]
     num_steps = args.steps or checkpoint.meta["gen_steps"], args.steps or checkpoint.meta["steps"]
     nearest = nearest_in(training_frames(args, size))
 
-    def rows_of(c):
-        def against_truth(pred, motion=None):
-            n = min(len(pred), len(c.images))                       # a file's sound may be shorter than its pictures
-            return pred[:n], c.images[:n], c.box[:n], motion if motion is None else motion[:n]
+    def rows_of(c, earlier):
+        def row(name, pred, motion=None):
+            n = min(len(pred), len(c.images))                # a file's sound may be shorter than its pictures
+            pred, target = (x if len(x) == n else x[:n] for x in (pred, c.images))
+            return Row(name, pred, target, c.box[:n], motion if motion is None else motion[:n])
 
-        photo = c.images[0]
-        other = random_clip(torch.tensor([c.id + 1]), FRAMES["talk"])["wave"] if not args.data else last.pop() if last else None
-        last.append(c.wave)
-        photos.append(photo)
-        rows = {"true frames": against_truth(c.images, c.motion),
-                "ours": against_truth(animate(checkpoint, photo, c.wave, *num_steps, c.number), c.motion)}
+        photo, other = c.images[0], earlier[-1].wave if earlier else None
+        if not args.data:
+            other = random_clip(torch.tensor([c.id + 1]), FRAMES["talk"])["wave"]
+        rows = [row("true frames", c.images, c.motion),
+                row("ours", animate(checkpoint, photo, c.wave, *num_steps, c.number), c.motion)]
         if other is not None:
-            rows["other sound"] = against_truth(animate(checkpoint, photo, other, *num_steps, c.number), c.motion)
-        return rows | {"copy the photo": against_truth(photo.expand_as(c.images)),
-                       "nearest training frame": against_truth(nearest(c.images))}
+            rows.append(row("other sound", animate(checkpoint, photo, other, *num_steps, c.number), c.motion))
+        return [*rows, row("copy the photo", photo.expand_as(c.images)),
+                row("nearest training frame", nearest(c.images))]
 
     result = picture_metrics(args, checkpoint, rows_of, sound=True)
     if args.data:
         return {"rows": {}, "pictures": result.rows, "ids": result.ids, "landmarks": result.landmarks}
     mouth = {name: summary([metrics.sync(*pair) for pair in zip(x, result.commanded[name], strict=True)])
              for name, x in result.read.items()}
-    for number, (seed, photo) in enumerate(zip(result.ids, photos, strict=True)):
-        noise = torch.randn(1, 2 * SAMPLE_RATE, generator=step_rng(4, 0, seed))
+    jaw_in_silence = {}
+    for number, clip in enumerate(result.clips):
+        noise = torch.randn(1, 2 * SAMPLE_RATE, generator=step_rng(4, 0, clip.id))
         for name, wave in (("digital silence", 0 * noise), ("noise at -60 dB", 1e-3 * noise)):
-            jaw = result.read_motion(animate(checkpoint, photo, wave, *num_steps, number))[FPS // 2:, NAMES.index("jaw")]
-            silence_mouth.setdefault(name, []).append({"jaw_mean": jaw.mean().item()})         # after half a second to close the mouth
-    silence_mouth = {name: summary(clips) for name, clips in silence_mouth.items()}
+            motion = result.read_motion(animate(checkpoint, clip.photo, wave, *num_steps, number))
+            jaw = motion[FPS // 2:, NAMES.index("jaw")]             # after half a second to close the mouth
+            jaw_in_silence.setdefault(name, []).append({"jaw_mean": jaw.mean().item()})
+    silence_mouth = {name: summary(clips) for name, clips in jaw_in_silence.items()}
     print("\nmouth read off the frames against the true")
     table(["correlation [95%]", "jaw", "", "best lag", "frames", "lip width", "", "best lag", "frames"],
           [[name, *cell(r["jaw"], 3, True), *cell(r["jaw_best"], 3), *cell(r["jaw_lag"], 1), *cell(r["lip_width"], 3, True),
