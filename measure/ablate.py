@@ -22,15 +22,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image, ImageDraw
-
 import sample
 import train_ae
 import train_gen
 from decoder import DecoderConfig
 from encoder import EncoderConfig
 from generator import GeneratorConfig
-from measure import evaluate
+from measure import charts, evaluate
 from media.files import InputError, atomic_write
 
 SHAPE = dict(image_size=32, patch_size=8, num_tokens=1, token_dim=64)
@@ -177,35 +175,24 @@ def print_table(table, results):
         print(f"| {entry} | {' | '.join(cells)} |")
 
 
-def plot(path, results, tables, width=290, height=200):
-    """For each table a line of boxes, one for each of four measures: every seed a dot, a line through the means -> PNG."""
+def plot(results, tables, width=290, height=220):
+    """Draw a row of charts for each table, one for each of four measures: every seed a dot, a line through the means.
+
+    -> figure of matplotlib, width x height pixels a chart.
+    """
     measures = ["PSNR", "B as A", "motion R²", "identity R²"]
-    image = Image.new("RGB", (width * len(measures), height * len(tables)), "white")
-    canvas = ImageDraw.Draw(image)
-    for down, table in enumerate(tables):
-        for across, name in enumerate(measures):
-            points = {entry: [numbers[name] for numbers in seeds] for entry, seeds in rows(table, results).items()}
-            every = [value for values in points.values() for value in values]
-            low, high = min(every), max(every)
-            margin = 0.2 * (high - low) + 1e-6
-            left, top, right, bottom = width * across + 45, height * down + 30, width * (across + 1) - 10, height * (down + 1) - 25
-
-            def at(value, low=low - margin, high=high + margin, top=top, bottom=bottom):
-                return bottom - (value - low) / (high - low) * (bottom - top)
-
-            canvas.rectangle((left, top, right, bottom), outline="silver")
-            canvas.text((left, top - 22), f"{name} by {table}".replace("²", "2"), fill="black")
-            for value in (low, high):
-                canvas.text((left - 42, at(value) - 6), f"{value:.3g}", fill="black")
-                canvas.line((left, at(value), left + 4, at(value)), fill="black")
-            xs = [left + (k + 0.5) * (right - left) / len(points) for k in range(len(points))]
-            canvas.line([(x, at(sum(v) / len(v))) for x, v in zip(xs, points.values(), strict=True)], fill="cornflowerblue", width=2)
-            for x, (entry, values) in zip(xs, points.items(), strict=True):
-                canvas.text((x - 3 * len(entry), bottom + 6), entry, fill="black")
-                for value in values:
-                    canvas.ellipse((x - 3, at(value) - 3, x + 3, at(value) + 3), fill="navy")
-    with atomic_write(path, make_folder=True) as temporary:
-        image.save(temporary, format="PNG")
+    fig = charts.figure(width * len(measures), height * len(tables))
+    for table, axes in zip(tables, fig.subplots(len(tables), len(measures), squeeze=False), strict=True):
+        variants = rows(table, results)
+        for name, ax in zip(measures, axes, strict=True):
+            values = [[numbers[name] for numbers in seeds] for seeds in variants.values()]
+            ax.plot([sum(x) / len(x) for x in values], color="cornflowerblue")
+            for k, x in enumerate(values):
+                ax.plot([k] * len(x), x, "o", color="navy", markersize=4)
+            ax.set_title(f"{name} by {table}")
+            ax.set_xticks(range(len(variants)), variants, rotation=20 if len(variants) > 4 else 0)
+            ax.margins(0.15)
+    return fig
 
 
 def parse(argv):
@@ -222,6 +209,8 @@ def parse(argv):
     args = p.parse_args(argv)
     if args.steps is not None and args.steps < 1 or min(args.seeds) < 0:
         p.error("--steps must be at least 1, --seeds not negative")
+    if args.png and not set(args.only) & set(TABLES):
+        p.error(f"--png draws tables of stage 1, and --only asks for none: {', '.join(TABLES)}")
     return args
 
 
@@ -229,6 +218,8 @@ def main(argv=None):
     """-> exit status: 0, 130 if it was stopped and can go on, or 2 after one sentence about what cannot be used."""
     args, results = parse(argv), {}
     try:
+        if args.png:
+            charts.require()                                     # as the next: refuse now
         if set(args.only) & set(STAGE_2):
             sample.load_models(args.ckpt)                        # refuse now what cannot be read hours later
         for seed in args.seeds:                                     # all variants of a seed first: a table early
@@ -240,7 +231,7 @@ def main(argv=None):
         for table in args.only:
             print_table(table, results)
         if args.png:
-            plot(args.png, results, [table for table in args.only if table in TABLES])
+            charts.save(plot(results, [table for table in args.only if table in TABLES]), args.png)
         if args.json:
             with atomic_write(args.json, make_folder=True) as temporary:
                 Path(temporary).write_text(json.dumps(results, indent=1) + "\n")

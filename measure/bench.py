@@ -12,7 +12,6 @@ their rate as a share of what the machine itself reaches with a large matrix pro
 """
 import argparse
 import json
-import math
 import os
 import resource
 import statistics
@@ -26,7 +25,6 @@ from pathlib import Path
 
 import soundfile
 import torch
-from PIL import Image, ImageDraw
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,6 +38,7 @@ import training
 from decoder import Decoder, decode_frames
 from encoder import MotionEncoder, random_masking
 from generator import Generator, generate_motion
+from measure import charts
 from measure.checkpoint import table
 from media import audio_features
 from media.compose import read_photo
@@ -319,6 +318,8 @@ def presets(args, device):
 
 def scaling(args, device):
     """Frames/s and memory over the length of the sound, frames/s over the batch, training pictures/s over processes."""
+    if args.png:
+        charts.require()                                            # refuse now, not minutes later
     results = {"seconds of sound": {}, "peak MB": {}, "frames at once": {}, "training processes": {}}
     with tempfile.TemporaryDirectory() as folder:
         wav, out = os.path.join(folder, "in.wav"), os.path.join(folder, "out.mp4")
@@ -340,7 +341,7 @@ def scaling(args, device):
         heading = {"peak MB": "MB by seconds of sound", "training processes": "pictures/s by processes, a thread each"}.get(title)
         table([heading or f"frames/s by {title}", *map(str, values)], [["", *(f"{v:.1f}" for v in values.values())]])
     if args.png:
-        plot(args.png, results)
+        charts.save(plot(results), args.png)
     return {title: {str(k): v for k, v in values.items()} for title, values in results.items()}
 
 
@@ -378,25 +379,20 @@ def speed_by_batch(decoder, device, rounds):
     return fps
 
 
-def plot(path, results, width=320, height=220):
-    """Each curve in a box of its own, logarithmic to the right, from 0 upwards -> PNG."""
-    image = Image.new("RGB", (width * len(results), height), "white")
-    canvas = ImageDraw.Draw(image)
-    for k, (title, values) in enumerate(results.items()):
-        xs, top = [math.log(x) for x in values], max(values.values()) * 1.1
-        span = (xs[-1] - xs[0]) or 1
-        points = [(width * k + 55 + (x - xs[0]) / span * (width - 95), height - 40 - y / top * (height - 75))
-                  for x, y in zip(xs, values.values(), strict=True)]
-        canvas.rectangle((width * k + 35, 28, width * (k + 1) - 20, height - 38), outline="silver")
-        canvas.line(points, fill="navy", width=2)
-        for (x, y), label, value in zip(points, values, values.values(), strict=True):
-            canvas.ellipse((x - 3, y - 3, x + 3, y + 3), fill="navy")
-            canvas.text((x - 6, height - 34), str(label), fill="black")
-            canvas.text((x - 10, y - 16), f"{value:.0f}", fill="black")
-        titles = {"peak MB": "peak MB by seconds of sound", "training processes": "pictures/s by processes"}
-        canvas.text((width * k + 40, 8), titles.get(title, f"frames/s by {title}"), fill="black")
-    with atomic_write(path, make_folder=True) as temporary:
-        image.save(temporary, format="PNG")
+def plot(results, width=320, height=240):
+    """Draw each curve {x: y} of results in a chart of its own: x logarithmic, y from 0 -> figure of matplotlib."""
+    titles = {"peak MB": "peak MB by seconds of sound", "training processes": "pictures/s by processes"}
+    fig = charts.figure(width * len(results), height)
+    for (title, values), ax in zip(results.items(), fig.subplots(1, len(results), squeeze=False)[0], strict=True):
+        ax.semilogx(list(values), list(values.values()), "o-", color="navy", markersize=4)
+        for x, y in values.items():
+            ax.annotate(f"{y:.0f}", (x, y), (0, 4), textcoords="offset points", ha="center", va="bottom")
+        ax.set_title(titles.get(title, f"frames/s by {title}"))
+        ax.set_xticks(list(values), list(values), minor=False)
+        ax.set_xticks([], minor=True)
+        ax.set_ylim(0, 1.15 * max(values.values()))
+        ax.margins(x=0.1)
+    return fig
 
 
 PARTS = {"sample": sampling, "variants": variants, "train": presets, "scale": scaling}

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from measure import metrics
+from measure import charts, metrics
 from measure.checkpoint import WEIGHTS, decode_clip, encode, open_checkpoint, render_batched
 from measure.metrics import NAMES
 from media.files import InputError, atomic_write
@@ -35,7 +35,6 @@ FRAMES = {"clip": 100, "pca": 2000, "speech": 200}     # to choose a driving fra
 PEOPLE, DIRECTIONS, STEPS, GAIN = 5, 8, (-2, -1, 0, 1, 2), 4                # steps in standard deviations; errors amplified
 SHOWN = ("yaw", "pitch", "jaw", "blink_l")                                  # factors whose trajectories are drawn
 FONT, LINE, GAP = ImageFont.load_default(14), 18, 8
-NAVY, ORANGE = (20, 40, 140), (235, 120, 0)
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
@@ -148,41 +147,39 @@ def directions(checkpoint, photo, pca):
 
 
 def trajectories(checkpoint, pca):
-    """Left a clip's tokens along the directions of the factors SHOWN, over time; right all frames on the first two."""
+    """Draw a clip's tokens along the directions of the factors SHOWN over time, and all frames on the first two.
+
+    -> figure of matplotlib, 1200 x 640 pixels.
+    """
     clip, yaw = random_clip(torch.tensor([HELD_OUT]), FRAMES["speech"]), pca.motion[:, NAMES.index("yaw")]
-    motion = clip["motion"][0]                                                                                       # (F, M)
+    motion = clip["motion"][0]                                                                        # (F, M)
     tokens = encode(checkpoint, render_batched(clip["identity"][0], motion, checkpoint.meta["size"])).cpu()
-    path = (tokens - pca.mean) @ pca.axes.T / pca.deviations                                                 # (F, k)
-    seconds, widest = f"{len(path) / FPS:g} s", math.degrees(yaw.abs().max())
-    image = Image.new("RGB", (1200, 640), "white")
-    canvas = ImageDraw.Draw(image)
-    texts = [(20, 10, f"An unseen synthetic person speaks for {seconds}: the tokens along the principal direction that\n"
-              "carries each factor, and the factor's true course (both scaled to mean 0 and deviation 1)", "black", "la"),
-             (20, 620, "0 s", "black", "ls"), (640, 620, seconds, "black", "rs"),
-             (670, 10, f"A frame each of {len(yaw)} synthetic people on directions 1 (right) and 2 (up),\ncoloured by the true yaw. "
-              "Black: the speaking clip's way", "black", "la"),
-             (670, 80, f"yaw -{widest:.0f} degrees", NAVY, "ls"), (1180, 80, f"yaw +{widest:.0f} degrees", ORANGE, "rs")]
-    for n, name in enumerate(SHOWN):
-        j, y = NAMES.index(name), 80 + 137 * n
+    path = (tokens - pca.mean) @ pca.axes.T / pca.deviations                                          # (F, k)
+    fig = charts.figure(1200, 640)
+    left, right = fig.subfigures(1, 2)
+    left.suptitle("An unseen synthetic person speaks: the tokens along the principal direction that carries\n"
+                  "each factor, and the factor itself (both scaled to mean 0 and standard deviation 1)")
+    seconds = torch.arange(len(path)) / FPS
+    for name, ax in zip(SHOWN, left.subplots(len(SHOWN), 1, sharex=True), strict=True):
+        j = NAMES.index(name)
         k = pca.correlations[:, j].abs().argmax().item()
-        pair = torch.stack([motion[:, j], path[:, k] * pca.correlations[k, j].sign()])                             # (2, F)
-        pair = (pair - pair.mean(1, keepdim=True)) / pair.std(1, keepdim=True).clamp(min=1e-6)
-        level = y + 95 - 76 * (pair - pair.min()) / (pair.max() - pair.min()).clamp(min=1e-6)
-        canvas.rectangle((20, y + 14, 640, y + 100), outline="silver")
-        for values, colour in zip(level.tolist(), (ORANGE, NAVY), strict=True):
-            canvas.line([(20 + 620 * t / (len(path) - 1), v) for t, v in enumerate(values)], colour, 2)
-        texts += [(20, y + 8, f"true {name}", ORANGE, "ls"), (150, y + 8, f"token, direction {k + 1}", NAVY, "ls"),
-                  (640, y + 8, f"correlation {metrics.correlation(*pair[:, :, None]).item():.2f}", "black", "rs")]
-    share = 0.5 + math.degrees(0.5) / widest * yaw[:, None]                                                        # (n, 1) in 0..1
-    shades = (torch.tensor(NAVY) + share * (torch.tensor(ORANGE) - torch.tensor(NAVY))).int().tolist()
-    points, way = ([(925 + 95 * x, 347 - 95 * y) for x, y in s[:, :2].clamp(-2.6, 2.6).tolist()] for s in (pca.scores, path))
-    canvas.rectangle((670, 94, 1180, 602), outline="silver")
-    for (x, y), shade in zip(points, shades, strict=True):
-        canvas.ellipse((x - 2, y - 2, x + 2, y + 2), fill=tuple(shade))
-    canvas.line(way, "black", 2)
-    for x, y, text, colour, anchor in texts:
-        canvas.text((x, y), text, colour, FONT, anchor=anchor)
-    return image
+        curves = torch.stack([motion[:, j], path[:, k] * pca.correlations[k, j].sign()])              # (2, F)
+        curves = (curves - curves.mean(1, keepdim=True)) / curves.std(1, keepdim=True).clamp(min=1e-6)
+        ax.plot(seconds, curves[0], color="tab:orange", label=f"true {name}")
+        ax.plot(seconds, curves[1], color="navy", label=f"token, direction {k + 1}")
+        ax.set_title(f"correlation {metrics.correlation(*curves[:, :, None]).item():.2f}", loc="right", fontsize="medium")
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, frameon=False)
+    ax.set_xlabel("time (s)")
+    right.suptitle(f"One frame each of {len(yaw)} synthetic people, coloured by the true yaw\n"
+                   "Black: the frames of the speaking clip")
+    ax = right.subplots()
+    degrees = torch.rad2deg(yaw)
+    limit = degrees.abs().max().item()
+    points = ax.scatter(*pca.scores[:, :2].T, c=degrees, s=8, cmap="coolwarm", vmin=-limit, vmax=limit)
+    ax.plot(*path[:, :2].T, color="black")
+    ax.set(xlabel="direction 1 (standard deviations)", ylabel="direction 2", xlim=(-2.6, 2.6), ylim=(-2.6, 2.6))
+    right.colorbar(points, label="yaw (degrees)")
+    return fig
 
 
 def attention_weights(attention, x):
@@ -228,12 +225,13 @@ def main(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     args, began = p.parse_args(argv), time.time()
     try:
+        charts.require()                                            # refuse before the work
         with torch.inference_mode():
             checkpoint = open_checkpoint(args, "encoder", "decoder")
             clips = test_clips(args, checkpoint.meta["size"])
             pca = token_pca(checkpoint)
             images = {"errors": errors(checkpoint, clips), "directions": directions(checkpoint, clips[-2][0][0], pca),
-                    "trajectories": trajectories(checkpoint, pca),
+                    "trajectories": charts.to_image(trajectories(checkpoint, pca)),
                     "attention": attention(checkpoint, torch.stack([frames[-1] for frames, *_ in clips]))}
         for name, image in images.items():
             with atomic_write(Path(args.out) / f"{name}.png", make_folder=True) as temporary:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder
 from measure import pictures
-from measure.pictures import GAP, NAMES, NAVY, ORANGE, SHOWN
+from measure.pictures import GAP, NAMES, SHOWN
 from media.files import write_lines
 from media.video import VideoWriter
 from media.weights import save_weights
@@ -50,10 +50,6 @@ def sheets(monkeypatch):
 
 def pixels(image):
     return torch.from_numpy(np.array(image.convert("RGB"))).int()                   # (H, W, 3)
-
-
-def has(image, colour):
-    return bool((pixels(image) == torch.tensor(colour).int()).all(2).any())
 
 
 def test_principal_directions_are_the_eigenvectors_of_the_covariance():
@@ -160,23 +156,36 @@ def test_errors_are_those_of_the_frame_least_like_the_photo(monkeypatch, sheets)
 
 
 def test_trajectories_follow_where_the_token_is_the_factor(monkeypatch):
-    """The token is the motion itself: each curve covers the true one. Of a token of noise the true one stays to be seen."""
+    """The token is the motion itself: each curve is the true one. A token of noise gives another curve."""
+    pytest.importorskip("matplotlib")
     n, pick = len(SHOWN), [NAMES.index(name) for name in SHOWN]
     eye, motion = torch.eye(len(NAMES))[pick], torch.zeros(3, len(NAMES))
     motion[:, 0], scores = torch.tensor([-0.2, 0.2, 0.0]), torch.tensor([[-2.0, 2], [2, 2], [0, -2]])
     monkeypatch.setattr(pictures, "render_batched", lambda people, motion, size: motion)
     monkeypatch.setattr(pictures, "encode", lambda release, x: x)
+
+    def drawn(sign):
+        found = SimpleNamespace(mean=torch.zeros(17), axes=sign * eye, deviations=torch.full((n,), 0.5),
+                                correlations=sign * eye, scores=scores, motion=motion)
+        *left, right, colours = (axes for part in pictures.trajectories(RELEASE, found).subfigs for axes in part.axes)
+        curves = [[line.get_ydata() for line in axes.lines] for axes in left]                         # n x (true, token)
+        return torch.tensor(np.array(curves)), left, right, colours
+
     for sign in (1, -1):
-        found = SimpleNamespace(mean=torch.zeros(17), axes=sign * eye, deviations=torch.full((n,), 0.5), correlations=sign * eye,
-                                scores=scores, motion=motion)
-        image = pictures.trajectories(RELEASE, found)
-        boxes = [(21, 80 + 137 * k + 15, 639, 80 + 137 * k + 99) for k in range(n)]
-        assert all(has(image.crop(box), NAVY) and not has(image.crop(box), ORANGE) for box in boxes)
-        left, right = (image.getpixel((925 + x, 347 - 190)) for x in (-190, 190))
-        assert left == NAVY and right == ORANGE
-    monkeypatch.setattr(pictures, "encode", lambda release, x: torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
-    image = pictures.trajectories(RELEASE, found)
-    assert all(has(image.crop(box), ORANGE) for box in boxes)
+        curves, left, right, colours = drawn(sign)
+        clip = pictures.random_clip(torch.tensor([pictures.HELD_OUT]), 20)["motion"][0][:, pick].T
+        want = (clip - clip.mean(1, keepdim=True)) / clip.std(1, keepdim=True).clamp(min=1e-6)
+        assert torch.allclose(curves[:, 0], want, atol=1e-5) and torch.allclose(curves[:, 1], want, atol=1e-4)
+        assert left[0].get_title("right") == "correlation 1.00"
+        assert left[0].lines[0].get_xdata()[-1] == pytest.approx(19 / 25)
+        points = right.collections[0]
+        assert np.allclose(points.get_offsets(), scores) and np.allclose(points.get_array(), [-11.459, 11.459, 0], atol=1e-2)
+        path = np.array(right.lines[0].get_xydata())
+        assert np.allclose(path, sign * 2 * clip[:2].T, atol=1e-4) and colours.get_ylabel() == "yaw (degrees)"
+    noise = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(pictures, "encode", lambda release, x: torch.randn(x.shape, generator=noise))
+    curves = drawn(1)[0]
+    assert ((curves[:, 0] - curves[:, 1]).abs().mean(1) > 0.5).all()
 
 
 def test_no_label_is_cut_off_or_hidden():
@@ -194,10 +203,12 @@ def test_no_label_is_cut_off_or_hidden():
 
 
 def test_the_command_draws_four_pictures(given, tmp_path, capsys, sheets):
+    pytest.importorskip("matplotlib")
     assert pictures.main(["--ckpt", str(given / "w.safetensors"), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     assert sorted(os.listdir(tmp_path / "out")) == ["attention.png", "directions.png", "errors.png", "trajectories.png"]
     sizes = {name[:-4]: Image.open(tmp_path / "out" / name).size for name in os.listdir(tmp_path / "out")}
     assert sizes["trajectories"] == (1200, 640)
+    assert len(Image.open(tmp_path / "out" / "trajectories.png").getcolors(10**6)) > 10
     for name, asked, columns, rows in zip(("errors", "directions", "attention"), sheets, (8, 6, 3), (5, 8, 5), strict=True):
         assert len(asked[1]) == columns and len(asked[2]) == rows
         assert sizes[name][0] >= 130 * columns and 0 < sizes[name][1] - 130 * rows < 100
@@ -205,6 +216,7 @@ def test_the_command_draws_four_pictures(given, tmp_path, capsys, sheets):
 
 
 def test_of_real_people_only_what_is_known_is_shown(given, tmp_path, capsys, sheets):
+    pytest.importorskip("matplotlib")
     (tmp_path / "clips").mkdir()
     rows = []
     for k, (who, split) in enumerate([("a", "train"), ("b", "test"), ("c", "test")]):
@@ -231,6 +243,7 @@ def refused(capsys, status, *words):
 
 
 def test_what_cannot_be_used_is_refused_and_leaves_nothing(given, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     out = ["--out", str(tmp_path / "out")]
     (tmp_path / "bad").write_bytes((given / "w.safetensors").read_bytes()[:5000])
     good = ["--ckpt", str(given / "w.safetensors"), *out]
