@@ -115,10 +115,11 @@ def grey(tmp_path):
     (tmp_path / "clips").mkdir()
     rows = []
     for k, (who, split, step) in enumerate([("a", "train", 90), ("b", "test", 10), ("b", "test", 20), ("c", "test", 40)]):
-        with VideoWriter(tmp_path / f"clips/{k}.mp4", 32, sound=0.1 * torch.randn(8 * 640)) as video:
+        with VideoWriter(tmp_path / f"clips/{k}.mp4", 40, sound=0.1 * torch.randn(8 * 640)) as video:
             for n in range(8):
-                video.write(np.full((32, 32, 3), 100 + step * (n > 0), np.uint8))
-        rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": True, "face": [0, 0, 0.5, 0.5]})
+                video.write(np.full((40, 40, 3), 100 + step * (n > 0), np.uint8))
+        rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": True, "margin": 1.25,
+                     "face": [0, 0, 0.5, 0.5]})
     write_lines(tmp_path / "manifest.jsonl", rows)
     return tmp_path
 
@@ -160,9 +161,9 @@ def test_faces_are_read_beside_ceiling_and_floor(given, grey, monkeypatch, capsy
     monkeypatch.setattr(landmarks, "read", read)
     monkeypatch.setattr(landmarks, "LEAST", 3)
     for k, path in enumerate(sorted((grey / "clips").iterdir())):           # brightness goes up and down
-        with VideoWriter(path, 32, sound=0.1 * torch.randn(12 * 640)) as video:
+        with VideoWriter(path, 40, sound=0.1 * torch.randn(12 * 640)) as video:
             for n in range(12):
-                video.write(np.full((32, 32, 3), 100 + 10 * k + 40 * (n % 4 > 1), np.uint8))
+                video.write(np.full((40, 40, 3), 100 + 10 * k + 40 * (n % 4 > 1), np.uint8))
     monkeypatch.setattr(evaluate, "encode", lambda checkpoint, images: images.mean((1, 2, 3))[:, None])
     monkeypatch.setattr(evaluate, "decode_clip", lambda checkpoint, photo, tokens, *_:
                         (photo - photo.mean() + 0.1 * tokens[:, :, None, None]).expand(-1, 3, -1, -1))

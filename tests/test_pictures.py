@@ -220,10 +220,11 @@ def test_of_real_people_only_what_is_known_is_shown(given, tmp_path, capsys, she
     (tmp_path / "clips").mkdir()
     rows = []
     for k, (who, split) in enumerate([("a", "train"), ("b", "test"), ("c", "test")]):
-        with VideoWriter(tmp_path / f"clips/{k}.mp4", 32) as video:
+        with VideoWriter(tmp_path / f"clips/{k}.mp4", 40) as video:
             for n in range(8):
-                video.write(np.full((32, 32, 3), 80 * k + 6 * n, np.uint8))
-        rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": False})
+                video.write(np.full((40, 40, 3), 80 * k + 6 * n, np.uint8))
+        rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": False,
+                     "margin": 1.25})
     write_lines(tmp_path / "manifest.jsonl", rows)
     args = ["--ckpt", str(given / "w.safetensors"), "--device", "cpu", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     assert pictures.main(args) == 0 and len(os.listdir(tmp_path / "out")) == 4
