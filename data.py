@@ -4,7 +4,8 @@
 
     OUT --Clips--> pairs of pictures, frames in a row, whole clips with sound; several folders drawn equally
 
-A prepared square is MARGIN times as wide as the tight square that the models see, so that training can vary the framing.
+A prepared square is MARGIN times as wide as the tight square that the models see, so that training can vary
+the framing.
 """
 import math
 import os
@@ -26,9 +27,11 @@ from media.prepare import KEYFRAMES, MARGIN, margin_px
 from media.sound import FPS, SAMPLE_RATE, has_audio, load_audio
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------------
+# files
 def read_at(path: str, numbers, size: int, margin=False) -> np.ndarray:
-    """Read the tight square of frames of a prepared clip by number -> (n, size, size, 3) uint8, in the order asked.
+    """Read the tight square of frames of a prepared clip by number -> (n, size, size, 3) uint8, in the order
+    asked.
 
     margin: the whole prepared square, (n, W, W, 3) with W = margin_px(size). Raises InputError.
     """
@@ -57,7 +60,8 @@ def to_array(frame, size: int) -> np.ndarray:
 
 
 def read_clip(path: str, size: int):
-    """Read the tight square of a whole prepared clip -> frames (F, 3, size, size) in [-1, 1], sound (S,) at 16 kHz or None."""
+    """Read the tight square of a whole prepared clip -> frames (F, 3, size, size) in [-1, 1], sound (S,) at
+    16 kHz or None."""
     wide = margin_px(size)
     edge = (wide - size) // 2
     with open_media(path, VIDEO_WANTED) as container:
@@ -68,21 +72,26 @@ def read_clip(path: str, size: int):
 
 
 def load_sets(folders, split: str, sound=False) -> list[dict]:
-    """Read the manifests of prepared folders -> one {identity: [rows with an absolute path]} for each. Raises InputError."""
+    """Read the manifests of prepared folders -> one {identity: [rows with an absolute path]} for each. Raises
+    InputError."""
     sets = []
     for folder in folders:
         path = os.path.join(folder, "manifest.jsonl")
         if not os.path.isfile(path):
-            raise InputError(f"{folder} holds no manifest.jsonl; make it with: python data.py prepare --videos {folder} "
+            raise InputError(f"{folder} holds no manifest.jsonl; make it with: python data.py prepare "
+                             f"--videos {folder} "
                              "--out DIR, and give DIR")
         people, rows = {}, read_lines(path)
         check_rows(path, rows)
-        trained, tested = ({row["identity"] for row in rows if row["split"] == name} for name in ("train", "test"))
+        trained, tested = ({row["identity"] for row in rows if row["split"] == name}
+                           for name in ("train", "test"))
         if both := trained & tested:
-            raise InputError(f"{path} has clips of {min(both)} both in its train and in its test split; a person belongs to one")
+            raise InputError(f"{path} has clips of {min(both)} both in its train and in its test split; a "
+                             f"person belongs to one")
         for row in rows:
             if row["split"] == split and (row["sound"] or not sound):
-                people.setdefault(row["identity"], []).append({**row, "path": os.path.join(folder, row["file"])})
+                people.setdefault(row["identity"],
+                                  []).append({**row, "path": os.path.join(folder, row["file"])})
         if not people:
             raise InputError(f"{path} holds no clip{' with sound' if sound else ''} of the {split} split")
         sets.append(people)
@@ -90,29 +99,35 @@ def load_sets(folders, split: str, sound=False) -> list[dict]:
 
 
 def check_rows(path: str, rows: list[dict]) -> None:
-    """Refuse rows without the fields that training needs, and file names that leave the folder. Raises InputError."""
+    """Refuse rows without the fields that training needs, and file names that leave the folder. Raises
+    InputError."""
     for number, row in enumerate(rows, 1):
         name = row.get("file")
-        fields = isinstance(name, str) and isinstance(row.get("identity"), str) and isinstance(row.get("frames"), int) \
-            and row.get("split") in ("train", "test") and isinstance(row.get("sound"), bool) and row["frames"] > 0
+        fields = isinstance(name, str) and isinstance(row.get("identity"),
+                                                      str) and isinstance(row.get("frames"), int) \
+            and row.get("split") in ("train", "test") and isinstance(row.get("sound"),
+                                                                     bool) and row["frames"] > 0
         if not fields:
-            raise InputError(f"{path}, line {number}: lacks file, identity, split, frames or sound; prepare the set again")
+            raise InputError(f"{path}, line {number}: lacks file, identity, split, frames or sound; prepare "
+                             f"the set again")
         if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
             raise InputError(f"{path}, line {number}: {name} is not a file inside the folder")
         if row.get("margin") != MARGIN:
             raise InputError(f"{path}, line {number}: prepared with another framing; prepare the set again")
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------------------------
+# batches
 @dataclass
 class Batch:
     """R persons, one reference and T targets of each, as stage 1 wants them."""
-    reference: Tensor            # (R, C, H, W)
-    target: Tensor               # (R*T, C, H, W)
-    encoder_views: Tensor        # (R + R*T, C, H, W), what the motion encoder sees: the same, or augmented apart
-    regions: Tensor              # (R*T, 2, H, W) in [0, 1]: mouth and eyes; face - of reference and target together
-    factors: Tensor | None       # (R*T, K) differences of known motion, target minus reference; None: not known
-    kind: str                    # "real" or "synthetic": which factors
+    reference: Tensor       # (R, C, H, W)
+    target: Tensor          # (R*T, C, H, W)
+    encoder_views: Tensor   # (R + R*T, C, H, W), what the motion encoder sees: the same, or augmented apart
+    regions: Tensor         # (R*T, 2, H, W) in [0, 1]: mouth and eyes; face - of reference and target
+                            # together
+    factors: Tensor | None  # (R*T, K) differences of known motion, target minus reference; None: not known
+    kind: str               # "real" or "synthetic": which factors
 
     def to(self, device):
         return replace(self, **{name: value.to(device, non_blocking=True)
@@ -120,13 +135,15 @@ class Batch:
 
     def encode(self, space):
         """The same in another space (media/latents.py); regions are reduced to its cells."""
-        reference, target, views = (space.encode(x) for x in (self.reference, self.target, self.encoder_views))
+        reference, target, views = (space.encode(x)
+                                    for x in (self.reference, self.target, self.encoder_views))
         regions = F.interpolate(self.regions, size=target.shape[-2:], mode="area")
         return replace(self, reference=reference, target=target, encoder_views=views, regions=regions)
 
 
 def make_batch(pictures, views, ellipses, factors, kind: str) -> Batch:
-    """Pictures and views (R, 1+T, 3, H, W), ellipses (R, 1+T, 4, 4) in the pictures or masks (R, 1+T, 2, H, W)."""
+    """Pictures and views (R, 1+T, 3, H, W), ellipses (R, 1+T, 4, 4) in the pictures or masks (R, 1+T, 2, H,
+    W)."""
     masks = draw_regions(ellipses.flatten(0, 1), pictures.shape[-1]).unflatten(0, ellipses.shape[:2]) \
         if ellipses.dim() == 4 else ellipses
     regions = torch.maximum(masks[:, 1:], masks[:, :1]).flatten(0, 1)                  # (R*T, 2, H, W)
@@ -135,7 +152,8 @@ def make_batch(pictures, views, ellipses, factors, kind: str) -> Batch:
 
 
 def draw_regions(ellipses: Tensor, size: int) -> Tensor:
-    """Ellipses (B, 4, 4) of mouth, eyes and face: x, y, half width, half height in [-1, 1] -> soft masks (B, 2, H, W)."""
+    """Ellipses (B, 4, 4) of mouth, eyes and face: x, y, half width, half height in [-1, 1] -> soft masks (B,
+    2, H, W)."""
     axis = (torch.arange(size, device=ellipses.device) + 0.5) * 2 / size - 1
     x, y, a, b = ellipses[..., None, None].unbind(2)                                   # (B, 4, 1, 1)
     radius = (((axis - x) / a.clamp(min=1e-2)) ** 2 + ((axis[:, None] - y) / b.clamp(min=1e-2)) ** 2).sqrt()
@@ -144,10 +162,12 @@ def draw_regions(ellipses: Tensor, size: int) -> Tensor:
 
 
 def random_views(rng, persons: int, size: int, framing=True):
-    """Sampling grids that change the shape of a face, one per person (ours) -> (R, size, size, 2), mirrored (R,) bool.
+    """Sampling grids that change the shape of a face, one per person (ours) -> (R, size, size, 2), mirrored
+    (R,) bool.
 
-    framing: into a prepared square, the tight square varied by 12% in size and 8% of its side in place, mirrored half of
-    the time. Always: a smooth warp of a 4 x 4 grid (5% of half the side) for 7 in 10, so that persons seem more.
+    framing: into a prepared square, the tight square varied by 12% in size and 8% of its side in place,
+    mirrored half of the time. Always: a smooth warp of a 4 x 4 grid (5% of half the side) for 7 in 10, so
+    that persons seem more.
     """
     def uniform(*shape):
         return torch.rand(*shape, generator=rng) * 2 - 1
@@ -155,7 +175,8 @@ def random_views(rng, persons: int, size: int, framing=True):
     inner, warp = (1 / MARGIN, 0.05) if framing else (1.0, 0.03)
     affine, mirrored = torch.eye(2, 3).repeat(persons, 1, 1), torch.zeros(persons, dtype=torch.bool)
     if framing:
-        zoom, aspect, angle = torch.exp(0.12 * uniform(persons)), torch.exp(0.06 * uniform(persons)), 0.08 * uniform(persons)
+        zoom, aspect, angle = torch.exp(0.12 * uniform(persons)), torch.exp(0.06
+            * uniform(persons)), 0.08 * uniform(persons)
         mirrored = torch.rand(persons, generator=rng) < 0.5
         cos, sin = zoom * torch.cos(angle), zoom * torch.sin(angle)
         flip = torch.where(mirrored, -1.0, 1.0)
@@ -163,14 +184,16 @@ def random_views(rng, persons: int, size: int, framing=True):
         affine = torch.stack([torch.stack([flip * cos * aspect, -sin, place[:, 0]], 1),
                               torch.stack([flip * sin, cos / aspect, place[:, 1]], 1)], 1)
     grid = F.affine_grid(affine, (persons, 1, size, size), align_corners=False)
-    knots = warp * torch.randn(persons, 2, 4, 4, generator=rng) * (torch.rand(persons, 1, 1, 1, generator=rng) < 0.7)
+    knots = warp * torch.randn(persons, 2, 4, 4,
+                               generator=rng) * (torch.rand(persons, 1, 1, 1, generator=rng) < 0.7)
     bend = F.interpolate(knots, size=(size, size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     return inner * (grid + bend), mirrored
 
 
 def random_colours(x: Tensor, rng, strength=1.0) -> Tensor:
-    """Change the colours and the light of pictures x (R, n, 3, H, W), alike for all n of a person (ours): gamma 0.7 to 1.4, a
-    random 3 x 3 matrix near the identity, an offset, a linear gradient of light up to 20%."""
+    """Change the colours and the light of pictures x (R, n, 3, H, W), alike for all n of a person (ours):
+    gamma 0.7 to 1.4, a random 3 x 3 matrix near the identity, an offset, a linear gradient of light up to
+    20%."""
     persons, size = len(x), x.shape[-1]
     gamma = torch.exp(0.35 * strength * (torch.rand(persons, generator=rng) * 2 - 1))
     matrix = torch.eye(3) + 0.12 * strength * torch.randn(persons, 3, 3, generator=rng)
@@ -179,23 +202,24 @@ def random_colours(x: Tensor, rng, strength=1.0) -> Tensor:
     axis = torch.linspace(-1, 1, size)
     x = ((x + 1) / 2).clamp(1e-3, 1) ** gamma.view(-1, 1, 1, 1, 1) * 2 - 1
     x = torch.einsum("rij,rnjhw->rnihw", matrix, x) + offset.view(-1, 1, 3, 1, 1)
-    shade = 1 + light[:, 0].view(-1, 1, 1) * axis[:, None] + light[:, 1].view(-1, 1, 1) * axis      # (R, H, W)
+    shade = 1 + light[:, 0].view(-1, 1, 1) * axis[:, None] + light[:, 1].view(-1, 1, 1) * axis     # (R, H, W)
     return (x * shade[:, None, None]).clamp(-1, 1)
 
 
 class Clips(Dataset):
-    """Batches of stage 1 from prepared folders: item `number` is a function of (seed, number) alone, so that no process,
-    worker or step sees another's and a resumed run goes on with what comes next.
+    """Batches of stage 1 from prepared folders: item `number` is a function of (seed, number) alone, so that
+    no process, worker or step sees another's and a resumed run goes on with what comes next.
 
-    A share `near` of the persons is shown within a fifth of a second, the others at any distance. Where there are landmarks
-    (media/landmarks.py), 3 persons in 8 are shown at equal pose with the mouth as different as the clip has it, 3 in 16
-    with the lids so (ours, compare MuseTalk, arXiv 2410.10122). rows: the targets follow each other instead (the video
-    stage). augment: shape, framing and colours vary per person, and for half of the persons the encoder sees another shape
-    and other colours than the decoder, so that its token cannot tell who it is (compare Burkov et al. 2020).
+    A share `near` of the persons is shown within a fifth of a second, the others at any distance. Where there
+    are landmarks (media/landmarks.py), 3 persons in 8 are shown at equal pose with the mouth as different as
+    the clip has it, 3 in 16 with the lids so (ours, compare MuseTalk, arXiv 2410.10122). rows: the targets
+    follow each other instead (the video stage). augment: shape, framing and colours vary per person, and for
+    half of the persons the encoder sees another shape and other colours than the decoder, so that its token
+    cannot tell who it is (compare Burkov et al. 2020).
     """
 
-    def __init__(self, folders, persons: int, targets: int, near: float, size: int, seed=0, split="train", rows=False,
-                 augment=True):
+    def __init__(self, folders, persons: int, targets: int, near: float, size: int, seed=0, split="train",
+                 rows=False, augment=True):
         self.sets = [list(people.items()) for people in load_sets(folders, split)]
         self.persons, self.targets, self.near, self.size = persons, targets, near, size
         self.seed, self.rows, self.augment = seed, rows, augment
@@ -206,9 +230,11 @@ class Clips(Dataset):
         pictures, ellipses, factors = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
         torch_rng = torch.Generator().manual_seed(int(rng.integers(2**40)))
         pictures, masks, views, mirrored = self.frame(from_uint8(pictures.numpy()), ellipses, torch_rng)
-        factors = torch.where(mirrored[:, None, None], factors[..., landmarks.MIRROR] * torch.tensor(landmarks.SIGN), factors)
+        factors = torch.where(mirrored[:, None, None],
+                              factors[..., landmarks.MIRROR] * torch.tensor(landmarks.SIGN), factors)
         delta = ((factors[:, 1:] - factors[:, :1]) / torch.tensor(landmarks.SCALE)).flatten(0, 1).float()
-        return make_batch(pictures, views, masks, delta.nan_to_num() if delta.isfinite().any() else None, "real")
+        return make_batch(pictures, views, masks, delta.nan_to_num() if delta.isfinite().any() else None,
+                          "real")
 
     def frame(self, wide, ellipses, rng):
         """Prepared squares (R, 1+T, 3, W, W) and ellipses in them -> pictures (R, 1+T, 3, size, size), masks
@@ -224,15 +250,15 @@ class Clips(Dataset):
                              padding_mode="border", align_corners=False).unflatten(0, (persons, count))
         pictures, masks = random_colours(both[:, :, :3], rng), both[:, :, 3:]
         other, _ = random_views(rng, persons, size, framing=False)
-        views = F.grid_sample(pictures.flatten(0, 1), other.repeat_interleave(count, 0), padding_mode="border",
-                              align_corners=False).unflatten(0, (persons, count))
+        views = F.grid_sample(pictures.flatten(0, 1), other.repeat_interleave(count, 0),
+                              padding_mode="border", align_corners=False).unflatten(0, (persons, count))
         apart = torch.rand(persons, generator=rng) < 0.5
         views = torch.where(apart.view(-1, 1, 1, 1, 1), random_colours(views, rng, 0.6), pictures)
         return pictures, masks, views, mirrored
 
     def person(self, rng, k: int):
-        """Draw set, then person, then clip, each equally -> pictures (1+T, W, W, 3) uint8 of the prepared square, ellipses
-        (1+T, 4, 4), factors (1+T, K), nan where not known."""
+        """Draw set, then person, then clip, each equally -> pictures (1+T, W, W, 3) uint8 of the prepared
+        square, ellipses (1+T, 4, 4), factors (1+T, K), nan where not known."""
         people = self.sets[rng.integers(len(self.sets))]
         clips = people[rng.integers(len(people))][1]
         clip = clips[rng.integers(len(clips))]
@@ -246,7 +272,8 @@ class Clips(Dataset):
         if self.rows:
             start = int(rng.integers(max(1, frames - targets + 1)))
             return [first, *(min(start + n, frames - 1) for n in range(targets))]
-        mined = {0: (0, 1), 1: (2, 3)}.get(0 if k < 3 * self.persons // 8 else 1 if k < 9 * self.persons // 16 else 2)
+        mined = {0: (0, 1), 1: (2, 3)}.get(0 if k < 3 * self.persons // 8 else 1 if k < 9 * self.persons // 16
+                                           else 2)
         if mined and np.isfinite(factors[first]).all() and np.isfinite(factors).all(1).sum() > 2 * targets:
             return [first, *mine_pairs(rng, factors / landmarks.SCALE, first, mined, targets)]
         near = k < round(self.near * self.persons)
@@ -255,19 +282,20 @@ class Clips(Dataset):
 
 
 def mine_pairs(rng, factors, first: int, columns, count: int) -> list[int]:
-    """Choose frames of nearly the pose of frame `first` that differ from it most in `columns` of factors (F, K): `count` of
-    the 2 * count most different of the quarter nearest in yaw, pitch and roll."""
+    """Choose frames of nearly the pose of frame `first` that differ from it most in `columns` of factors (F,
+    K): `count` of the 2 * count most different of the quarter nearest in yaw, pitch and roll."""
     known = np.flatnonzero(np.isfinite(factors).all(1) & (np.arange(len(factors)) != first))
     pose = np.abs(factors[known, 4:7] - factors[first, 4:7]).sum(1)
     near = known[np.argsort(pose, kind="stable")[: max(2 * count, math.ceil(len(known) / 4))]]
     columns = list(columns)
     difference = np.abs(factors[near][:, columns] - factors[first, columns]).sum(1)
-    return rng.choice(near[np.argsort(-difference, kind="stable")[: 2 * count]], count, replace=False).tolist()
+    return rng.choice(near[np.argsort(-difference, kind="stable")[: 2 * count]], count,
+                      replace=False).tolist()
 
 
 def load_landmarks(clip: dict):
-    """Read a clip's landmarks -> ellipses (F, 4, 4) in its prepared square, factors (F, K); the usual ellipses and nan where
-    there are none. Raises InputError."""
+    """Read a clip's landmarks -> ellipses (F, 4, 4) in its prepared square, factors (F, K); the usual
+    ellipses and nan where there are none. Raises InputError."""
     usual = np.tile(np.array(landmarks.USUAL, np.float32) / MARGIN, (clip["frames"], 1, 1))
     unknown = np.full((clip["frames"], len(landmarks.FACTORS)), np.nan, np.float32)
     folder = clip["path"][: -len(clip["file"])]
@@ -280,13 +308,14 @@ def load_landmarks(clip: dict):
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise InputError(f"{path} cannot be read ({error}); remove it and run python -m media.landmarks again") from None
     if ellipses.shape != usual.shape or factors.shape != unknown.shape:
-        raise InputError(f"{path} is of another clip: {len(factors)} frames, not {clip['frames']}; remove it and label again")
+        raise InputError(f"{path} is of another clip: {len(factors)} frames, not {clip['frames']}; remove it "
+                         f"and label again")
     return np.where(np.isfinite(ellipses), ellipses, usual), factors
 
 
 def worker_init(_):
-    """Leave signals to the main process: Ctrl-C and torchrun's end reach the whole group, but the main process may need
-    another batch before it stops. It may still end this process by SIGTERM."""
+    """Leave signals to the main process: Ctrl-C and torchrun's end reach the whole group, but the main
+    process may need another batch before it stops. It may still end this process by SIGTERM."""
     if hasattr(os, "setsid"):
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -295,7 +324,8 @@ def worker_init(_):
 
 def loader(clips: Clips, numbers, workers: int) -> DataLoader:
     """Items of `clips` in the order of `numbers`, read ahead by `workers` processes (0: none)."""
-    ahead = {"prefetch_factor": 4, "worker_init_fn": worker_init, "multiprocessing_context": "spawn"} if workers else {}
+    ahead = {"prefetch_factor": 4, "worker_init_fn": worker_init,
+             "multiprocessing_context": "spawn"} if workers else {}
     return DataLoader(clips, batch_size=None, sampler=numbers, num_workers=workers, **ahead)
 
 

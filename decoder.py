@@ -1,17 +1,19 @@
-"""Chapter 2, generation: a DiT that predicts the target frame from a reference photo and two motions (section 3.1, eq. 3).
+"""Chapter 2, generation: a DiT that predicts the target frame from a reference photo and two motions (section
+3.1, eq. 3).
 
     reference patches Z_r + motion M_r ---> tokens without time t that attend only to themselves: computed once a video
                                                 | keys and values of every layer
     noised target patches Z_t^n + motion M_t ---+--> tokens that attend to the reference and to themselves -> velocity V
-                                    (and, in a video model, the same patch of the other frames: temporal align block)
+                                    (and, in a video model, the same patch of the other frames: temporal align
+                                    block)
 
-One set of weights serves both rows. The paper lets all tokens attend to all (full_attention=True); the default is
-faster, since one reference serves every frame and every sampling step.
+One set of weights serves both rows. The paper lets all tokens attend to all (full_attention=True); the
+default is faster, since one reference serves every frame and every sampling step.
 
-In pixel space (predict="x", ours) the network predicts the picture x as an edit of the reference: it is warped by a
-displacement field, faded out where alpha is large, and a residual is added. Copying is the initial state, and turning a
-head needs few numbers. The velocity follows from x (JiT, arXiv 2511.13720). In latent space (predict="v", the paper)
-the head gives the velocity itself.
+In pixel space (predict="x", ours) the network predicts the picture x as an edit of the reference: it is
+warped by a displacement field, faded out where alpha is large, and a residual is added. Copying is the
+initial state, and turning a head needs few numbers. The velocity follows from x (JiT, arXiv 2511.13720). In
+latent space (predict="v", the paper) the head gives the velocity itself.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,24 +29,28 @@ from flow import integrate, x_to_v
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and switches. Everything after `frames` is ours; the paper's decoder has full_attention=True, predict="v",
-    tokens_per_motion=1 and the two shortcuts off."""
+    """Sizes and switches. Everything after `frames` is ours; the paper's decoder has full_attention=True,
+    predict="v", tokens_per_motion=1 and the two shortcuts off."""
     image_size: int = 128           # H = W, pixels or latent cells
     channels: int = 3               # C
     patch_size: int = 16            # p
     width: int = 256                # E
     depth: int = 6
     heads: int = 4
-    num_tokens: int = 1             # L
-    token_dim: int = 64             # D
-    frames: int = 1                 # F; above 1, the video model: a temporal align block after each transfer block
-    full_attention: bool = False    # the paper's attention: the reference attends to the target, too
-    predict: str = "x"              # "x": an edit of the reference (pixels), "v": the velocity (latents, the paper)
-    tokens_per_motion: int = 8      # decoder tokens made from one motion token; a single narrow one is easily ignored
-    motion_delta: bool = True       # M_t - M_r enters each target patch and the adaLN condition (class MotionDelta)
-    ref_context: bool = True        # each target patch receives the reference patch at its place
-    warp_grid: int = 1              # displacement vectors per side of a patch
-    overlap: bool = False           # residual and alpha of a patch cover twice its side under a Hann window
+    num_tokens: int = 1           # L
+    token_dim: int = 64           # D
+    frames: int = 1               # F; above 1, the video model: a temporal align block after each transfer
+                                  # block
+    full_attention: bool = False  # the paper's attention: the reference attends to the target, too
+    predict: str = "x"            # "x": an edit of the reference (pixels), "v": the velocity (latents, the
+                                  # paper)
+    tokens_per_motion: int = 8    # decoder tokens made from one motion token; a single narrow one is easily
+                                  # ignored
+    motion_delta: bool = True     # M_t - M_r enters each target patch and the adaLN condition (class
+                                  # MotionDelta)
+    ref_context: bool = True      # each target patch receives the reference patch at its place
+    warp_grid: int = 1            # displacement vectors per side of a patch
+    overlap: bool = False         # residual and alpha of a patch cover twice its side under a Hann window
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -84,7 +90,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """Transformer block whose norms are shifted, scaled and gated by a condition; starts as identity (adaLN-zero, DiT)."""
+    """Transformer block whose norms are shifted, scaled and gated by a condition; starts as identity
+    (adaLN-zero, DiT)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -109,10 +116,11 @@ class DiTBlock(nn.Module):
 
 
 class TemporalBlock(nn.Module):
-    """Temporal align block: each patch position attends over the F frames of its clip; adds zero at first (ours).
+    """Temporal align block: each patch position attends over the F frames of its clip; adds zero at first
+    (ours).
 
-    The paper says "flattens to f x t" and gives the cost as o(f); attention per position has that cost. A single frame
-    passes unchanged, so an image model becomes a video model without forgetting.
+    The paper says "flattens to f x t" and gives the cost as o(f); attention per position has that cost. A
+    single frame passes unchanged, so an image model becomes a video model without forgetting.
     """
 
     def __init__(self, width: int, heads: int):
@@ -132,9 +140,9 @@ class TemporalBlock(nn.Module):
 class MotionDelta(nn.Module):
     """Give M_t - M_r directly to the adaLN condition and to every target patch (ours).
 
-    Attention alone learns both, in about ten times the steps. The difference is also given at unit length, so that
-    small motions (a lip, a lid) have an effect of their own. Each patch position mixes K views of it with weights of
-    its own.
+    Attention alone learns both, in about ten times the steps. The difference is also given at unit length, so
+    that small motions (a lip, a lid) have an effect of their own. Each patch position mixes K views of it
+    with weights of its own.
     """
 
     def __init__(self, motion: int, width: int, patches: int, views: int):
@@ -165,13 +173,14 @@ class Decoder(nn.Module):
         self.segment_embed = nn.Parameter(0.02 * torch.randn(2, c.width))              # reference, target
         self.time = TimeEmbed(c.width)
         if not c.full_attention:
-            self.ref_condition = nn.Parameter(torch.zeros(c.width))                    # the reference has no time
+            self.ref_condition = nn.Parameter(torch.zeros(c.width))                # the reference has no time
         if c.ref_context:
             self.ref_patch_embed = nn.Linear(patch * c.channels, c.width, bias=False)
         if c.motion_delta:
             self.motion_delta = MotionDelta(c.num_tokens * c.token_dim, c.width, side**2, c.tokens_per_motion)
         self.blocks = nn.ModuleList(DiTBlock(c.width, c.heads) for _ in range(c.depth))
-        self.temporal = nn.ModuleList(TemporalBlock(c.width, c.heads) for _ in range(c.depth if c.frames > 1 else 0))
+        self.temporal = nn.ModuleList(TemporalBlock(c.width, c.heads)
+                                      for _ in range(c.depth if c.frames > 1 else 0))
         self.norm = nn.LayerNorm(c.width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 2 * c.width))
         if c.predict == "v":
@@ -181,31 +190,34 @@ class Decoder(nn.Module):
             self.head = nn.Linear(c.width, painted + 2 * c.warp_grid**2)
             self.affine_head = nn.Linear(c.width, 6)
             if c.overlap:
-                window = torch.sin(torch.pi * (torch.arange(2 * c.patch_size) + 0.5) / (2 * c.patch_size)) ** 2
+                window = torch.sin(torch.pi * (torch.arange(2 * c.patch_size) + 0.5)
+                                   / (2 * c.patch_size)) ** 2
                 window = (window[:, None] * window).flatten()                          # (4*p*p,) Hann
                 self.register_buffer("window", window, persistent=False)
-                total = self.overlap_add(window.expand(1, side**2, -1))                # below 1 at the picture's border
+                total = self.overlap_add(window.expand(1, side**2, -1))      # below 1 at the picture's border
                 self.register_buffer("window_sum", total, persistent=False)
         self.register_buffer("pos_embed", sincos_2d(side, c.width), persistent=False)  # (N, E)
         self.init_weights()
 
     def init_weights(self):
-        for block in [*self.blocks, self]:                                   # adaLN-zero: every block starts as identity
+        for block in [*self.blocks, self]:                        # adaLN-zero: every block starts as identity
             nn.init.zeros_(block.modulation[1].weight)
             nn.init.zeros_(block.modulation[1].bias)
         outputs = [self.head, *([self.affine_head] if self.config.predict == "x" else [])]
         for layer in [*outputs, *(block.attention.out for block in self.temporal)]:
-            nn.init.zeros_(layer.weight)                                     # output 0: at first the reference is copied
+            nn.init.zeros_(layer.weight)                          # output 0: at first the reference is copied
             nn.init.zeros_(layer.bias)
 
     def embed_tokens(self, z, motion, segment: int):
-        """Embed picture z (B, C, H, W) and motion (B, L, D) as one sequence of N patches and L*K tokens -> (B, n, E)."""
+        """Embed picture z (B, C, H, W) and motion (B, L, D) as one sequence of N patches and L*K tokens ->
+        (B, n, E)."""
         patches = self.embed(patchify(z, self.config.patch_size)) + self.pos_embed     # (B, N, E)
         tokens = rearrange(self.motion(motion), "b l (k e) -> b (l k) e", k=self.config.tokens_per_motion)
         return torch.cat([patches, tokens + self.motion_pos_embed], dim=1) + self.segment_embed[segment]
 
     def embed_target(self, z_t, t, m_t, z_r, m_r):
-        """-> the target's sequence (B, n, E) and condition (B, E). The two shortcuts enter here and nowhere else."""
+        """-> the target's sequence (B, n, E) and condition (B, E). The two shortcuts enter here and nowhere
+        else."""
         x, condition = self.embed_tokens(z_t, m_t, segment=1), self.time(t)            # (B, n, E), (B, E)
         context = torch.zeros_like(x[:, : len(self.pos_embed)])                        # (B, N, E)
         if self.config.ref_context:
@@ -216,7 +228,8 @@ class Decoder(nn.Module):
         return torch.cat([x[:, : context.shape[1]] + context, x[:, context.shape[1]:]], dim=1), condition
 
     def encode_reference(self, z_r, m_r) -> dict:
-        """Compute what all frames of a video share, from the reference z_r (B, C, H, W) and its motion m_r (B, L, D)."""
+        """Compute what all frames of a video share, from the reference z_r (B, C, H, W) and its motion m_r
+        (B, L, D)."""
         x = self.embed_tokens(z_r, m_r, segment=0)
         if self.config.full_attention:                                       # only the tokens can be shared
             return {"z": z_r, "m": m_r, "tokens": x}
@@ -227,7 +240,8 @@ class Decoder(nn.Module):
         return {"z": z_r, "m": m_r, "kv": kv_cache}
 
     def features(self, z_t, t, m_t, cache):
-        """The transformer: target patches -> head's output (B*F, N, ...), condition (B*F, E), references (B*F, C, H, W)."""
+        """The transformer: target patches -> head's output (B*F, N, ...), condition (B*F, E), references
+        (B*F, C, H, W)."""
         frames = len(z_t) // len(cache["z"])
         z_r, m_r = (repeat(cache[k], "b ... -> (b f) ...", f=frames) for k in ("z", "m"))
         x, condition = self.embed_target(z_t, t, m_t, z_r, m_r)                        # (B*F, n, E), (B*F, E)
@@ -241,31 +255,33 @@ class Decoder(nn.Module):
             x, _ = block(x, condition, ref_kv)
             if self.config.frames > 1:
                 x = self.temporal[k](x, frames)
-        x = x[:, -n:][:, : len(self.pos_embed)]                                        # (B*F, N, E)   target patches
+        x = x[:, -n:][:, : len(self.pos_embed)]                                 # (B*F, N, E)   target patches
         shift, scale = self.modulation(condition).chunk(2, dim=1)
         return self.head(modulate(self.norm(x), shift, scale)).float(), condition, z_r
 
     def forward(self, z_t, t, m_t, cache, as_picture=False):
-        """Velocity of the target. z_t (B*F, C, H, W), t (B*F,), m_t (B*F, L, D), cache: encode_reference of B references
-        -> (B*F, C, H, W), or with as_picture (predict="x" only) the Picture. The F frames of a clip are consecutive in
-        the batch: (b f)."""
+        """Velocity of the target. z_t (B*F, C, H, W), t (B*F,), m_t (B*F, L, D), cache: encode_reference of B
+        references -> (B*F, C, H, W), or with as_picture (predict="x" only) the Picture. The F frames of a
+        clip are consecutive in the batch: (b f)."""
         out, condition, z_r = self.features(z_t, t, m_t, cache)
         if self.config.predict == "v":
             return unpatchify(out, self.config.patch_size)                             # eq. (3)
         picture = warp_and_blend(z_r, *self.split_head(out, condition))
-        return picture if as_picture else x_to_v(picture.x, z_t, t, 0.05 if self.training else 1e-3)   # eq. (3), from x
+        # eq. (3), from x
+        return picture if as_picture else x_to_v(picture.x, z_t, t, 0.05 if self.training else 1e-3)
 
     def split_head(self, out, condition):
-        """Head's output (B, N, ...) -> affine (B, 2, 3), displacement (B, 2, g, g), alpha (B, 1, H, W), residual
-        (B, C, H, W); see warp_and_blend."""
+        """Head's output (B, N, ...) -> affine (B, 2, 3), displacement (B, 2, g, g), alpha (B, 1, H, W),
+        residual (B, C, H, W); see warp_and_blend."""
         c, p = self.config, self.config.patch_size
         k = (4 if c.overlap else 1) * p * p
         painted, displacement = out.split([(c.channels + 1) * k, 2 * c.warp_grid**2], dim=2)
         if c.overlap:
-            painted = self.overlap_add((painted.unflatten(2, (-1, k)) * self.window).flatten(2)) / self.window_sum
+            painted = self.overlap_add((painted.unflatten(2, (-1, k))
+                                        * self.window).flatten(2)) / self.window_sum
         else:
             residual, alpha = painted.split([c.channels * k, k], dim=2)
-            painted = torch.cat([unpatchify(residual, p), unpatchify(alpha, p)], dim=1)        # (B, C+1, H, W)
+            painted = torch.cat([unpatchify(residual, p), unpatchify(alpha, p)], dim=1)       # (B, C+1, H, W)
         affine = 0.1 * self.affine_head(condition).float().unflatten(1, (2, 3))
         return affine, unpatchify(displacement, c.warp_grid), painted[:, -1:], painted[:, :-1]
 
@@ -275,16 +291,19 @@ class Decoder(nn.Module):
         return F.fold(x.transpose(1, 2), self.config.image_size, 2 * p, stride=p, padding=p // 2)
 
 
-def warp_and_blend(z_r: Tensor, affine: Tensor, displacement: Tensor, alpha: Tensor, residual: Tensor) -> Picture:
-    """Compose the picture x = warp(z_r) (1 - alpha) + residual. Ours (compare FOMM, Siarohin et al. 2019: a displacement
-    field and an occlusion map).
+def warp_and_blend(z_r: Tensor, affine: Tensor, displacement: Tensor, alpha: Tensor,
+                   residual: Tensor) -> Picture:
+    """Compose the picture x = warp(z_r) (1 - alpha) + residual. Ours (compare FOMM, Siarohin et al. 2019: a
+    displacement field and an occlusion map).
 
-    z_r (B, C, H, W); affine (B, 2, 3), added to the identity, and displacement (B, 2, g, g), bilinear between its points,
-    in halves of the picture; alpha (B, 1, H, W); residual (B, C, H, W). Outside the picture its border is repeated.
+    z_r (B, C, H, W); affine (B, 2, 3), added to the identity, and displacement (B, 2, g, g), bilinear between
+    its points, in halves of the picture; alpha (B, 1, H, W); residual (B, C, H, W). Outside the picture its
+    border is repeated.
     """
     displacement = F.interpolate(displacement, size=z_r.shape[-2:], mode="bilinear", align_corners=False)
-    displacement = rearrange(displacement.nan_to_num().clamp(-1, 1), "b c h w -> b h w c")     # NaN crashes grid_sample
-    field = F.affine_grid(affine.nan_to_num(), z_r.shape, align_corners=False) + displacement          # (B, H, W, 2)
+    # NaN crashes grid_sample
+    displacement = rearrange(displacement.nan_to_num().clamp(-1, 1), "b c h w -> b h w c")
+    field = F.affine_grid(affine.nan_to_num(), z_r.shape, align_corners=False) + displacement   # (B, H, W, 2)
     grid = F.affine_grid(torch.eye(2, 3, device=z_r.device)[None], z_r[:1].shape, align_corners=False)
     moved = F.grid_sample(z_r, grid + field, padding_mode="border", align_corners=False)
     return Picture(moved * (1 - alpha) + residual, moved, alpha, field)
@@ -294,13 +313,13 @@ def warp_and_blend(z_r: Tensor, affine: Tensor, displacement: Tensor, alpha: Ten
 def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=16, as_pictures=False):
     """Generate a frame for every motion; memory does not grow with their number.
 
-    z_r (1, C, H, W), m_ref (1, L*D): the photo and its motion; motions: iterator of (n, L*D); noise (1, C, H, W)
-    -> iterator of (n', C, H, W). as_pictures: of Pictures, in pixel space with the parts of the last step.
+    z_r (1, C, H, W), m_ref (1, L*D): the photo and its motion; motions: iterator of (n, L*D); noise (1, C, H,
+    W) -> iterator of (n', C, H, W). as_pictures: of Pictures, in pixel space with the parts of the last step.
 
         motions -> [buffer: what has come and is not decoded yet] -> chunk: up to `batch`, or the F of a video model -> frames
 
-    Every frame starts from the same noise, so that what the noise decides does not flicker (ours). The image model decodes
-    what is there and waits for nothing, the first frame alone, so that it is shown early.
+    Every frame starts from the same noise, so that what the noise decides does not flicker (ours). The image
+    model decodes what is there and waits for nothing, the first frame alone, so that it is shown early.
     """
     c = decoder.config
     size = c.frames

@@ -1,11 +1,13 @@
-"""Emotion: seven weights for every frame, from a name, from words or from the voice (after MoEE, arXiv 2501.01808).
+"""Emotion: seven weights for every frame, from a name, from words or from the voice (after MoEE, arXiv
+2501.01808).
 
     "neutral, happy:0.6+sad:0.4@3"  --parse_emotion--> palettes and times --Schedule--+
     "a bitter smile"  --text_palette, a frozen text encoder--> one palette --Schedule--+--> mood (n, 7)
     speech features   --VoiceEmotion, trained by train_gen.py--> FromVoice ------------+
 
-A mood (..., 7) has the order of EMOTIONS; the experts of generator.py are scaled by it. All zero: no opinion, the
-generator without experts. Neutral is an emotion like the others: a calm face. Errors of a user end in InputError.
+A mood (..., 7) has the order of EMOTIONS; the experts of generator.py are scaled by it. All zero: no opinion,
+the generator without experts. Neutral is an emotion like the others: a calm face. Errors of a user end in
+InputError.
 """
 import difflib
 import functools
@@ -20,15 +22,18 @@ from media.files import InputError
 from media.sound import FPS
 from world.speech import EMOTIONS
 
-ALIASES = {"calm": "neutral", "happiness": "happy", "joy": "happy", "sadness": "sad", "anger": "angry", "fear": "afraid",
-           "fearful": "afraid", "disgust": "disgusted", "surprise": "surprised"}
+ALIASES = {"calm": "neutral", "happiness": "happy", "joy": "happy", "sadness": "sad", "anger": "angry",
+           "fear": "afraid", "fearful": "afraid", "disgust": "disgusted", "surprise": "surprised"}
 FADE = 0.4                # seconds from one palette to the next
 TEXT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-PROMPTS = (               # each emotion in words, in the order of EMOTIONS; a text counts by the nearest of the three
+PROMPTS = (       # each emotion in words, in the order of EMOTIONS; a text counts by the nearest of the three
     ("neutral", "a calm face without emotion", "serious and composed"),
-    ("happy", "smiling with joy", "cheerful, amused, delighted"), ("sad", "a face full of sorrow", "unhappy, crying"),
-    ("angry", "a face full of rage", "furious, annoyed, outraged"), ("afraid", "a face full of fear", "scared, anxious"),
-    ("disgusted", "a face full of disgust", "repelled, revolted"), ("surprised", "a face full of surprise", "astonished, shocked"))
+    ("happy", "smiling with joy", "cheerful, amused, delighted"),
+    ("sad", "a face full of sorrow", "unhappy, crying"),
+    ("angry", "a face full of rage", "furious, annoyed, outraged"),
+    ("afraid", "a face full of fear", "scared, anxious"),
+    ("disgusted", "a face full of disgust", "repelled, revolted"),
+    ("surprised", "a face full of surprise", "astonished, shocked"))
 
 
 def parse_number(text, low, what):
@@ -43,7 +48,8 @@ def parse_number(text, low, what):
 
 
 def parse_palette(text):
-    """"happy:0.6+surprised:0.4" -> weights (7,), the rest neutral. Names without a weight share what the others leave."""
+    """"happy:0.6+surprised:0.4" -> weights (7,), the rest neutral. Names without a weight share what the
+    others leave."""
     weights = {}
     for part in text.split("+"):
         name, colon, weight = part.partition(":")
@@ -57,15 +63,18 @@ def parse_palette(text):
         weights[name] = parse_number(weight, 0, f"--emotion: the weight of {name}") if colon else None
     total, bare = sum(w or 0 for w in weights.values()), list(weights.values()).count(None)
     if total > 1 + 1e-6:
-        raise InputError(f"--emotion: the weights in {text.strip()!r} add up to {total:.3g}; give at most 1 in all")
-    palette = torch.tensor([(1 - total) / bare if name in weights and weights[name] is None else weights.get(name, 0.0)
+        raise InputError(f"--emotion: the weights in {text.strip()!r} add up to {total:.3g}; give at most 1 "
+                         f"in all")
+    palette = torch.tensor([(1 - total) / bare if name in weights and weights[name] is None
+                            else weights.get(name, 0.0)
                             for name in EMOTIONS])
     palette[0] += (1 - palette.sum()).clamp(min=0)
     return palette
 
 
 def parse_emotion(text, seconds=math.inf):
-    """"neutral, happy@2.5, sad@6" -> [(0.0, weights (7,)), (2.5, ...), ...]; seconds: length of the video, if known."""
+    """"neutral, happy@2.5, sad@6" -> [(0.0, weights (7,)), (2.5, ...), ...]; seconds: length of the video, if
+    known."""
     stops = []
     for part in text.split(","):
         palette, at, when = part.partition("@")
@@ -87,22 +96,25 @@ def describe(palette):
 
 
 def intensify(mood, intensity):
-    """Scale the emotions of mood (..., 7); neutral takes what remains of the sum. 0: a calm face; above 1: beyond training."""
+    """Scale the emotions of mood (..., 7); neutral takes what remains of the sum. 0: a calm face; above 1:
+    beyond training."""
     emotions = intensity * mood[..., 1:]
-    return torch.cat([(mood.sum(-1, keepdim=True) - emotions.sum(-1, keepdim=True)).clamp(min=0), emotions], -1)
+    return torch.cat([(mood.sum(-1, keepdim=True) - emotions.sum(-1, keepdim=True)).clamp(min=0), emotions],
+                     -1)
 
 
 class Schedule:
     """Moods of palettes in time: called with speech features (n, A), part after part, it returns (n, 7)."""
 
     def __init__(self, stops, intensity=1.0):
-        self.times = FPS * torch.tensor([start for start, _ in stops[1:]])                       # (S-1,) frames
+        self.times = FPS * torch.tensor([start for start, _ in stops[1:]])                     # (S-1,) frames
         self.palettes = intensify(torch.stack([palette for _, palette in stops]), intensity)     # (S, 7)
-        self.stops, self.intensity, self.done = stops, intensity, 0                              # frames handed out
+        self.stops, self.intensity, self.done = stops, intensity, 0                        # frames handed out
 
     def describe(self):
         """"neutral 1; from 2.5 s happy 0.6, surprised 0.4 (intensity 0.5)"."""
-        parts = [f"from {start:g} s " * (k > 0) + describe(palette) for k, (start, palette) in enumerate(self.stops)]
+        parts = [f"from {start:g} s " * (k > 0) + describe(palette) for k,
+                 (start, palette) in enumerate(self.stops)]
         return "; ".join(parts) + f" (intensity {self.intensity:g})" * (self.intensity != 1)
 
     def __call__(self, rows):
@@ -121,31 +133,35 @@ class VoiceConfig:
 
 
 class VoiceEmotion(nn.Module):
-    """The emotion of a voice so far. Mean, spread and rates of change of each feature over the past (statistics pooling, Snyder
-    et al. 2018), loud rows counting more and old ones less; from them a small network tells the weights of the seven."""
+    """The emotion of a voice so far. Mean, spread and rates of change of each feature over the past
+    (statistics pooling, Snyder et al. 2018), loud rows counting more and old ones less; from them a small
+    network tells the weights of the seven."""
 
     def __init__(self, config: VoiceConfig):
         super().__init__()
         self.config, size = config, config.audio_dim // config.parts
         self.forget = math.exp(-1 / (config.memory * FPS))
         place = torch.arange(size)
-        self.register_buffer("cepstrum", torch.cos(math.pi * place[:, None] * (place + 0.5) / size).T / 9, persistent=False)
-        self.register_buffer("mean", torch.zeros(4 * size))       # of the statistics, over the training voices
+        self.register_buffer("cepstrum", torch.cos(math.pi * place[:, None] * (place + 0.5) / size).T / 9,
+                             persistent=False)
+        self.register_buffer("mean", torch.zeros(4 * size))      # of the statistics, over the training voices
         self.register_buffer("std", torch.ones(4 * size))
-        self.head = nn.Sequential(nn.Dropout(0.25), nn.Linear(4 * size, config.width), nn.GELU(approximate="tanh"),
+        self.head = nn.Sequential(nn.Dropout(0.25), nn.Linear(4 * size, config.width),
+                                  nn.GELU(approximate="tanh"),
                                   nn.Dropout(0.5), nn.Linear(config.width, len(EMOTIONS)))
 
     def pool(self, rows, state=None):
-        """rows (B, n, A) -> statistics (B, n, 4*A/parts) of all up to each, frames of speech heard so far (B, n, 1), and the
-        state from which the rows that follow go on: three tensors (B, 1, ...)."""
-        gate = torch.sigmoid(6 * (rows.mean(-1, keepdim=True) + 0.4))                            # (B, n, 1) loud: 1
-        x = rows.unflatten(-1, (self.config.parts, -1)) @ self.cepstrum                          # (B, n, parts, C)
-        inner, x = x.diff(dim=2).abs().mean(2), x.mean(2)                                        # (B, n, C)
+        """rows (B, n, A) -> statistics (B, n, 4*A/parts) of all up to each, frames of speech heard so far (B,
+        n, 1), and the state from which the rows that follow go on: three tensors (B, 1, ...)."""
+        gate = torch.sigmoid(6 * (rows.mean(-1, keepdim=True) + 0.4))                      # (B, n, 1) loud: 1
+        x = rows.unflatten(-1, (self.config.parts, -1)) @ self.cepstrum                    # (B, n, parts, C)
+        inner, x = x.diff(dim=2).abs().mean(2), x.mean(2)                                  # (B, n, C)
         before = torch.cat([x[:, :1] if state is None else state[2], x[:, :-1]], 1)
         time = torch.arange(x.shape[1], device=x.device)
         age = time[:, None] - time
         decay = (age >= 0) * self.forget ** age.clamp(min=0)                                     # (n, n)
-        sums = decay @ (gate * torch.cat([x, x.square(), inner, (x - before).abs(), torch.ones_like(gate)], -1))
+        sums = decay @ (gate * torch.cat([x, x.square(), inner, (x - before).abs(), torch.ones_like(gate)],
+                                         -1))
         heard = gate.cumsum(1)
         if state is not None:
             sums, heard = sums + self.forget ** (time[:, None] + 1) * state[0], heard + state[1]
@@ -159,8 +175,8 @@ class VoiceEmotion(nn.Module):
 
 
 class FromVoice:
-    """Moods that a VoiceEmotion hears: called with speech features (n, A), part after part, it returns (n, 7). The weights grow
-    over the first half second of speech; a pause keeps them."""
+    """Moods that a VoiceEmotion hears: called with speech features (n, A), part after part, it returns (n,
+    7). The weights grow over the first half second of speech; a pause keeps them."""
 
     def __init__(self, voice, intensity=1.0):
         self.voice, self.intensity, self.state, self.sum, self.count = voice, intensity, None, 0, 0
@@ -188,20 +204,24 @@ def load_text_model(name):
     """A frozen text encoder and its tokenizer, by hub id or local folder."""
     from huggingface_hub.utils import logging
     from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
-    logging.set_verbosity(logging.CRITICAL)           # what it says of failed tries, the sentence below says once
+    logging.set_verbosity(logging.CRITICAL)       # what it says of failed tries, the sentence below says once
     try:
-        clip = AutoConfig.from_pretrained(name).model_type.startswith("clip")     # whose AutoModel wants pictures, too
+        # whose AutoModel wants pictures, too
+        clip = AutoConfig.from_pretrained(name).model_type.startswith("clip")
         model = (CLIPTextModel if clip else AutoModel).from_pretrained(name)
         return AutoTokenizer.from_pretrained(name), model.eval().requires_grad_(False)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the text model {name!r}: it is neither a folder with config.json, model.safetensors and "
-                         "tokenizer files nor reachable on the hub; to work offline, download it elsewhere and pass "
+        raise InputError(f"cannot load the text model {name!r}: it is neither a folder with config.json, "
+                         f"model.safetensors and "
+                         "tokenizer files nor reachable on the hub; to work offline, download it elsewhere "
+                         "and pass "
                          "--text-model FOLDER") from error
 
 
 @torch.no_grad()
 def text_palette(text, model=TEXT_MODEL):
-    """Words -> weights (7,): cosine to the nearest prompt of each emotion, standardised over the seven, softmax(z / 0.5)."""
+    """Words -> weights (7,): cosine to the nearest prompt of each emotion, standardised over the seven,
+    softmax(z / 0.5)."""
     if not text.strip():
         raise InputError('--emotion-text is empty; give a few words, such as "a bitter smile"')
     tokenizer, encoder = load_text_model(str(model))

@@ -1,10 +1,12 @@
-"""Rectified flow: the path, the loss, the samplers. Knows no model (paper section 3.3; Liu et al. 2022, arXiv 2209.03003).
+"""Rectified flow: the path, the loss, the samplers. Knows no model (paper section 3.3; Liu et al. 2022, arXiv
+2209.03003).
 
 The one convention, used everywhere: t = 0 is data, t = 1 is noise,
 
     z_t = (1 - t) z + t eps      eqs. (2), (6)          v = z - eps = -dz_t/dt      eqs. (8), (9)
 
-so a sampler walks t from 1 down to 0, adding v * (step). A model is any callable model(z_t, t (B,), **cond) -> v.
+so a sampler walks t from 1 down to 0, adding v * (step). A model is any callable model(z_t, t (B,), **cond)
+-> v.
 """
 import torch
 
@@ -21,7 +23,8 @@ def interpolate(z, eps, t):
 
 
 def sample_timesteps(batch, generator=None, device=None, p_pure_noise=0.5, mean=0.8, std=0.8):
-    """Training times (batch,): a share at exactly t = 1, the rest logit-normal (Esser et al. 2024), leaning to noise (ours).
+    """Training times (batch,): a share at exactly t = 1, the rest logit-normal (Esser et al. 2024), leaning
+    to noise (ours).
 
     At pure noise a picture can be told only from the condition; low noise teaches nothing but denoising.
     """
@@ -31,23 +34,26 @@ def sample_timesteps(batch, generator=None, device=None, p_pure_noise=0.5, mean=
 
 
 def flow_loss(model, z, eps, t, weight=None, **cond):
-    """Mean squared distance between predicted and true velocity, in fp32 -> scalar. weight (B,): of each sample."""
+    """Mean squared distance between predicted and true velocity, in fp32 -> scalar. weight (B,): of each
+    sample."""
     v = model(interpolate(z, eps, t), t, **cond)
     error = (v.float() - (z - eps).float()).square().flatten(1).mean(1)                # (B,)   eqs. (8), (9)
     return (error if weight is None else weight * error).mean()
 
 
 def x_to_v(x, z_t, t, t_min=0.05):
-    """Velocity towards predicted data x at time t: v = (x - z_t) / t, t not below t_min (JiT, arXiv 2511.13720).
+    """Velocity towards predicted data x at time t: v = (x - z_t) / t, t not below t_min (JiT, arXiv
+    2511.13720).
 
-    In training t_min bounds the gradient. In sampling it must lie below the last step's time, 1 / steps, so that the last
-    step ends at x.
+    In training t_min bounds the gradient. In sampling it must lie below the last step's time, 1 / steps, so
+    that the last step ends at x.
     """
     return (x - z_t) / _per_sample(t.clamp(min=t_min), z_t)
 
 
 def with_cfg(model, guidance, null):
-    """Classifier-free guidance, u + s (c - u) (Ho and Salimans 2022). `null` replaces conditions; s = 1 is the model."""
+    """Classifier-free guidance, u + s (c - u) (Ho and Salimans 2022). `null` replaces conditions; s = 1 is
+    the model."""
     if guidance == 1:
         return model
 
@@ -61,7 +67,8 @@ def with_cfg(model, guidance, null):
 def integrate(model, noise, steps, method="euler", skip_last=0, **cond):
     """Walk from noise (t = 1) to data (t = 0) in equal steps -> the same shape as noise.
 
-    method: "euler", one call a step; "heun", two calls a step, second order. skip_last: so many steps are left to take.
+    method: "euler", one call a step; "heun", two calls a step, second order. skip_last: so many steps are
+    left to take.
     """
     if steps < 1 or method not in ("euler", "heun"):
         raise ValueError(f"steps must be at least 1 and method 'euler' or 'heun', not {steps} and {method!r}")
@@ -69,7 +76,8 @@ def integrate(model, noise, steps, method="euler", skip_last=0, **cond):
     for k in range(steps - skip_last):
         t, dt = 1 - k / steps, 1 / steps
         v = model(z, z.new_full((len(z),), t), **cond)
-        if method == "heun" and k < steps - 1:      # the last step's end, t = 0, is where v is least defined: Euler there
+        # the last step's end, t = 0, is where v is least defined: Euler there
+        if method == "heun" and k < steps - 1:
             v_next = model(z + v * dt, z.new_full((len(z),), t - dt), **cond)
             v = (v + v_next) / 2
         z = z + v * dt
@@ -77,7 +85,8 @@ def integrate(model, noise, steps, method="euler", skip_last=0, **cond):
 
 
 def straightness(model, noise, steps=20, **cond):
-    """How far the paths are from straight -> (B,): mean over time of |v - chord|^2 by |chord|^2, by Euler steps.
+    """How far the paths are from straight -> (B,): mean over time of |v - chord|^2 by |chord|^2, by Euler
+    steps.
 
     The straightness of Liu et al. 2022 (section 2.2), relative. 0: one step is exact.
     """
@@ -87,4 +96,4 @@ def straightness(model, noise, steps=20, **cond):
         z, total = z + v / steps, total + v / steps
         sq_norms.append(v.float().square().flatten(1).sum(1))                           # (B,)
     chord = total.float().square().flatten(1).sum(1)                                   # |mean v|^2
-    return torch.stack(sq_norms).mean(0) / chord - 1                                    # mean |v - chord|^2 = mean |v|^2 - |chord|^2
+    return torch.stack(sq_norms).mean(0) / chord - 1             # mean |v - chord|^2 = mean |v|^2 - |chord|^2

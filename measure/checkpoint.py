@@ -1,4 +1,5 @@
-"""A checkpoint under test: opened with what a command needs, asked for tokens and frames; and the tables it is reported in."""
+"""A checkpoint under test: opened with what a command needs, asked for tokens and frames; and the tables it
+is reported in."""
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,16 +18,18 @@ from world.render import render
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
-# ---- the checkpoint under test ----------------------------------------------------------------------------------------
+# ---- the checkpoint under test -----------------------------------------------------------------------------
 
 def open_checkpoint(args, *kinds):
-    """-> what a command needs: the networks `kinds`, the space they work in, meta, device. InputError if one is missing."""
+    """-> what a command needs: the networks `kinds`, the space they work in, meta, device. InputError if one
+    is missing."""
     device = pick_device(args.device)
     models, meta = sample.load_models(args.ckpt, device)
     for kind in kinds:
         if kind not in models:
             raise InputError(f"{args.ckpt} holds no {kind}, only {', '.join(models)}; this command needs one")
-    return SimpleNamespace(**models, space=load_latents(meta["latents"], meta.get("vae", SD), device), meta=meta, device=device)
+    return SimpleNamespace(**models, space=load_latents(meta["latents"], meta.get("vae", SD), device),
+                           meta=meta, device=device)
 
 
 def render_batched(people, motion, size):
@@ -42,12 +45,14 @@ def encode(checkpoint, images, ratio=0.0, rng=None):
         patches = (c.image_size // c.patch_size) ** 2
         ids_keep = random_masking(len(part), patches, ratio, rng).to(checkpoint.device) if ratio else None
         with autocast(checkpoint.device):
-            tokens.append(checkpoint.encoder(checkpoint.space.encode(part.to(checkpoint.device)), ids_keep).flatten(1).float())
+            tokens.append(checkpoint.encoder(checkpoint.space.encode(part.to(checkpoint.device)),
+                                             ids_keep).flatten(1).float())
     return torch.cat(tokens)
 
 
 def decode_clip(checkpoint, photo, motions, steps, seed, m_ref=None):
-    """The decoder's frames of the person on photo (3, H, W) in motions (n, L*D) -> (n, 3, H, W). m_ref: the photo's own."""
+    """The decoder's frames of the person on photo (3, H, W) in motions (n, L*D) -> (n, 3, H, W). m_ref: the
+    photo's own."""
     z_r = checkpoint.space.encode(photo[None].to(checkpoint.device))
     noise = torch.randn(z_r.shape, generator=step_rng(1, 0, seed)).to(checkpoint.device)
     m_ref = encode(checkpoint, photo[None]) if m_ref is None else m_ref
@@ -70,4 +75,5 @@ def table(head, rows):
     """Columns aligned: the first (names) to the left, the rest to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for cells in [head, *rows]:
-        print("  ".join(x.rjust(w) if k else x.ljust(w) for k, (x, w) in enumerate(zip(cells, widths, strict=True))).rstrip())
+        print("  ".join(x.rjust(w) if k else x.ljust(w) for k,
+                        (x, w) in enumerate(zip(cells, widths, strict=True))).rstrip())

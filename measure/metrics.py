@@ -1,7 +1,7 @@
 """What evaluate.py measures on pictures and on signals, each in a few lines.
 
-Pictures are (B, 3, H, W) in [-1, 1]; a box is a mask (B, H, W) of the pixels that count, None for all. Picture measures
-return one number a picture, (B,).
+Pictures are (B, 3, H, W) in [-1, 1]; a box is a mask (B, H, W) of the pixels that count, None for all.
+Picture measures return one number a picture, (B,).
 """
 import math
 
@@ -46,7 +46,8 @@ def blur(x, sigma, size, pad=True):
 
 
 def ssim(pred, target):
-    """Structural similarity (Wang et al. 2004) on [0, 1]: Gaussian window 11 x 11 of sigma 1.5, mean over channels.
+    """Structural similarity (Wang et al. 2004) on [0, 1]: Gaussian window 11 x 11 of sigma 1.5, mean over
+    channels.
 
     -> (B, H-10, W-10): only of windows that lie inside the picture.
     """
@@ -73,7 +74,8 @@ def border_ratio(x, patch):
     ratios = []
     for step in (x.diff(dim=3), x.diff(dim=2).transpose(2, 3)):                         # (B, 3, H, W-1)
         border = torch.arange(1, step.shape[3] + 1, device=x.device) % patch == 0
-        ratios.append(step[..., border].abs().mean((1, 2, 3)) / step[..., ~border].abs().mean((1, 2, 3)).clamp(min=1e-8))
+        ratios.append(step[..., border].abs().mean((1, 2, 3))
+                      / step[..., ~border].abs().mean((1, 2, 3)).clamp(min=1e-8))
     return (ratios[0] + ratios[1]) / 2
 
 
@@ -83,7 +85,8 @@ def blockiness(pred, target, patch):
 
 
 def compare(pred, target, box, patch):
-    """All picture measures of a clip (n, 3, H, W), means over its frames; those named face_ are over the head's box."""
+    """All picture measures of a clip (n, 3, H, W), means over its frames; those named face_ are over the
+    head's box."""
     values, alike = {}, ssim(pred, target)
     for prefix, where in (("", None), ("face_", box)):
         values[prefix + "psnr"] = psnr(pred, target, where)
@@ -101,7 +104,8 @@ def correlation(a, b):
 
 
 def lag_correlation(pred, target, reach=5):
-    """(F,), (F,) -> best correlation over shifts of -reach..reach frames, its shift (positive: made is late), that at 0."""
+    """(F,), (F,) -> best correlation over shifts of -reach..reach frames, its shift (positive: made is late),
+    that at 0."""
     F_, by_lag = len(target), {}
     for lag in range(-reach, reach + 1):
         late, early = max(lag, 0), max(-lag, 0)
@@ -121,7 +125,8 @@ def count_events(signal, up=0.5, down=0.3):
 
 
 def motion_correlation(read, target):
-    """Correlation over all frames of all clips (list of (n, M)) once each clip's mean is taken out: does it move as told?"""
+    """Correlation over all frames of all clips (list of (n, M)) once each clip's mean is taken out: does it
+    move as told?"""
     return correlation(*(torch.cat([x - x.mean(0) for x in each]) for each in (read, target))).tolist()
 
 
@@ -134,7 +139,8 @@ def sync(read, target):
     for name in ("yaw", "pitch", "roll"):
         values[name + "_std"] = math.degrees(read[:, at[name]].std())
     blinks = count_events((read[:, at["blink_l"]] + read[:, at["blink_r"]]) / 2)
-    return values | {"blinks_per_minute": blinks * 60 * FPS / len(read), "jaw_mean": read[:, at["jaw"]].mean().item()}
+    return values | {"blinks_per_minute": blinks * 60 * FPS / len(read),
+                     "jaw_mean": read[:, at["jaw"]].mean().item()}
 
 
 def r_squared(guess, target):
@@ -145,7 +151,8 @@ def r_squared(guess, target):
 def ridge_r_squared(x, y, fit, check, test):
     """Linear probe: R^2 on the rows `test` of each column of y (n, k), read from x (n, d).
 
-    fit, check, test: masks (n,). Ridge regression on `fit`; its strength is the one best on `check`, for each column.
+    fit, check, test: masks (n,). Ridge regression on `fit`; its strength is the one best on `check`, for each
+    column.
     """
     x, y = x.double(), y.double()
     x = (x - x[fit].mean(0)) / x[fit].std(0).clamp(min=1e-6)
@@ -153,14 +160,16 @@ def ridge_r_squared(x, y, fit, check, test):
     values, vectors = torch.linalg.eigh(x[fit].T @ x[fit] / fit.sum())
     projected = vectors.T @ (x[fit].T @ (y[fit] - middle) / fit.sum())                     # (d, k)
     strengths = torch.logspace(-5, 3, 17, dtype=x.dtype)
-    weights = torch.stack([vectors @ (projected / (values.clamp(min=0) + s)[:, None]) for s in strengths])     # (17, d, k)
-    scores = torch.stack([r_squared(x[check] @ w + middle, y[check]) for w in weights])                     # (17, k)
-    best = weights[scores.argmax(0), :, torch.arange(y.shape[1])].T                                         # (d, k)
+    # (17, d, k)
+    weights = torch.stack([vectors @ (projected / (values.clamp(min=0) + s)[:, None]) for s in strengths])
+    scores = torch.stack([r_squared(x[check] @ w + middle, y[check]) for w in weights])              # (17, k)
+    best = weights[scores.argmax(0), :, torch.arange(y.shape[1])].T                                  # (d, k)
     return r_squared(x[test] @ best + middle, y[test]).float()
 
 
 def probe_tokens(tokens, motion, people, number, factors=None):
-    """Linear probes from tokens (n, d), people split 60-20-20 by their number (n,) -> R^2 of each motion and identity factor."""
+    """Linear probes from tokens (n, d), people split 60-20-20 by their number (n,) -> R^2 of each motion and
+    identity factor."""
     share = number.float() / (number.max() + 1)
     fit, check, test = share < 0.6, (share >= 0.6) & (share < 0.8), share >= 0.8
     r2 = ridge_r_squared(tokens.cpu(), torch.cat([motion, people], 1), fit, check, test).tolist()
@@ -168,7 +177,8 @@ def probe_tokens(tokens, motion, people, number, factors=None):
 
 
 def interval(values, rounds=2000, seed=0):
-    """Bootstrap over clips (Efron 1979): list of numbers -> mean, and the 95% interval of the mean, low and high."""
+    """Bootstrap over clips (Efron 1979): list of numbers -> mean, and the 95% interval of the mean, low and
+    high."""
     values = torch.tensor(values, dtype=torch.float64)
     pick = torch.randint(len(values), (rounds, len(values)), generator=torch.Generator().manual_seed(seed))
     low, high = values[pick].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()

@@ -1,9 +1,11 @@
-"""The motion reader, a factor regressor: a small network that reads the motion factors of the synthetic world off a picture.
+"""The motion reader, a factor regressor: a small network that reads the motion factors of the synthetic world
+off a picture.
 
     python -m measure.reader [--minutes 15]        train it again; its weights are embedded
 
-It learns from true frames alone, before and apart from everything else, and is used for nothing but measuring: evaluate.py
-reads with it what generated frames show, and says beside every reading how well true frames are read (the ceiling).
+It learns from true frames alone, before and apart from everything else, and is used for nothing but
+measuring: evaluate.py reads with it what generated frames show, and says beside every reading how well true
+frames are read (the ceiling).
 """
 import argparse
 import copy
@@ -32,7 +34,8 @@ NAMES = list(MOTION)
 
 
 class FactorRegressor(nn.Module):
-    """Picture (B, 3, H, W) in [-1, 1] -> motion factors (B, M). Keeps the place of what it sees (no global pooling)."""
+    """Picture (B, 3, H, W) in [-1, 1] -> motion factors (B, M). Keeps the place of what it sees (no global
+    pooling)."""
 
     def __init__(self, size=128, widths=(24, 48, 64, 96)):
         super().__init__()
@@ -40,19 +43,22 @@ class FactorRegressor(nn.Module):
         layers = [nn.Conv2d(3, widths[0], 5, 2, 2), nn.SiLU()]
         for before, after in zip(widths, widths[1:], strict=False):
             layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
-        self.features = nn.Sequential(*layers, nn.Conv2d(widths[-1], 32, 1), nn.Flatten())         # (B, 32*8*8)
-        self.head = nn.Sequential(nn.Linear(32 * (size // 16) ** 2, 192), nn.SiLU(), nn.Linear(192, len(MOTION)))
+        self.features = nn.Sequential(*layers, nn.Conv2d(widths[-1], 32, 1), nn.Flatten())       # (B, 32*8*8)
+        self.head = nn.Sequential(nn.Linear(32 * (size // 16) ** 2, 192), nn.SiLU(),
+                                  nn.Linear(192, len(MOTION)))
         low, high = torch.tensor(list(MOTION.values()), dtype=torch.float32).unbind(1)
         self.register_buffer("middle", (low + high) / 2)
         self.register_buffer("reach", (high - low) / 2)
 
     def forward(self, x):
-        x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)         # as it is, if that size
+        # as it is, if that size
+        x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
         return self.middle + self.reach * self.head(self.features(x)).float()
 
 
 def true_frames(number, count, start=0, render_fn=render):
-    """The number-th `count` frames, no person twice: half in free motion, half speaking -> images, motion (count, M)."""
+    """The number-th `count` frames, no person twice: half in free motion, half speaking -> images, motion
+    (count, M)."""
     ids = start + number * count + torch.arange(count)
     motion = random_motion(ids)
     speaking = random_clip(ids[: math.ceil(count / 16)], 40)["motion"][:, 4::5].flatten(0, 1)[: count // 2]
@@ -62,14 +68,15 @@ def true_frames(number, count, start=0, render_fn=render):
 
 def mirror(images, motion):
     """The same seen in a mirror: left and right change places."""
-    sign = torch.tensor([1 - 2.0 * (name in ("yaw", "roll", "shift_x", "gaze_x", "light_x")) for name in NAMES])
+    sign = torch.tensor([1 - 2.0 * (name in ("yaw", "roll", "shift_x", "gaze_x", "light_x"))
+                         for name in NAMES])
     order = [NAMES.index({"blink_l": "blink_r", "blink_r": "blink_l"}.get(name, name)) for name in NAMES]
     return images.flip(-1), motion[:, order] * sign
 
 
 def augment(images, rng):
-    """Softness (the first quarter), half the pixels (the second), a colour cast, noise: generated frames have some, and must
-    still be read fairly."""
+    """Softness (the first quarter), half the pixels (the second), a colour cast, noise: generated frames have
+    some, and must still be read fairly."""
     soft, noisy, gain, lift = torch.rand(len(images), 8, 1, 1, generator=rng).split([1, 1, 3, 3], dim=1)
     x, n = images.clone(), math.ceil(len(images) / 4)
     x[:n] = x[:n].lerp(metrics.blur(x[:n], 1.2, 7), soft[:n])
@@ -79,8 +86,9 @@ def augment(images, rng):
 
 
 def train_regressor(path, minutes, batch=64, rate=2e-3, reuse=4, compiled=True):
-    """Minutes of processor time: a busy machine gets the same reader. Every frame drawn serves `reuse` times. What is saved
-    on the way (averaged weights) is already usable. compiled: draw faster, after a minute's start."""
+    """Minutes of processor time: a busy machine gets the same reader. Every frame drawn serves `reuse` times.
+    What is saved on the way (averaged weights) is already usable. compiled: draw faster, after a minute's
+    start."""
     torch.manual_seed(0)
     render_fn = torch.compile(render, dynamic=False) if compiled else render
     regressor = FactorRegressor().to(memory_format=torch.channels_last)                # faster on CPUs
@@ -92,13 +100,16 @@ def train_regressor(path, minutes, batch=64, rate=2e-3, reuse=4, compiled=True):
         if step % reuse == 0:
             new, motion = true_frames(step // reuse, batch, render_fn=render_fn)
             images, motions = (images + [to_uint8(new)])[-200:], (motions + [motion])[-200:]
-        a, b = torch.randint(len(images), (batch,), generator=rng), torch.randint(batch, (batch,), generator=rng)
-        x = torch.stack([images[i][j] for i, j in zip(a, b, strict=True)]) / 127.5 - 1                # (B, 3, H, W)
-        y = torch.stack([motions[i][j] for i, j in zip(a, b, strict=True)])                           # (B, M)
+        a, b = torch.randint(len(images), (batch,), generator=rng), torch.randint(batch, (batch,),
+            generator=rng)
+        x = torch.stack([images[i][j] for i, j in zip(a, b, strict=True)]) / 127.5 - 1          # (B, 3, H, W)
+        y = torch.stack([motions[i][j] for i, j in zip(a, b, strict=True)])                     # (B, M)
         x[::2], y[::2] = mirror(x[::2], y[::2])
         x = augment(x, rng)
         for group in optimiser.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * seconds / (60 * minutes)))
+            group["lr"] = rate * min(1,
+                                     (step + 1) / 50) * 0.5 * (1
+                                                               + math.cos(math.pi * seconds / (60 * minutes)))
         with autocast(torch.device("cpu")):
             guess = regressor(x)
         loss = F.smooth_l1_loss((guess - y) / regressor.reach, torch.zeros_like(y), beta=0.2)
@@ -112,18 +123,21 @@ def train_regressor(path, minutes, batch=64, rate=2e-3, reuse=4, compiled=True):
             reported, ceiling = seconds, read_back(ema, test)
             save_regressor(path, ema, steps=step)
             print(f"{seconds:.0f} s, step {step}, loss {loss:.4f}: correlation "
-                  + " ".join(f"{name} {value:.3f}" for name, value in zip(NAMES, ceiling.tolist(), strict=True)), flush=True)
+                  + " ".join(f"{name} {value:.3f}" for name,
+                             value in zip(NAMES, ceiling.tolist(), strict=True)), flush=True)
 
 
 @torch.no_grad()
 def read_back(regressor, batches):
     """Correlation of what is read with what is true on (images, motion) batches -> (M,)."""
-    return metrics.correlation(torch.cat([regressor(x) for x, _ in batches]), torch.cat([y for _, y in batches]))
+    return metrics.correlation(torch.cat([regressor(x) for x, _ in batches]),
+                               torch.cat([y for _, y in batches]))
 
 
 def save_regressor(path, regressor, **meta):
     """Half precision, and what it is in the metadata."""
-    weights = {name: value.half().contiguous() if value.ndim > 1 else value for name, value in regressor.state_dict().items()}
+    weights = {name: value.half().contiguous() if value.ndim > 1 else value for name,
+               value in regressor.state_dict().items()}
     meta = json.dumps({"format": "semo-motion-reader-1", "factors": NAMES, **meta})
     with atomic_write(path, make_folder=True) as temporary:
         save_file(weights, temporary, metadata={"semo": meta})
@@ -138,20 +152,24 @@ def load_regressor(path):
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: cannot read the motion reader; `python -m measure.reader` trains it") from error
     if not isinstance(meta, dict) or meta.get("format") != "semo-motion-reader-1" or meta.get("factors") != NAMES:
-        raise InputError(f"{path}: not a motion reader of this synthetic world; `python -m measure.reader` trains it")
+        raise InputError(f"{path}: not a motion reader of this synthetic world; `python -m measure.reader` "
+                         f"trains it")
     regressor = FactorRegressor()
     try:
         regressor.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"{path}: the weights are not those of a motion reader; `python -m measure.reader` trains it") from error
+        raise InputError(f"{path}: the weights are not those of a motion reader; `python -m measure.reader` "
+                         f"trains it") from error
     return regressor.eval().requires_grad_(False)
 
 
 def main(argv=None):
     """The reader, and how well it reads what it never saw."""
-    p = argparse.ArgumentParser(prog="python -m measure.reader", description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(prog="python -m measure.reader", description=__doc__.split("\n")[0],
+                                allow_abbrev=False)
     p.add_argument("--out", default=str(WEIGHTS), help="its weights (default: the embedded, replaced)")
-    p.add_argument("--minutes", type=float, default=15, help="processor time to train for (default: %(default)s)")
+    p.add_argument("--minutes", type=float, default=15,
+                   help="processor time to train for (default: %(default)s)")
     args = p.parse_args(argv)
     if args.minutes < 0.01:
         p.error("--minutes must be at least 0.01")
@@ -160,7 +178,8 @@ def main(argv=None):
     except InputError as error:
         print(f"measure.reader: {error}", file=sys.stderr)
         return 2
-    read = read_back(load_regressor(args.out), [true_frames(number, 64, HELD_OUT) for number in range(8, 24)]).tolist()
+    read = read_back(load_regressor(args.out),
+                     [true_frames(number, 64, HELD_OUT) for number in range(8, 24)]).tolist()
     print("true frames of unseen people, correlation of what is read with what is true")
     print("\n".join(f"{name:12} {value:.3f}" for name, value in zip(NAMES, read, strict=True)))
 

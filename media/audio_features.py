@@ -3,11 +3,12 @@
     wave (B, S) at 16 kHz --normalise_loudness--> same loudness in every file --extract_features--> (B, F, A),
     F = num_frames(S)
 
-Two kinds: "mel", a log-mel spectrogram that needs no weights (A = 320), and "whisper", the states of a Whisper
-encoder (arXiv 2212.04356), as in the paper (A = twice the model's width). Call `normalise_loudness` on whole recordings before
-`extract_features`, in training and in use alike. Long recordings: `loudness_gain`, then `stream_features`, both over chunks of
-any sizes; the rows equal those of the whole file, and memory does not grow with its length. Live sound, whose end nobody
-knows, is levelled by what was heard so far: `streaming_gain` in place of `loudness_gain`.
+Two kinds: "mel", a log-mel spectrogram that needs no weights (A = 320), and "whisper", the states of a
+Whisper encoder (arXiv 2212.04356), as in the paper (A = twice the model's width). Call `normalise_loudness`
+on whole recordings before `extract_features`, in training and in use alike. Long recordings: `loudness_gain`,
+then `stream_features`, both over chunks of any sizes; the rows equal those of the whole file, and memory does
+not grow with its length. Live sound, whose end nobody knows, is levelled by what was heard so far:
+`streaming_gain` in place of `loudness_gain`.
 """
 
 import functools
@@ -26,7 +27,8 @@ CONTEXT = N_FFT // 2 - STEP // 2  # samples that a frame's mel windows reach bey
 MEL_FLOOR, MEL_MEAN, MEL_STD = 1e-4, -1.9, 1.5  # of log10 mel power: measured once, on levelled speech
 WHISPER = "openai/whisper-tiny"
 GAIN_HISTORY = 3000  # frames of loudness that streaming_gain remembers
-FEATURE_DIM = {"mel": BINS * SAMPLES_PER_FRAME // STEP, "whisper": 2 * 384}  # the latter for WHISPER; 2 * d_model in general
+# the latter for WHISPER; 2 * d_model in general
+FEATURE_DIM = {"mel": BINS * SAMPLES_PER_FRAME // STEP, "whisper": 2 * 384}
 
 
 def num_frames(samples):
@@ -35,13 +37,14 @@ def num_frames(samples):
 
 
 def loudness_gain(chunks, target=0.1):
-    """The factor that brings the loud part of a recording to RMS `target`; chunks: iterable of (S_i,) tensors.
+    """The factor that brings the loud part of a recording to RMS `target`; chunks: iterable of (S_i,)
+    tensors.
 
-    Loud means within 20 dB of the 95th percentile of 40 ms frames, so pauses do not count. Silence (below -66 dB of
-    full scale) is left alone, a sound without ups and downs (hum, hiss: under 6 dB between the 10th and the 95th
-    percentile) is never raised, and nothing is raised by more than 40 dB.
+    Loud means within 20 dB of the 95th percentile of 40 ms frames, so pauses do not count. Silence (below -66
+    dB of full scale) is left alone, a sound without ups and downs (hum, hiss: under 6 dB between the 10th and
+    the 95th percentile) is never raised, and nothing is raised by more than 40 dB.
     """
-    power, rest = array("f"), torch.zeros(0)                      # not thousands of small tensors, which scatter the memory
+    power, rest = array("f"), torch.zeros(0)        # not thousands of small tensors, which scatter the memory
     for chunk in chunks:
         chunk = torch.cat([rest, chunk.detach().float().cpu()])
         complete = len(chunk) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME
@@ -64,12 +67,13 @@ def gain_from_power(power, target):
 
 
 def streaming_gain(chunks, target=0.1):
-    """Live sound, levelled by the past alone: iterable of (S_i,) -> iterator of its frames (FRAME,), the last shorter, each
-    times a gain that does not depend on how the sound was cut.
+    """Live sound, levelled by the past alone: iterable of (S_i,) -> iterator of its frames (FRAME,), the last
+    shorter, each times a gain that does not depend on how the sound was cut.
 
-    The gain follows the `loudness_gain` of what was heard so far: at first as the mean of it, later within a second upwards
-    and a tenth downwards. So the first words of a quiet voice are still quiet. Two minutes of loudness are kept; whenever
-    they are full, every other frame is forgotten, so that old sound counts ever less and memory does not grow.
+    The gain follows the `loudness_gain` of what was heard so far: at first as the mean of it, later within a
+    second upwards and a tenth downwards. So the first words of a quiet voice are still quiet. Two minutes of
+    loudness are kept; whenever they are full, every other frame is forgotten, so that old sound counts ever
+    less and memory does not grow.
     """
     power, log_gain, held = torch.zeros(0), 0.0, torch.zeros(0)
     for chunk in itertools.chain(chunks, [None]):
@@ -87,7 +91,8 @@ def streaming_gain(chunks, target=0.1):
 def normalise_loudness(wave, target=0.1):
     """Whole recordings (..., S) -> the same, each scaled by its `loudness_gain`."""
     waves = wave.reshape(-1, wave.shape[-1])
-    gains = torch.tensor([loudness_gain([sound], target) for sound in waves], dtype=wave.dtype, device=wave.device)
+    gains = torch.tensor([loudness_gain([sound], target) for sound in waves], dtype=wave.dtype,
+                         device=wave.device)
     return (waves * gains[:, None]).view(wave.shape)
 
 
@@ -101,15 +106,18 @@ def mel_filters():
 
 
 def mel_rows(wave):
-    """(B, F * FRAME + 2 * CONTEXT) -> (B, F, 320): four log-mel spectra a frame, centred 5, 15, 25, 35 ms into it."""
+    """(B, F * FRAME + 2 * CONTEXT) -> (B, F, 320): four log-mel spectra a frame, centred 5, 15, 25, 35 ms
+    into it."""
     windows = wave.unfold(-1, N_FFT, STEP) * torch.hann_window(N_FFT, device=wave.device)  # (B, 4F, N_FFT)
     power = torch.fft.rfft(windows).abs().square()  # (B, 4F, N_FFT/2+1)
     mel = (power @ mel_filters().to(wave.device)).clamp(min=MEL_FLOOR).log10()  # (B, 4F, BINS)
-    return ((mel - MEL_MEAN) / MEL_STD).unflatten(1, (-1, SAMPLES_PER_FRAME // STEP)).flatten(2)  # (B, F, 320)
+    # (B, F, 320)
+    return ((mel - MEL_MEAN) / MEL_STD).unflatten(1, (-1, SAMPLES_PER_FRAME // STEP)).flatten(2)
 
 
 def pad_or_trim(wave, count, context):
-    """Cut or zero-pad the end of (..., S), which begins `context` samples early, to `count` frames and context."""
+    """Cut or zero-pad the end of (..., S), which begins `context` samples early, to `count` frames and
+    context."""
     return F.pad(wave, (0, count * SAMPLES_PER_FRAME + 2 * context - wave.shape[-1]))
 
 
@@ -134,8 +142,10 @@ def load_whisper(name=WHISPER):
     try:
         return WhisperModel.from_pretrained(name).encoder.eval().requires_grad_(False)
     except OSError as error:
-        raise InputError(f"cannot load the Whisper model {name!r}: it is neither a folder with config.json and model.safetensors "
-                         "nor reachable on the hub; to work offline, download it elsewhere and pass the folder's path instead of "
+        raise InputError(f"cannot load the Whisper model {name!r}: it is neither a folder with config.json "
+                         f"and model.safetensors "
+                         "nor reachable on the hub; to work offline, download it elsewhere and pass the "
+                         "folder's path instead of "
                          "the id") from error
 
 
@@ -143,8 +153,8 @@ def load_whisper(name=WHISPER):
 def stream_whisper(chunks, model=None):
     """Iterable of (S_i,) -> iterator of (n, 2 * d_model); model: hub id, local folder or a loaded encoder.
 
-    The encoder sees fixed windows (30 s). Windows overlap, and only rows at least an eighth of a window away from an
-    inner edge are kept. The encoder gives 50 states a second: two make a row.
+    The encoder sees fixed windows (30 s). Windows overlap, and only rows at least an eighth of a window away
+    from an inner edge are kept. The encoder gives 50 states a second: two make a row.
     """
     from transformers import WhisperFeatureExtractor
     encoder = model if isinstance(model, torch.nn.Module) else load_whisper(str(model or WHISPER))
@@ -155,7 +165,8 @@ def stream_whisper(chunks, model=None):
     def rows(sound):
         spectrum = extract(sound.cpu().numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
         weight = encoder.conv1.weight
-        states = encoder(spectrum.to(weight.device, weight.dtype)).last_hidden_state  # (1, 2 * window, d_model)
+        # (1, 2 * window, d_model)
+        states = encoder(spectrum.to(weight.device, weight.dtype)).last_hidden_state
         return states.float().unflatten(1, (-1, 2)).flatten(2)[0].to(sound.device)  # (window, 2 * d_model)
 
     held, samples, skip, done = torch.zeros(0), 0, 0, 0
@@ -170,7 +181,8 @@ def stream_whisper(chunks, model=None):
 
 
 def stream_features(chunks, kind="mel", model=None):
-    """Iterable of (S_i,) chunks of one levelled recording -> iterator of (n, A): the rows of `extract_features`, in order."""
+    """Iterable of (S_i,) chunks of one levelled recording -> iterator of (n, A): the rows of
+    `extract_features`, in order."""
     if kind not in FEATURE_DIM:
         raise ValueError(f"audio features must be one of {sorted(FEATURE_DIM)}, got {kind!r}")
     return stream_mel(chunks) if kind == "mel" else stream_whisper(chunks, model)
@@ -182,4 +194,5 @@ def extract_features(wave, kind="mel", model=None):
         raise ValueError(f"wave must be (B, S) with S > 0, got {tuple(wave.shape)}")
     if kind == "mel":
         return mel_rows(pad_or_trim(F.pad(wave.float(), (CONTEXT, 0)), num_frames(wave.shape[1]), CONTEXT))
-    return torch.stack([torch.cat(list(stream_features([sound], kind, model))) for sound in wave])  # (B, F, A)
+    # (B, F, A)
+    return torch.stack([torch.cat(list(stream_features([sound], kind, model))) for sound in wave])

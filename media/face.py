@@ -3,8 +3,8 @@
     photo --find_faces--> Squares, left to right --largest--> Square --crop_square--> (size, size, 3)
 
 Framing is the same for training clips, photos and driving videos: the side is 1.44 times the distance from
-the top of the forehead to the chin, the centre is the midpoint of the two, the eyes are level. Faces are found
-by the cascades in OpenCV's wheel (Viola and Jones 2001), or by YuNet where its file is given.
+the top of the forehead to the chin, the centre is the midpoint of the two, the eyes are level. Faces are
+found by the cascades in OpenCV's wheel (Viola and Jones 2001), or by YuNet where its file is given.
 """
 import os
 from dataclasses import dataclass
@@ -166,8 +166,8 @@ def largest(faces):
 def frame_photo(image, detector, number=None, name="the photo"):
     """The face of a PIL photo -> (its Square, a sentence for the user or None).
 
-    number: which face, from the left, 1 the first; None: the largest. Without a face: the middle of the photo,
-    unless a number was asked for (InputError).
+    number: which face, from the left, 1 the first; None: the largest. Without a face: the middle of the
+    photo, unless a number was asked for (InputError).
     """
     faces = find_faces(detector, image)
     if number is not None and not 1 <= number <= len(faces):
@@ -182,8 +182,8 @@ def frame_photo(image, detector, number=None, name="the photo"):
 
 
 def frame_video(path, size, detector):
-    """The face of a driving video -> (iterator of (3, size, size) float in [-1, 1], 25 a second; a sentence for the
-    user or None). One Square for all frames: the median of the first second. Raises InputError."""
+    """The face of a driving video -> (iterator of (3, size, size) float in [-1, 1], 25 a second; a sentence
+    for the user or None). One Square for all frames: the median of the first second. Raises InputError."""
     images = square_pixel_frames(path)
     first = list(islice(images, FPS))
     squares = [largest(find_faces(detector, image)) for image in first[::DETECT_EVERY]]

@@ -11,33 +11,37 @@ from PIL import Image, ImageCms, ImageOps
 
 from media.files import InputError, check_file
 
-MIN_SIDE = 16              # pixels; below this a picture holds no face
-MAX_PIXELS = 128_000_000   # a 108-megapixel phone passes; a header that claims more is refused before decoding
+MIN_SIDE = 16             # pixels; below this a picture holds no face
+MAX_PIXELS = 128_000_000  # a 108-megapixel phone passes; a header that claims more is refused before decoding
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 IMAGE_WANTED = "a jpg, png or webp picture"
 BACKDROP = (128, 128, 128)  # what shows through a transparent picture
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# -----------------------------------------------------------------------------------------------------------
+# pictures
 def square_box(width, height, aspect=1.0):
-    """The square to keep, (left, top, right, bottom) in pixels: the middle of a wide picture, the upper part of a tall
-    one (a tenth of what is cut lies above, the rest below: heads sit there). aspect: a pixel's width by its height."""
+    """The square to keep, (left, top, right, bottom) in pixels: the middle of a wide picture, the upper part
+    of a tall one (a tenth of what is cut lies above, the rest below: heads sit there). aspect: a pixel's
+    width by its height."""
     side = min(width * aspect, height)
     left, top = (width - side / aspect) / 2, (height - side) / 10
     return left, top, left + side / aspect, top + side
 
 
 def to_tensor(image, size, aspect=1.0):
-    """RGB picture -> (3, size, size) float in [-1, 1]: cropped to a square, scaled by Lanczos with anti-aliasing."""
+    """RGB picture -> (3, size, size) float in [-1, 1]: cropped to a square, scaled by Lanczos with
+    anti-aliasing."""
     image = image.resize((size, size), Image.Resampling.LANCZOS, box=square_box(*image.size, aspect))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1      # (3, H, W)
 
 
 def to_rgb(image):
-    """Any PIL mode -> RGB: wide numbers scaled to 8 bits, colour profiles applied, transparency over BACKDROP."""
+    """Any PIL mode -> RGB: wide numbers scaled to 8 bits, colour profiles applied, transparency over
+    BACKDROP."""
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        if image.mode.startswith("I;") or grey.max() > 255:       # "I" holds 16-bit grey, or 8 bits in wide cells
+        if image.mode.startswith("I;") or grey.max() > 255:   # "I" holds 16-bit grey, or 8 bits in wide cells
             grey = grey / 257
         elif image.mode == "F" and grey.max() <= 1:
             grey = grey * 255
@@ -50,28 +54,30 @@ def to_rgb(image):
             profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
             return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
         except (ImageCms.PyCMSError, OSError):
-            pass                                                  # a broken profile: the plain conversion will do
+            pass                                              # a broken profile: the plain conversion will do
     return image.convert("RGB")
 
 
 def open_image(path, least=None):
-    """A picture file -> PIL picture, upright, opaque, RGB. Raises InputError. least: a jpeg larger than that is decoded at a half,
-    a quarter or an eighth of its size."""
+    """A picture file -> PIL picture, upright, opaque, RGB. Raises InputError. least: a jpeg larger than that
+    is decoded at a half, a quarter or an eighth of its size."""
     check_file(path, IMAGE_WANTED)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                       # Pillow warns of what MAX_PIXELS decides here
+            warnings.simplefilter("ignore")                     # Pillow warns of what MAX_PIXELS decides here
             Image.init()
             image = Image.open(path, formats=[kind for kind in IMAGE_FORMATS if kind in Image.OPEN])
     except Image.DecompressionBombError:
         raise InputError(f"{path} claims more than {MAX_PIXELS // 10**6} megapixels; give a smaller picture") from None
-    except Exception:                                             # each of Pillow's readers fails in its own way
+    except Exception:                                          # each of Pillow's readers fails in its own way
         raise InputError(f"{path} is not a picture that can be read; give {IMAGE_WANTED}") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise InputError(f"{path} is {width}x{height}, above {MAX_PIXELS // 10**6} megapixels; give a smaller picture")
+        raise InputError(f"{path} is {width}x{height}, above {MAX_PIXELS // 10**6} megapixels; give a "
+                         f"smaller picture")
     if min(width, height) < MIN_SIDE:
-        raise InputError(f"{path} is {width}x{height} pixels; give a picture of at least {MIN_SIDE}x{MIN_SIDE}")
+        raise InputError(f"{path} is {width}x{height} pixels; give a picture of at least "
+                         f"{MIN_SIDE}x{MIN_SIDE}")
     with image:
         try:
             if least:
@@ -79,7 +85,7 @@ def open_image(path, least=None):
             image.load()
             try:
                 image = ImageOps.exif_transpose(image)
-            except Exception:                                     # damaged EXIF says nothing about which way is up
+            except Exception:                                # damaged EXIF says nothing about which way is up
                 pass
             return to_rgb(image)
         except Exception:
@@ -87,7 +93,8 @@ def open_image(path, least=None):
 
 
 def load_image(path, size):
-    """A picture file -> (3, size, size) float in [-1, 1]: upright, opaque, square (square_box). Raises InputError."""
+    """A picture file -> (3, size, size) float in [-1, 1]: upright, opaque, square (square_box). Raises
+    InputError."""
     return to_tensor(open_image(path, 2 * size), size)
 
 

@@ -1,8 +1,9 @@
 """The space in which the models work.
 
-"pixel": pictures themselves, nothing to download. "sd": the latents of the frozen Stable Diffusion autoencoder, as in
-the paper: diffusers' AutoencoderKL, by hub id or local folder. Its distilled twin TAESD (diffusers' AutoencoderTiny, e.g.
-madebyollin/taesd) reads and paints the same latents in a fraction of the time, for previews: `sample.py --vae`.
+"pixel": pictures themselves, nothing to download. "sd": the latents of the frozen Stable Diffusion
+autoencoder, as in the paper: diffusers' AutoencoderKL, by hub id or local folder. Its distilled twin TAESD
+(diffusers' AutoencoderTiny, e.g. madebyollin/taesd) reads and paints the same latents in a fraction of the
+time, for previews: `sample.py --vae`.
 """
 import torch
 
@@ -24,8 +25,8 @@ class Pixel:
 
 
 class StableDiffusion:
-    """(B, 3, H, W) in [-1, 1] <-> (B, 4, H/8, W/8), scaled to about unit variance. Frozen; one picture at a time bounds its
-    memory; in bf16 on GPUs."""
+    """(B, 3, H, W) in [-1, 1] <-> (B, 4, H/8, W/8), scaled to about unit variance. Frozen; one picture at a
+    time bounds its memory; in bf16 on GPUs."""
 
     channels, factor = 4, 8
 
@@ -38,15 +39,16 @@ class StableDiffusion:
             kind = AutoencoderTiny if self.tiny else AutoencoderKL
             self.vae = kind.from_pretrained(source, torch_dtype=dtype).to(device).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
-            raise InputError(f"cannot load the autoencoder {source!r}: download it once on a machine with internet, or "
+            raise InputError(f"cannot load the autoencoder {source!r}: download it once on a machine with "
+                             f"internet, or "
                              "give the path of a local folder that holds it") from error
-        self.scale = self.vae.config.scaling_factor          # 0.18215; 1 of the twin, whose latents come scaled
+        self.scale = self.vae.config.scaling_factor        # 0.18215; 1 of the twin, whose latents come scaled
         self.vae.enable_slicing()
 
     @torch.no_grad()
     def encode(self, images):
-        """The mean of the posterior, for photo, target and motion alike (ours; the paper does not say): a sample would add
-        noise that no motion explains."""
+        """The mean of the posterior, for photo, target and motion alike (ours; the paper does not say): a
+        sample would add noise that no motion explains."""
         z = self.vae.encode(images.to(self.vae.dtype))
         return ((z.latents if self.tiny else z.latent_dist.mean) * self.scale).float()
 

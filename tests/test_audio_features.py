@@ -1,4 +1,5 @@
-"""Sound features: against transformers' numbers, in time with the video, and the same in pieces as in one go."""
+"""Sound features: against transformers' numbers, in time with the video, and the same in pieces as in one
+go."""
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,8 @@ def test_mel_filters_equal_transformers():
 def test_mel_values_equal_transformers():
     x = SPEECHLIKE[0, :640 * 20]
     padded = torch.nn.functional.pad(x, (audio_features.CONTEXT, audio_features.CONTEXT)).numpy()
-    theirs = spectrogram(padded, window_function(400, "hann"), 400, 160, power=2.0, center=False, mel_floor=1e-4,
+    theirs = spectrogram(padded, window_function(400, "hann"), 400, 160, power=2.0, center=False,
+                         mel_floor=1e-4,
                          mel_filters=mel_filter_bank(201, 80, 0.0, 8000.0, 16000, norm=None, mel_scale="htk"))
     theirs = (np.log10(theirs.T) - audio_features.MEL_MEAN) / audio_features.MEL_STD  # (80 spectra, 80 bins)
     ours = audio_features.extract_features(x[None])[0]
@@ -27,7 +29,8 @@ def test_mel_values_equal_transformers():
     np.testing.assert_allclose(ours.reshape(80, 80).numpy(), theirs, atol=1e-3)
 
 
-@pytest.mark.parametrize("samples, count", [(1, 1), (319, 1), (640, 1), (959, 1), (961, 2), (1600, 2), (16000, 25)])
+@pytest.mark.parametrize("samples, count",
+                         [(1, 1), (319, 1), (640, 1), (959, 1), (961, 2), (1600, 2), (16000, 25)])
 def test_one_row_per_video_frame(samples, count):
     rows = audio_features.extract_features(torch.ones(3, samples) * 0.1)
     assert rows.shape == (3, count, 320) and audio_features.num_frames(samples) == count
@@ -95,7 +98,7 @@ def test_unknown_kind_and_bad_shape_are_refused():
             audio_features.extract_features(bad)
 
 
-# ---- loudness -------------------------------------------------------------------------------------------------------
+# ---- loudness ----------------------------------------------------------------------------------------------
 
 def loud_rms(wave):
     power = wave[..., :len(wave) // 640 * 640].view(-1, 640).square().mean(1)
@@ -103,11 +106,13 @@ def loud_rms(wave):
 
 
 def test_level_makes_recordings_alike():
-    a, b = audio_features.normalise_loudness(SPEECHLIKE[0]), audio_features.normalise_loudness(SPEECHLIKE[0] / 20)
+    a, b = audio_features.normalise_loudness(SPEECHLIKE[0]), audio_features.normalise_loudness(SPEECHLIKE[0]
+        / 20)
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     assert 0.09 < loud_rms(a) < 0.12
     torch.testing.assert_close(audio_features.normalise_loudness(SPEECHLIKE)[0], a)
-    torch.testing.assert_close(audio_features.extract_features(a[None]), audio_features.extract_features(b[None]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(audio_features.extract_features(a[None]),
+                               audio_features.extract_features(b[None]), atol=1e-3, rtol=0)
 
 
 def test_pauses_do_not_count_as_quiet_speech():
@@ -126,18 +131,21 @@ def test_silence_and_noise_floor_are_not_raised(wave):
 
 def test_gain_of_chunks_equals_whole():
     whole = audio_features.loudness_gain([SPEECHLIKE[0]])
-    assert audio_features.loudness_gain(pieces(SPEECHLIKE[0], (333, 4000, 0, 1))) == pytest.approx(whole, rel=1e-5)
+    assert audio_features.loudness_gain(pieces(SPEECHLIKE[0], (333, 4000, 0, 1))) == pytest.approx(whole,
+        rel=1e-5)
     assert audio_features.loudness_gain([]) == 1.0
 
 
 def gains(wave, given):
     """What running_level did to each frame of `given`, in dB."""
-    return torch.stack([10 * (y.square().mean() / x.square().mean()).log10() for y, x in zip(wave, given.split(640), strict=True)])
+    return torch.stack([10 * (y.square().mean() / x.square().mean()).log10() for y,
+                        x in zip(wave, given.split(640), strict=True)])
 
 
 @pytest.mark.parametrize("sizes", [(1000,), (640,), (7, 0, 5000, 1), (50000,)])
 def test_running_level_does_not_depend_on_the_pieces(sizes):
-    """Bit for bit: neither the sound nor, as the frames it comes in are always the same, the features of it."""
+    """Bit for bit: neither the sound nor, as the frames it comes in are always the same, the features of
+    it."""
     for samples in (50000, 639, 0):
         wave = SPEECHLIKE[0, :samples]
         whole, parts = list(audio_features.streaming_gain([wave])), list(audio_features.streaming_gain(pieces(wave, sizes)))
@@ -148,13 +156,15 @@ def test_running_level_does_not_depend_on_the_pieces(sizes):
 def test_running_level_hears_nothing_of_the_future():
     """Sound comes out before more is asked for, and what comes later changes nothing."""
     taken = []
-    live = audio_features.streaming_gain(taken.append(k) or SPEECHLIKE[0, 640 * k:640 * (k + 1)] for k in range(70))
+    live = audio_features.streaming_gain(taken.append(k) or SPEECHLIKE[0, 640 * k:640 * (k + 1)]
+                                         for k in range(70))
     for k in range(70):
         next(live)
         assert len(taken) == k + 1
     other = torch.cat([SPEECHLIKE[0, :32000], 0.9 * torch.randn(18000)])
     a, b = (list(audio_features.streaming_gain([wave])) for wave in (SPEECHLIKE[0], other))
-    assert all(torch.equal(x, y) for x, y in zip(a[:50], b[:50], strict=True)) and not torch.equal(a[50], b[50])
+    assert all(torch.equal(x, y) for x, y in zip(a[:50], b[:50], strict=True)) and not torch.equal(a[50],
+        b[50])
 
 
 @pytest.mark.parametrize("scale", [0.05, 1, 15])
@@ -167,10 +177,11 @@ def test_running_level_comes_to_the_level_of_the_whole(scale):
 
 def test_running_level_holds_through_a_pause_and_turns_down_at_once():
     hiss = 1e-3 * torch.randn(640 * 500)
-    pause = gains(list(audio_features.streaming_gain([SPEECHLIKE[0], hiss])), torch.cat([SPEECHLIKE[0], hiss]))
+    pause = gains(list(audio_features.streaming_gain([SPEECHLIKE[0], hiss])),
+                  torch.cat([SPEECHLIKE[0], hiss]))
     assert abs(pause[-1] - pause[75]) < 2
     shout = torch.cat([0.05 * SPEECHLIKE[0], 5 * SPEECHLIKE[1]])
-    gain = gains(list(audio_features.streaming_gain([shout])), shout)                   # the shout begins in frame 78
+    gain = gains(list(audio_features.streaming_gain([shout])), shout)           # the shout begins in frame 78
     assert gain[75] > 15 and gain[88:].max() < 0
 
 
@@ -182,17 +193,20 @@ def test_running_level_does_not_raise_silence_and_noise_floor(wave):
 def test_running_level_keeps_little(monkeypatch):
     most, gain_of = [], audio_features.gain_from_power
     monkeypatch.setattr(audio_features, "GAIN_HISTORY", 20)
-    monkeypatch.setattr(audio_features, "gain_from_power", lambda power, target: most.append(len(power)) or gain_of(power, target))
-    assert len(list(audio_features.streaming_gain([SPEECHLIKE[0]] * 3))) == 235 and max(most) == 20 and min(most[20:]) >= 10
+    monkeypatch.setattr(audio_features, "gain_from_power", lambda power,
+                        target: most.append(len(power)) or gain_of(power, target))
+    assert len(list(audio_features.streaming_gain([SPEECHLIKE[0]]
+                                                  * 3))) == 235 and max(most) == 20 and min(most[20:]) >= 10
 
 
-# ---- whisper --------------------------------------------------------------------------------------------------------
+# ---- whisper -----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def whisper_folder(tmp_path_factory):
     """A tiny random Whisper in the hub's own format; its window is 2 s (100 states, 50 video frames)."""
     torch.manual_seed(1)
-    config = WhisperConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, vocab_size=32,
+    config = WhisperConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                           vocab_size=32,
                            decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=80,
                            max_source_positions=100, pad_token_id=0, bos_token_id=1, eos_token_id=2,
                            decoder_start_token_id=1)

@@ -1,4 +1,5 @@
-"""media/compose.py: the photo's own pixels are moved, nothing outside of the square changes, no edge shows."""
+"""media/compose.py: the photo's own pixels are moved, nothing outside of the square changes, no edge
+shows."""
 import cv2
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ def smooth_photo(width, height, detail=8):
 
 
 PHOTO = smooth_photo(300, 240)
-SQUARES = [Square(150, 120, 120), Square(151.3, 118.7, 110.5, 0.2), Square(40, 30, 120, -0.15)]   # the last: a corner
+# the last: a corner
+SQUARES = [Square(150, 120, 120), Square(151.3, 118.7, 110.5, 0.2), Square(40, 30, 120, -0.15)]
 
 
 def inside(square, shape, share=1.0):
@@ -128,10 +130,11 @@ def test_the_window_is_still_at_its_edge_and_whole_inside():
     assert (window == window.T).all() and (np.diff(window[20, :8]) >= 0).all()
 
 
-# ---- sizes --------------------------------------------------------------------------------------------------
+# ---- sizes -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("width, height, side, size, expected", [
-    (3000, 2000, 800, 1080, (1080, 720)), (801, 601, 400, 1080, (800, 600)), (600, 600, 256, 1080, (600, 600)),
+    (3000, 2000, 800, 1080, (1080, 720)), (801, 601, 400, 1080, (800, 600)),
+    (600, 600, 256, 1080, (600, 600)),
     (300, 200, 128, 1080, (600, 400)), (100, 80, 60, 1080, (200, 160)), (300, 200, 200, 1080, (384, 256)),
     (300, 200, 128, 400, (400, 266)), (3000, 10, 9, 1080, (1080, 4)),
 ])

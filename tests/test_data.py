@@ -13,15 +13,15 @@ from media.prepare import KEYFRAMES, MARGIN
 from media.video import VideoWriter
 
 torch.set_num_threads(1)
-FRAMES, WIDE = 60, 40                                                        # 40 pixels: the tight square has 32
+FRAMES, WIDE = 60, 40                                                     # 40 pixels: the tight square has 32
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Two prepared folders: the upper half's grey tells the frame, the lower half's green the clip; its left side is
-    blue in set b."""
+    """Two prepared folders: the upper half's grey tells the frame, the lower half's green the clip; its left
+    side is blue in set b."""
     made = []
     for name, clips in (("a", 3), ("b", 1)):
         folder = tmp_path_factory.mktemp(name)
@@ -33,8 +33,8 @@ def sets(tmp_path_factory):
                 for k in range(FRAMES):
                     picture[:20], picture[20:, :, 1], picture[20:, :20, 2] = 10 + 4 * k, 50 * clip, 200 * (name == "b")
                     out.write(picture)
-            lines.append({"file": f"clips/{clip}.mp4", "identity": f"{name}{clip}", "frames": FRAMES, "sound": False,
-                          "split": "test" if clip == 2 else "train", "margin": MARGIN})
+            lines.append({"file": f"clips/{clip}.mp4", "identity": f"{name}{clip}", "frames": FRAMES,
+                          "sound": False, "split": "test" if clip == 2 else "train", "margin": MARGIN})
         write_lines(folder / "manifest.jsonl", lines)
         made.append(str(folder))
     return made
@@ -76,8 +76,10 @@ ROW = {"file": "clips/a.mp4", "identity": "a", "split": "train", "frames": 9, "s
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"file": "../a.mp4"}, "not a file inside the folder"), ({"file": "/a.mp4"}, "not a file inside the folder"),
-    ({"file": "clips/../../a.mp4"}, "not a file inside the folder"), ({"file": 3}, "lacks"), ({"frames": 0}, "lacks"),
+    ({"file": "../a.mp4"}, "not a file inside the folder"),
+    ({"file": "/a.mp4"}, "not a file inside the folder"),
+    ({"file": "clips/../../a.mp4"}, "not a file inside the folder"), ({"file": 3}, "lacks"),
+    ({"frames": 0}, "lacks"),
     ({"identity": None}, "lacks"), ({"split": "dev"}, "lacks"), ({"margin": 1.0}, "another framing"),
     ({"margin": None}, "another framing"),
     ({"identity": "b"}, "clips of b both in its train and in its test split")])
@@ -92,7 +94,7 @@ def test_manifests_that_cannot_be_used_are_refused(tmp_path, change, words):
     assert "manifest.jsonl" in str(refused.value) and ("line 3" in str(refused.value) or "both" in words)
 
 
-# ---- landmarks ------------------------------------------------------------------------------------------------------
+# ---- landmarks ---------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def labelled(sets, tmp_path):
@@ -100,7 +102,8 @@ def labelled(sets, tmp_path):
     (tmp_path / "clips").symlink_to(f"{sets[1]}/clips")
     write_lines(tmp_path / "manifest.jsonl", [json.loads(line) for line in open(f"{sets[1]}/manifest.jsonl")])
     (tmp_path / "landmarks").mkdir()
-    factors = np.arange(FRAMES, dtype=np.float32)[:, None] + np.arange(len(landmarks.FACTORS), dtype=np.float32)
+    factors = np.arange(FRAMES, dtype=np.float32)[:, None] + np.arange(len(landmarks.FACTORS),
+        dtype=np.float32)
     factors[5] = np.nan                                                      # no face found
     ellipses = np.tile(np.array(landmarks.USUAL, np.float32), (FRAMES, 1, 1)) * 0.5
     ellipses[5] = np.nan
@@ -141,7 +144,8 @@ def test_broken_landmarks_are_refused(labelled, damage):
 
 
 def test_mined_pairs_have_the_same_pose_and_another_mouth():
-    """Ten frames have the pose of frame 0, four of them another mouth; the other poses differ in the mouth even more."""
+    """Ten frames have the pose of frame 0, four of them another mouth; the other poses differ in the mouth
+    even more."""
     factors = np.zeros((40, len(landmarks.FACTORS)), np.float32)
     factors[10:, 4], factors[10:, 0] = 1.0, 9.0                              # yaw, opening
     factors[5:9, 0] = 2.0
@@ -151,7 +155,8 @@ def test_mined_pairs_have_the_same_pose_and_another_mouth():
         assert len(set(found)) == 2 and set(found) <= {2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13}
         assert 6 not in found and 1 not in found and 0 not in found
     factors[10:, 0] = 0.0
-    seen = {k for seed in range(20) for k in data.mine_pairs(np.random.default_rng(seed), factors, 0, (0, 1), 1)}
+    seen = {k for seed in range(20) for k in data.mine_pairs(np.random.default_rng(seed), factors, 0, (0, 1),
+                                                             1)}
     assert seen <= {5, 7, 8} and len(seen) > 1
 
 
@@ -191,10 +196,11 @@ def test_without_landmarks_nothing_is_known(sets):
     assert data.Clips(sets, 2, 2, 0.5, 32)[0].factors is None
 
 
-# ---- regions --------------------------------------------------------------------------------------------------------
+# ---- regions -----------------------------------------------------------------------------------------------
 
 def test_regions_are_soft_masks_of_the_ellipses():
-    ellipses = torch.tensor([[0.0, 0.5, 0.3, 0.2], [-0.4, -0.4, 0.2, 0.1], [0.4, -0.4, 0.2, 0.1], [0.0, 0.0, 0.7, 0.9]])
+    ellipses = torch.tensor([[0.0, 0.5, 0.3, 0.2], [-0.4, -0.4, 0.2, 0.1], [0.4, -0.4, 0.2, 0.1],
+                             [0.0, 0.0, 0.7, 0.9]])
     features, face = data.draw_regions(ellipses[None], 64)[0]
     assert features.shape == (64, 64) and 0 <= features.min() and features.max() <= 1
     at = [(48, 32), (19, 19), (19, 44)]                                      # rows, columns of mouth and eyes
@@ -208,13 +214,14 @@ def test_regions_of_a_target_are_those_of_both_pictures():
     masks[0, 0, 0, 0, 0], masks[0, 2, 0, 1, 1], masks[1, 1, 1, 2, 2] = 1, 1, 1
     pictures = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(2, 3, 3, 4, 4)
     batch = data.make_batch(pictures, 10 + pictures, masks, None, "real")
-    assert batch.reference[:, 0, 0, 0].tolist() == [0, 3] and batch.target[:, 0, 0, 0].tolist() == [1, 2, 4, 5]
+    assert batch.reference[:, 0, 0, 0].tolist() == [0, 3] and batch.target[:, 0, 0, 0].tolist() == [1, 2, 4,
+        5]
     assert batch.encoder_views[:, 0, 0, 0].tolist() == [10, 13, 11, 12, 14, 15]
     assert batch.regions.flatten(1).sum(1).tolist() == [1, 2, 1, 0]
     assert batch.regions[1, 0, 0, 0] == batch.regions[1, 0, 1, 1] == batch.regions[2, 1, 2, 2] == 1
 
 
-# ---- batches --------------------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 
 def equal(a, b):
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
@@ -254,12 +261,13 @@ def test_sets_are_drawn_equally_and_test_people_never(sets):
     pictures = torch.cat([clips[k].reference for k in range(80)])
     of_b = (pictures[:, 2, 20:].amax((1, 2)) > 0).float().mean()
     assert of_b == pytest.approx(0.5, abs=0.15)                              # one clip against two
-    assert ((pictures[:, 1, 20:].mean((1, 2)) + 1) * 127.5).max() < 75       # green 100: the clip of the test person
+    # green 100: the clip of the test person
+    assert ((pictures[:, 1, 20:].mean((1, 2)) + 1) * 127.5).max() < 75
     held = data.Clips(sets[:1], 1, 1, 0, 32, split="test", augment=False)
     assert ((held[0].reference[:, 1, 20:].mean() + 1) * 127.5) > 85
 
 
-# ---- augmentation ---------------------------------------------------------------------------------------------------
+# ---- augmentation ------------------------------------------------------------------------------------------
 
 def test_without_augmentation_pictures_are_the_middle_of_the_prepared_square(sets):
     clips = data.Clips(sets[1:], 2, 2, 0, 32, augment=False)
@@ -268,7 +276,7 @@ def test_without_augmentation_pictures_are_the_middle_of_the_prepared_square(set
     want = from_uint8(data.read_at(f"{sets[1]}/clips/0.mp4", numbers, 32))
     assert torch.equal(batch.target, want)
     assert torch.equal(batch.encoder_views, torch.cat([batch.reference, batch.target]))
-    mouth = batch.regions[0, 0, round(16 * 1.33), 16]                        # at its usual place of the tight square
+    mouth = batch.regions[0, 0, round(16 * 1.33), 16]                 # at its usual place of the tight square
     assert mouth > 0.9 and batch.regions.shape == (4, 2, 32, 32)
 
 
@@ -286,12 +294,14 @@ def test_views_that_vary_nothing_are_the_middle_of_the_prepared_square(monkeypat
 
 
 def test_augmentation_is_one_for_all_pictures_of_a_person(sets):
-    """Set b is blue on the left: mirrored on the right; alike in reference and targets. Half of the encoder's views differ."""
+    """Set b is blue on the left: mirrored on the right; alike in reference and targets. Half of the encoder's
+    views differ."""
     clips = data.Clips(sets[1:], 2, 2, 0, 32)
     flipped, tints, apart = [], set(), []
     for k in range(12):
         batch = clips[k]
-        pictures = torch.cat([batch.reference[:, None], batch.target.unflatten(0, (2, 2))], 1)       # (R, 1+T, 3, H, W)
+        # (R, 1+T, 3, H, W)
+        pictures = torch.cat([batch.reference[:, None], batch.target.unflatten(0, (2, 2))], 1)
         for x in pictures:
             side = (x[:, 2, 26:, :8].mean((1, 2)) > x[:, 2, 26:, 24:].mean((1, 2))).tolist()
             assert len(set(side)) == 1
@@ -308,11 +318,12 @@ def test_regions_follow_the_pictures_that_are_mirrored_and_moved(labelled):
     """A dark spot at the mouth of the ellipses stays in the mask, whatever the view."""
     clips = data.Clips([str(labelled)], 4, 1, 0.0, 32)
     ellipses = torch.tensor(landmarks.USUAL).expand(4, 2, 4, 4) / MARGIN
-    ellipses = ellipses + torch.tensor([0.2, 0, 0, 0])                       # to the right, so that mirroring shows
+    ellipses = ellipses + torch.tensor([0.2, 0, 0, 0])                 # to the right, so that mirroring shows
     wide = 1 - 2 * data.draw_regions(ellipses.flatten(0, 1), WIDE)[:, :1].expand(-1, 3, -1, -1)
     clips.augment = True
     for seed in range(5):
-        pictures, masks, _, _ = clips.frame(wide.unflatten(0, (4, 2)), ellipses, torch.Generator().manual_seed(seed))
+        pictures, masks, _, _ = clips.frame(wide.unflatten(0, (4, 2)), ellipses,
+                                            torch.Generator().manual_seed(seed))
         dark = (1 - pictures.mean(2)) / 2                                    # (R, 2, H, W), colours varied
         for spot, mask in zip(dark.flatten(0, 1), masks[:, :, 0].flatten(0, 1), strict=True):
             assert torch.corrcoef(torch.stack([spot.flatten(), mask.flatten()]))[0, 1] > 0.8

@@ -1,4 +1,5 @@
-"""The decoder: the cached reference against attention written out in full, clips, conditioning, x-prediction, decode_frames."""
+"""The decoder: the cached reference against attention written out in full, clips, conditioning, x-prediction,
+decode_frames."""
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from flow import integrate
 
 torch.set_num_threads(1)
 
-SMALL = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 2, "heads": 2, "token_dim": 5, "tokens_per_motion": 3}
+SMALL = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 2, "heads": 2, "token_dim": 5,
+         "tokens_per_motion": 3}
 
 
 def decoder(lively=True, **change):
@@ -31,7 +33,8 @@ def decoder(lively=True, **change):
             if not weight.any():
                 torch.nn.init.normal_(weight, std=0.3)
         if model.config.predict == "x":
-            model.head.weight.data[-2 * model.config.warp_grid**2:] *= 0.03             # displacements within the picture
+            # displacements within the picture
+            model.head.weight.data[-2 * model.config.warp_grid**2:] *= 0.03
     return model
 
 
@@ -39,7 +42,8 @@ def inputs(references=2, frames=1, seed=1, tokens=1):
     """-> z_r, m_r of the references; z_t, t, m_t of references * frames targets."""
     draw = torch.Generator().manual_seed(seed)
     n = references * frames
-    return (torch.randn(references, 3, 8, 8, generator=draw), torch.randn(references, tokens, 5, generator=draw),
+    return (torch.randn(references, 3, 8, 8, generator=draw),
+            torch.randn(references, tokens, 5, generator=draw),
             torch.randn(n, 3, 8, 8, generator=draw), 0.1 + 0.9 * torch.rand(n, generator=draw),
             torch.randn(n, tokens, 5, generator=draw))
 
@@ -53,18 +57,19 @@ def differ(a, b, by=1e-4):
     return ((a - b).abs().flatten(1).amax(1) > by).all()
 
 
-# ---- blocks ---------------------------------------------------------------------------------------------------------
+# ---- blocks ------------------------------------------------------------------------------------------------
 
 def test_time_embedding_is_of_a_thousand_t():
     torch.manual_seed(0)
     embed = TimeEmbed(8)
     t = torch.tensor([0, 0.3, 1])
     angle = 1000 * t[:, None] * torch.tensor([1, 10 ** (-4 / 3), 10 ** (-8 / 3), 1e-4])
-    torch.testing.assert_close(embed(t), embed.mlp(torch.cat([angle.sin(), angle.cos()], 1)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(embed(t), embed.mlp(torch.cat([angle.sin(), angle.cos()], 1)), atol=1e-4,
+                               rtol=1e-4)
     raw = TimeEmbed(64)
     raw.mlp = torch.nn.Identity()
     near = F.cosine_similarity(raw(torch.tensor([0.4])), raw(torch.tensor([0.5])))
-    assert near < 0.8                                                        # times that differ look different
+    assert near < 0.8                                                       # times that differ look different
 
 
 def test_modulate_of_zero_is_nothing():
@@ -80,13 +85,14 @@ def test_a_zero_modulation_is_the_identity():
 
 
 def by_hand(model, z_r, m_r, z_t, t, m_t, sees):
-    """Decoder's output as one joint sequence of reference and target under a mask: sees (2n, 2n), row sees column."""
+    """Decoder's output as one joint sequence of reference and target under a mask: sees (2n, 2n), row sees
+    column."""
     c = model.config
     row, moving = model.embed_target(z_t, t, m_t, z_r, m_r)
     rows = [model.embed_tokens(z_r, m_r, 0), row]
     n, patches = rows[0].shape[1], (c.image_size // c.patch_size) ** 2
     still = moving if c.full_attention else model.ref_condition.expand_as(moving)
-    condition = torch.stack([still, moving], 1).repeat_interleave(n, 1)                # (B, 2n, E): one for each token
+    condition = torch.stack([still, moving], 1).repeat_interleave(n, 1)       # (B, 2n, E): one for each token
     x = torch.cat(rows, 1)
     for block in model.blocks:
         shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(condition).chunk(6, -1)
@@ -101,9 +107,10 @@ def by_hand(model, z_r, m_r, z_t, t, m_t, sees):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_decoder_equals_one_joint_sequence(full):
-    """The cache is a shortcut for: the reference sees the reference, the target sees both (full: all see all)."""
+    """The cache is a shortcut for: the reference sees the reference, the target sees both (full: all see
+    all)."""
     model, given = decoder(lively=True, predict="v", full_attention=full), inputs()
-    n = 4 + 3                                                                # patches and motion tokens of a row
+    n = 4 + 3                                                             # patches and motion tokens of a row
     sees = torch.ones(2 * n, 2 * n, dtype=torch.bool)
     if not full:
         sees[:n, n:] = False
@@ -119,12 +126,12 @@ def test_only_full_attention_lets_the_reference_see_the_target(full):
     model.blocks[-1].register_forward_hook(lambda block, given, out: states.append(out[0]))
     for target in (z_t, z_t + 1):
         velocity(model, z_r, m_r, target, t, m_t)
-    first, second = states[::len(states) // 2]                               # the states that hold the reference's row
+    first, second = states[::len(states) // 2]                      # the states that hold the reference's row
     same = torch.allclose(first[:, :7], second[:, :7], atol=1e-6)
     assert same is not full
 
 
-# ---- the reference, computed once -----------------------------------------------------------------------------------
+# ---- the reference, computed once --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("full", [False, True])
 def test_a_cache_serves_every_step(full):
@@ -149,7 +156,7 @@ def test_two_references_of_three_targets_each(change):
         torch.testing.assert_close(together[k:k + 1], alone, atol=1e-4, rtol=1e-4)
 
 
-# ---- frames ---------------------------------------------------------------------------------------------------------
+# ---- frames ------------------------------------------------------------------------------------------------
 
 def test_frames_of_an_image_model_are_independent():
     model = decoder(lively=True)
@@ -214,7 +221,7 @@ def test_one_frame_of_a_video_model_equals_the_image_model():
     assert differ(velocity(video, *inputs(2, 4)), velocity(image, *inputs(2, 4)))
 
 
-# ---- conditions -----------------------------------------------------------------------------------------------------
+# ---- conditions --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("which, name", list(enumerate(["z_r", "m_r", "z_t", "t", "m_t"])))
@@ -226,32 +233,36 @@ def test_every_input_matters_from_the_start(which, name, full):
 
 
 def test_motion_tokens_stand_in_order():
-    """Row = patches, then token 0's `tokens_per_motion` tokens, then token 1's: token l, part k comes from part k of the layer."""
+    """Row = patches, then token 0's `tokens_per_motion` tokens, then token 1's: token l, part k comes from
+    part k of the layer."""
     model = decoder(num_tokens=2)
     z_r, m_r, *_ = inputs(tokens=2)
     row = model.embed_tokens(z_r, m_r, segment=1)
     assert row.shape == (2, 4 + 2 * 3, 24)
-    torch.testing.assert_close(row[:, :4], model.embed(patchify(z_r, 4)) + model.pos_embed + model.segment_embed[1])
+    torch.testing.assert_close(row[:, :4],
+                               model.embed(patchify(z_r, 4)) + model.pos_embed + model.segment_embed[1])
     for token in range(2):
         for part in range(3):
             rows = slice(24 * part, 24 * part + 24)
             want = F.linear(m_r[:, token], model.motion.weight[rows], model.motion.bias[rows])
             place = 3 * token + part
-            torch.testing.assert_close(row[:, 4 + place], want + model.motion_pos_embed[place] + model.segment_embed[1])
+            torch.testing.assert_close(row[:, 4 + place],
+                                       want + model.motion_pos_embed[place] + model.segment_embed[1])
 
 
-OFF = [{"motion_delta": False}, {"ref_context": False}, {"tokens_per_motion": 1}]      # the decoder's shortcuts
+OFF = [{"motion_delta": False}, {"ref_context": False}, {"tokens_per_motion": 1}]    # the decoder's shortcuts
 
 
-@pytest.mark.parametrize("change", [{}, {"frames": 2}, {"predict": "v"}, {"num_tokens": 2}, {"full_attention": True},
-                                    {"overlap": True, "warp_grid": 4}, *OFF])
+@pytest.mark.parametrize("change", [{}, {"frames": 2}, {"predict": "v"}, {"num_tokens": 2},
+                                    {"full_attention": True}, {"overlap": True, "warp_grid": 4}, *OFF])
 def test_every_parameter_learns_from_the_first_step(change):
     model = decoder(**change).train()
     v = velocity(model, *inputs(2, 2, tokens=change.get("num_tokens", 1)))
     (v * torch.randn_like(v)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     waits = {name for name, p in model.named_parameters() if not p.grad.any()}
-    assert all(name.startswith("temporal.") and "attention.out" not in name for name in waits)  # behind a zero layer
+    # behind a zero layer
+    assert all(name.startswith("temporal.") and "attention.out" not in name for name in waits)
 
 
 @pytest.mark.parametrize("change", OFF)
@@ -261,7 +272,7 @@ def test_a_shortcut_left_out_saves_parameters(change):
     assert velocity(decoder(**change), *inputs(2, 3)).shape == (6, 3, 8, 8)
 
 
-# ---- what comes out -------------------------------------------------------------------------------------------------
+# ---- what comes out ----------------------------------------------------------------------------------------
 
 def answer(paint=0.0, fade=0.0, right=0.0, down=0.0):
     """Bias of the head that says the same in every patch of 4 x 4 pixels -> (4*4*3 + 4*4 + 2,)."""
@@ -294,18 +305,19 @@ STILL = torch.zeros(1, 2, 3)                                                   #
 def blended(z_r, affine=STILL, right=0.0, down=0.0, alpha=0.0, residual=0.0):
     """The same displacement, alpha and residual everywhere."""
     displacement = torch.tensor([right, down]).view(1, 2, 1, 1)
-    return warp_and_blend(z_r, affine, displacement, torch.full((1, 1, 8, 8), alpha), torch.full((1, 3, 8, 8), residual))
+    return warp_and_blend(z_r, affine, displacement, torch.full((1, 1, 8, 8), alpha),
+                          torch.full((1, 3, 8, 8), residual))
 
 
 def test_the_reference_is_warped_and_blended():
-    z_r, pixel = torch.randn(1, 3, 8, 8), 2 / 8                              # a pixel in halves of the picture
+    z_r, pixel = torch.randn(1, 3, 8, 8), 2 / 8                             # a pixel in halves of the picture
     torch.testing.assert_close(blended(z_r, alpha=0.75, residual=0.3).x, 0.25 * z_r + 0.3)
-    left = blended(z_r, right=pixel).x                                       # each pixel looks one to its right
+    left = blended(z_r, right=pixel).x                                     # each pixel looks one to its right
     torch.testing.assert_close(left[..., :-1], z_r[..., 1:])
     torch.testing.assert_close(left[..., -1], z_r[..., -1])                  # beyond the edge: the edge
     up = blended(z_r, down=2 * pixel).x
     torch.testing.assert_close(up[:, :, :-2], z_r[:, :, 2:])
-    turned = torch.tensor([[[-1.0, -1, 0], [1, -1, 0]]])                     # plus the identity: a quarter turn
+    turned = torch.tensor([[[-1.0, -1, 0], [1, -1, 0]]])                   # plus the identity: a quarter turn
     torch.testing.assert_close(blended(z_r, turned).x, z_r.rot90(1, (2, 3)))
 
 
@@ -322,7 +334,8 @@ def test_displacements_run_smoothly_across_patches():
     """A horizontal ramp, displaced more on the right: no step at the border between pixels 3 and 4."""
     ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
     displacement = torch.tensor([[0.0, 0.5], [0.0, 0.0]]).view(1, 2, 1, 2)
-    row = warp_and_blend(ramp, STILL, displacement, torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 8, 8)).x[0, 0, 4]
+    row = warp_and_blend(ramp, STILL, displacement, torch.zeros(1, 1, 8, 8),
+                         torch.zeros(1, 3, 8, 8)).x[0, 0, 4]
     assert (row.diff()[1:5] > 0).all() and row.diff()[:6].max() < 2.5 * ramp[0, 0, 0].diff().max()
 
 
@@ -342,7 +355,7 @@ def test_what_each_patch_says_lands_at_its_place(overlap):
     want[:2, 2:] = 1
     assert torch.equal(displacement[0, 1], want) and not displacement[0, 0].any()
     inside = torch.zeros(8, 8, dtype=torch.bool)
-    inside[:6, 2:] = True                                                    # twice the patch, cut at the border
+    inside[:6, 2:] = True                                                 # twice the patch, cut at the border
     if not overlap:
         inside = want.bool().repeat_interleave(2, 0).repeat_interleave(2, 1)
     assert torch.equal(residual[0, 0] > 0, inside)
@@ -379,7 +392,7 @@ def test_config_errors_name_the_values(wrong, words):
         DecoderConfig(**{**SMALL, **wrong})
 
 
-# ---- decode_frames ----------------------------------------------------------------------------------------------------------
+# ---- decode_frames -----------------------------------------------------------------------------------------
 
 def painted(model, motion, sizes, **options):
     z_r, m_r, z_t, *_ = inputs(1)

@@ -1,4 +1,5 @@
-"""emotion.py: what is accepted and refused, moods in time, what is heard in a voice, what is read in words."""
+"""emotion.py: what is accepted and refused, moods in time, what is heard in a voice, what is read in
+words."""
 import math
 
 import pytest
@@ -18,11 +19,13 @@ def weights(**given):
     return torch.tensor([given.get(name, 0.0) for name in EMOTIONS])
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, want", [
-    ("happy", weights(happy=1)), ("Joy", weights(happy=1)), (" fear ", weights(afraid=1)), ("anger:1", weights(angry=1)),
-    ("happy:0.6+surprised:0.4", weights(happy=0.6, surprised=0.4)), ("sad:0.3", weights(sad=0.3, neutral=0.7)),
+    ("happy", weights(happy=1)), ("Joy", weights(happy=1)), (" fear ", weights(afraid=1)),
+    ("anger:1", weights(angry=1)),
+    ("happy:0.6+surprised:0.4", weights(happy=0.6, surprised=0.4)),
+    ("sad:0.3", weights(sad=0.3, neutral=0.7)),
     ("happy + sad", weights(happy=0.5, sad=0.5)), ("happy:0.6+sad", weights(happy=0.6, sad=0.4)),
     ("neutral", weights(neutral=1)), ("calm:0.5+disgust:0.25", weights(neutral=0.75, disgusted=0.25)),
     ("happy:0", weights(neutral=1))])
@@ -47,9 +50,11 @@ def test_times():
 
 @pytest.mark.parametrize("text, said", [
     ("hapy", "happy"), ("", "no emotion ''"), ("happy,", "needs a time"), ("happy+", "no emotion ''"),
-    ("happy:x", "'x'"), ("happy:", "''"), ("happy:nan", "'nan'"), ("happy:inf", "'inf'"), ("happy:-0.1", "'-0.1'"),
+    ("happy:x", "'x'"), ("happy:", "''"), ("happy:nan", "'nan'"), ("happy:inf", "'inf'"),
+    ("happy:-0.1", "'-0.1'"),
     ("happy:1.2", "1.2"), ("happy:0.7+sad:0.5", "1.2"), ("happy:0.5+joy:0.2", "twice"),
-    ("happy, sad", "needs a time"), ("happy, sad@x", "'x'"), ("happy@-1, sad@2", "'-1'"), ("happy, sad@2, angry@2", "rise"),
+    ("happy, sad", "needs a time"), ("happy, sad@x", "'x'"), ("happy@-1, sad@2", "'-1'"),
+    ("happy, sad@2, angry@2", "rise"),
     ("happy, sad@3, angry@2", "rise"), ("happy, sad@8", "past the end"), ("happy, sad@nan", "'nan'")])
 def test_what_cannot_be_meant_is_refused_with_a_sentence(text, said):
     with pytest.raises(InputError) as error:
@@ -70,7 +75,7 @@ def test_describe():
     assert emotion.describe(torch.zeros(7)) == "none"
 
 
-# ---- time -----------------------------------------------------------------------------------------------------------
+# ---- time --------------------------------------------------------------------------------------------------
 
 def moods(text, parts, intensity=1.0):
     schedule = emotion.Schedule(emotion.parse_emotion(text), intensity)
@@ -79,7 +84,8 @@ def moods(text, parts, intensity=1.0):
 
 def test_moods_do_not_depend_on_how_the_rows_come():
     whole = moods("happy, sad@1, angry:0.5@3", [100])
-    assert whole.shape == (100, 7) and torch.equal(whole, moods("happy, sad@1, angry:0.5@3", [1, 0, 24, 30, 45]))
+    assert whole.shape == (100, 7) and torch.equal(whole,
+                                                   moods("happy, sad@1, angry:0.5@3", [1, 0, 24, 30, 45]))
 
 
 def test_a_fade_is_a_raised_cosine_of_ten_frames_from_the_time_given():
@@ -104,13 +110,14 @@ def test_equal_palettes_in_a_row_are_one():
 
 
 def test_intensity_goes_to_calm_and_beyond():
-    torch.testing.assert_close(moods("happy:0.6+sad:0.4", [1], 0.5)[0], weights(happy=0.3, sad=0.2, neutral=0.5))
+    torch.testing.assert_close(moods("happy:0.6+sad:0.4", [1], 0.5)[0],
+                               weights(happy=0.3, sad=0.2, neutral=0.5))
     torch.testing.assert_close(moods("happy", [1], 0)[0], weights(neutral=1))
     torch.testing.assert_close(moods("happy", [1], 1.5)[0], weights(happy=1.5))
-    assert torch.equal(emotion.intensify(torch.zeros(3, 7), 1.5), torch.zeros(3, 7))          # no opinion stays none
+    assert torch.equal(emotion.intensify(torch.zeros(3, 7), 1.5), torch.zeros(3, 7))   # no opinion stays none
 
 
-# ---- voice ----------------------------------------------------------------------------------------------------------
+# ---- voice -------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def voice():
@@ -128,7 +135,8 @@ def loud(count, seed=1):
 def test_statistics_are_those_of_the_loud_rows():
     """A second half of silence changes nothing; without forgetting they are plain means."""
     voice = emotion.VoiceEmotion(emotion.VoiceConfig(audio_dim=12, parts=2, width=8, memory=1e9))
-    rows, pause = 3 + torch.randn(40, 12, generator=torch.Generator().manual_seed(0)), torch.full((40, 12), -5.0)
+    rows, pause = 3 + torch.randn(40, 12, generator=torch.Generator().manual_seed(0)), torch.full((40, 12),
+        -5.0)
     pooled, heard, _ = voice.pool(torch.cat([rows, pause])[None])
     x = rows.unflatten(1, (2, 6)) @ voice.cepstrum
     want = torch.cat([x.mean((0, 1)), x.mean(1).std(0, correction=0), (x[:, 1] - x[:, 0]).abs().mean(0),
@@ -143,7 +151,8 @@ def test_what_is_heard_does_not_depend_on_how_the_rows_come(voice):
     one, other = emotion.FromVoice(voice), emotion.FromVoice(voice)
     whole = one(rows)
     assert whole.shape == (700, 7)
-    torch.testing.assert_close(whole, torch.cat([other(part) for part in rows.split([1, 0, 12, 300, 387])]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(whole, torch.cat([other(part) for part in rows.split([1, 0, 12, 300, 387])]),
+                               atol=1e-5, rtol=1e-4)
     assert one.describe() == f"from the voice: {emotion.describe(whole.mean(0))} on average"
     assert [part.shape for part in one.state] == [(1, 1, 4 * 6 + 1), (1, 1, 1), (1, 1, 6)]   # constant memory
 
@@ -157,7 +166,7 @@ def test_the_past_alone_decides(voice):
 def test_weights_grow_with_what_was_heard_and_add_up_to_one(voice):
     total = emotion.FromVoice(voice)(2 + loud(100)).sum(1)
     assert total[0] < 0.1 and (total.diff() > -1e-6).all() and total[-1] == pytest.approx(1, abs=1e-5)
-    assert emotion.FromVoice(voice)(torch.full((100, 12), -2.0)).sum(1).max() < 0.01         # nobody has spoken
+    assert emotion.FromVoice(voice)(torch.full((100, 12), -2.0)).sum(1).max() < 0.01       # nobody has spoken
 
 
 def test_a_pause_keeps_the_last_mood(voice):
@@ -178,17 +187,19 @@ def test_emotions_scale_what_is_heard(voice):
     torch.testing.assert_close(emotion.FromVoice(voice, 0.5)(rows), emotion.intensify(plain, 0.5))
 
 
-# ---- words ----------------------------------------------------------------------------------------------------------
+# ---- words -------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     """A random text encoder, saved as the hub serves one."""
     folder = tmp_path_factory.mktemp("bert")
-    words = sorted({word.strip(",") for prompts in emotion.PROMPTS for prompt in prompts for word in prompt.split()})
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", *words]) + "\n")
+    words = sorted({word.strip(",") for prompts in emotion.PROMPTS for prompt in prompts
+                    for word in prompt.split()})
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", *words])
+                                      + "\n")
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=6 + len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         intermediate_size=64)).save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=6 + len(words), hidden_size=32, num_hidden_layers=2,
+                         num_attention_heads=2, intermediate_size=64)).save_pretrained(folder)
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
 
@@ -197,7 +208,8 @@ def test_a_prompt_is_its_emotion(bert):
     for k, prompts in enumerate(emotion.PROMPTS):
         for prompt in (prompts[0], prompts[2].upper()):
             palette = emotion.text_palette(prompt, bert)
-            assert palette.argmax() == k and palette.sum() == pytest.approx(1, abs=1e-5) and palette.min() >= 0
+            assert palette.argmax() == k and palette.sum() == pytest.approx(1,
+                abs=1e-5) and palette.min() >= 0
 
 
 def test_words_that_cannot_be_read_are_refused(bert, tmp_path):

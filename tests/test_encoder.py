@@ -1,4 +1,5 @@
-"""The motion encoder: values against torch's own layers, masks that really hide, statistics that processes share."""
+"""The motion encoder: values against torch's own layers, masks that really hide, statistics that processes
+share."""
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def images(count, seed=0):
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- patches and positions ------------------------------------------------------------------------------------------
+# ---- patches and positions ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("channels, size, p", [(3, 16, 4), (4, 12, 2), (1, 8, 8), (3, 6, 1)])
 def test_patches_come_back(channels, size, p):
@@ -63,14 +64,15 @@ def test_positions_are_sines_of_row_and_column():
     assert len(grid.unique(dim=0)) == 9
 
 
-# ---- attention ------------------------------------------------------------------------------------------------------
+# ---- attention ---------------------------------------------------------------------------------------------
 
 def test_attention_equals_torch():
     torch.manual_seed(0)
     ours, width, heads = Attention(24, 3), 24, 3
     x = torch.randn(2, 7, width)
     q, k, v = F.linear(x, ours.qkv.weight, ours.qkv.bias).chunk(3, dim=-1)
-    q, k = (F.rms_norm(part.unflatten(-1, (heads, -1)), (width // heads,), eps=1e-6).flatten(-2) for part in (q, k))
+    q, k = (F.rms_norm(part.unflatten(-1, (heads, -1)), (width // heads,), eps=1e-6).flatten(-2)
+            for part in (q, k))
     theirs = torch.nn.MultiheadAttention(width, heads, batch_first=True)
     with torch.no_grad():                                                    # q, k, v are projected already
         theirs.in_proj_weight.copy_(torch.eye(width).repeat(3, 1))
@@ -90,7 +92,8 @@ def test_block_is_a_prenorm_transformer_block():
 
 
 def test_attention_trains_as_torch_does():
-    """While gradients flow on a CPU, attention writes the products out; the numbers are those of the fused kernel."""
+    """While gradients flow on a CPU, attention writes the products out; the numbers are those of the fused
+    kernel."""
     torch.manual_seed(0)
     ours = [torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 9, 9)]
     theirs = [x.detach().clone().requires_grad_() for x in ours]
@@ -108,7 +111,7 @@ def test_rms_norm_equals_torch():
     torch.testing.assert_close(rms_norm(x), F.rms_norm(x, (10,), eps=1e-6))
 
 
-# ---- masks ----------------------------------------------------------------------------------------------------------
+# ---- masks -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ratio, left", [(0, 64), (0.5, 32), (0.9, 7), (0.999, 1), (1.0, 1)])
 def test_kept_patches(ratio, left):
@@ -157,7 +160,7 @@ def test_keeping_all_is_no_mask():
     torch.testing.assert_close(model(x, random_masking(2, N, 0)), model(x))
 
 
-# ---- the token ------------------------------------------------------------------------------------------------------
+# ---- the token ---------------------------------------------------------------------------------------------
 
 def test_samples_are_independent():
     model, x = encoder(), images(3)
@@ -169,7 +172,8 @@ def test_samples_are_independent():
 
 
 def test_token_k_is_token_k():
-    """Output k belongs to learned token k, its D numbers to it alone: by hand, so a scrambled reshape fails."""
+    """Output k belongs to learned token k, its D numbers to it alone: by hand, so a scrambled reshape
+    fails."""
     model, x = encoder(num_tokens=3), images(2)
     z = model.embed(patchify(x, 4)) + model.pos_embed
     start = model.token_init.project(model.token_init.patch_summary(z).flatten(1)).view(2, 3, 24)
@@ -178,14 +182,16 @@ def test_token_k_is_token_k():
         z = block(z)
     for k in range(3):
         state = z[:, N + k]
-        number = F.layer_norm(model.head[1](F.layer_norm(state, (24,))), (6,))   # a new RunningNorm changes nothing
+        # a new RunningNorm changes nothing
+        number = F.layer_norm(model.head[1](F.layer_norm(state, (24,))), (6,))
         torch.testing.assert_close(model(x)[:, k], number, atol=1e-4, rtol=1e-4)
     order = torch.tensor([2, 0, 1])
     before = model(x)
     model.tokens.data = model.tokens.data[order]
     weight = model.token_init.project.weight
     weight.data = weight.data.view(3, 24, -1)[order].flatten(0, 1)
-    torch.testing.assert_close(model(x), before[:, order], atol=1e-5, rtol=1e-5)        # learned tokens carry no place
+    # learned tokens carry no place
+    torch.testing.assert_close(model(x), before[:, order], atol=1e-5, rtol=1e-5)
 
 
 def test_a_token_learns_by_itself():
@@ -225,7 +231,8 @@ def test_each_shortcut_can_be_left_out(off):
     motion = model(images(3), random_masking(3, N, 0.5))
     (motion * torch.randn_like(motion)).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-    assert sum(x.numel() for x in model.state_dict().values()) < sum(x.numel() for x in whole.state_dict().values())
+    assert sum(x.numel() for x in model.state_dict().values()) < sum(x.numel()
+                                                                     for x in whole.state_dict().values())
 
 
 def test_without_running_norm_the_token_is_layer_normalised():
@@ -241,7 +248,7 @@ def test_config_errors_name_the_numbers(wrong, words):
         EncoderConfig(**{**SMALL, **wrong})
 
 
-# ---- RunningNorm ----------------------------------------------------------------------------------------------------
+# ---- RunningNorm -------------------------------------------------------------------------------------------
 
 def lopsided(count, seed=0):
     """(count, 2, 3) with means 5, -2, 0 and deviations 0.1, 3, 1."""
