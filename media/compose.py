@@ -7,6 +7,9 @@ Displacements do not depend on the resolution: enlarged, they move the photo's o
 paints keeps the model's resolution:
 
     out = up(low) + (moved_hi - up(moved)) * (1 - up(alpha))
+
+Whatever alpha is, the picture at the model's resolution is low: alpha decides only how much of the photo's finer
+detail stays. So it is lowered where the model hardly changes what it has moved.
 """
 import cv2
 import numpy as np
@@ -16,8 +19,9 @@ from media.face import Square, crop_square, frame_photo, square_matrix
 from media.image import from_uint8, open_image
 
 MAX_ENLARGE, MIN_FACE = 2.0, 256     # a photo is enlarged until its square has MIN_FACE pixels a side
-FINE = 2                             # linear sampling of a cubic copy this much finer keeps sharpness
-MARGIN = 0.5                         # pixels up to so many sides outside the square may be moved into it
+FINE = 3                             # linear sampling of a copy this much finer keeps a moved photo sharp
+CHANGED = 64                         # of 255: where the model changes less, the photo keeps more of its detail
+MARGIN = 0.25                        # pixels up to so many sides outside the square may be moved into it
 
 
 def output_size(width, height, side, size):
@@ -54,7 +58,7 @@ class Composer:
         source = self.photo[y0:bottom + margin, x0:right + margin]
         size = FINE * source.shape[1] - 1, FINE * source.shape[0] - 1
         to_photo = np.array([[1 / FINE, 0, 0], [0, 1 / FINE, 0]])      # pixel k becomes pixel FINE * k
-        self.source = cv2.warpAffine(source, to_photo, size, flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
+        self.source = cv2.warpAffine(source, to_photo, size, flags=cv2.INTER_LANCZOS4 | cv2.WARP_INVERSE_MAP,
                                      borderMode=cv2.BORDER_REPLICATE)
         x, y = np.meshgrid(np.arange(left, right), np.arange(top, bottom))
         self.places = (FINE * np.stack([x - x0, y - y0], axis=-1)).astype(np.float32)          # (h, w, 2)
@@ -96,8 +100,10 @@ class Composer:
         alpha: (s, s) float, how far that is faded out; field: (n, n, 2) float32, the displacements (move()).
         """
         window = self.window(len(low), 2)
+        change = cv2.dilate(cv2.absdiff(low, moved).max(-1), np.ones((3, 3), np.uint8))        # (s, s)
+        alpha = alpha.clip(0, 1) * np.minimum(1, change.astype(np.float32) / CHANGED)
+        fade = np.rint(255 * alpha[..., None] * window).astype(np.uint8)
         low = np.rint(moved + (low.astype(np.float32) - moved) * window).astype(np.uint8)
-        fade = np.rint(255 * alpha[..., None].clip(0, 1) * window).astype(np.uint8)
         low = self.enlarge_smoothly(low)                                                       # (h, w, 3)
         both = self.enlarge_smoothly(np.concatenate([moved, fade], axis=-1))                   # (h, w, 4)
         keep = cv2.merge([cv2.bitwise_not(cv2.extractChannel(both, 3))] * 3)

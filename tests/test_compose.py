@@ -103,18 +103,26 @@ def test_what_is_painted_is_added_to_the_moved_photo():
 def test_where_alpha_is_one_the_models_picture_stands():
     square = SQUARES[0]
     low = np.full((48, 48, 3), (200, 100, 50), np.uint8)
-    out = Composer(PHOTO, square).frame(low, crop_square(PHOTO, square, 48), np.ones((48, 48)), STILL)
+    out = Composer(PHOTO, square).frame(low, np.zeros_like(low), np.ones((48, 48)), STILL)
     assert np.abs(out[inside(square, PHOTO.shape, 0.7)].astype(int) - (200, 100, 50)).max() <= 1
 
 
 def test_half_an_alpha_keeps_half_of_the_photos_detail():
     """out = up(low) + (photo - up(moved)) (1 - alpha), against the formula in floats."""
     square, photo = Square(120, 120, 192), rng.integers(0, 255, (240, 240, 3), np.uint8)
-    moved, low = crop_square(photo, square, 48), rng.integers(80, 170, (48, 48, 3), np.uint8)
+    moved = crop_square(photo, square, 48)
+    low = np.where(moved < 128, moved + 100, moved - 100).astype(np.uint8)
     out = Composer(photo, square).frame(low, moved, SOLID + 0.5, STILL)
     up = [cv2.resize(x.astype(np.float32), (192, 192), interpolation=cv2.INTER_CUBIC) for x in (low, moved)]
     expected = np.clip(up[0] + (photo[24:216, 24:216] - up[1]) * 0.5, 0, 255)
     assert np.abs(out[24:216, 24:216] - expected)[40:-40, 40:-40].mean() < 2
+
+
+def test_detail_stays_where_the_model_changes_nothing():
+    """Even if it fades the photo and paints the same again."""
+    square = SQUARES[0]
+    low = crop_square(PHOTO, square, 48)
+    assert (Composer(PHOTO, square).frame(low, low, SOLID + 0.8, STILL) == PHOTO).all()
 
 
 def test_a_latent_picture_replaces_the_square():
