@@ -20,7 +20,7 @@ from media.image import from_uint8, open_image
 
 MAX_ENLARGE, MIN_FACE = 2.0, 256     # a photo is enlarged until its square has MIN_FACE pixels a side
 FINE = 3                             # linear sampling of a copy this much finer keeps a moved photo sharp
-CHANGED = 64                         # of 255: where the model changes less, the photo keeps more of its detail
+CHANGED = 24                         # of 255: where the model changes less, the photo keeps more of its detail
 MARGIN = 0.25                        # pixels up to so many sides outside the square may be moved into it
 
 
