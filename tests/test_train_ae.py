@@ -469,7 +469,8 @@ def test_checkpointed_activations_change_memory_alone(bf16, compiled):
 
 def test_a_run_writes_its_files(tmp_path, capsys):
     assert train(tmp_path, "--save-every", "2", "--accumulate", "2") == 0
-    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "semo.safetensors", "state.pt", "step000002.png", "step000004.png"]
+    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "progress.png", "semo.safetensors", "state.pt",
+                                            "step000002.png", "step000004.png"]
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert [row["step"] for row in rows] == [2, 4]
     assert all(math.isfinite(row[name]) for row in rows for name in ("loss", "psnr", "psnr_copy", "pictures_per_second"))
@@ -650,7 +651,7 @@ def unbroken(tmp_path_factory):
 
 
 def test_torchrun_with_two_processes(unbroken):
-    assert sorted(os.listdir(unbroken)) == ["log.jsonl", "semo.safetensors", "state.pt", "step000012.png"]
+    assert sorted(os.listdir(unbroken)) == ["log.jsonl", "progress.png", "semo.safetensors", "state.pt", "step000012.png"]
     assert len(open(unbroken / "log.jsonl").readlines()) == 1                # one process writes
     assert state(unbroken)["step"] == 12
     load_models(unbroken / "semo.safetensors")
