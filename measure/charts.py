@@ -1,4 +1,4 @@
-"""Charts by matplotlib: figures of a given size in pixels, drawn without a display, written whole or not at all."""
+"""Charts by matplotlib: figures of a given size in pixels, drawn without a display, written whole."""
 import numpy as np
 from PIL import Image
 

@@ -60,8 +60,9 @@ def read_frames(path):
             raise InputError(f"{path} is {size}; give a video of {MIN_SIDE} to 8192 pixels")
         stream.thread_type, aspect = "AUTO", float(stream.sample_aspect_ratio or 1)
         if not 0.1 <= aspect <= 10:
-            raise InputError(f"{path} says that its pixels are {aspect:.3g} times as wide as high; convert it to mp4 again")
-        stream.codec_context.options = {"max_pixels": str(8192**2)}   # what is coded may be larger than the header says
+            raise InputError(f"{path} says that its pixels are {aspect:.3g} times as wide as high; "
+                             "convert it to mp4 again")
+        stream.codec_context.options = {"max_pixels": str(8192**2)}  # pictures may exceed the header
         step, zero, last, shown, count = 1 / float(stream.average_rate or FPS), 0.0, 0.0, None, 0
         for frame in decode_stream(container, stream):
             now = frame.time if frame.time is not None else last + step * (shown is not None)

@@ -350,15 +350,19 @@ def face_box(people, motion, size):
 
 
 def region_ellipses(motion):
-    """Where mouth, left eye, right eye and face are, roughly, for motion (..., M) -> (..., 4, 4): x, y, half width, half height
-    in [-1, 1] of the picture. Of an average identity."""
+    """Compute roughly where mouth, left eye, right eye and face of an average person are, in motion (..., M).
+
+    -> (..., 4, 4): x, y, half width, half height, in [-1, 1] of the picture.
+    """
     m = dict(zip(MOTION, motion.unbind(-1), strict=True))
     rx, ry = 1.15 * 0.495, 1.20 * 0.64
     cos, sin, zoom = torch.cos(m["roll"]), torch.sin(m["roll"]), 1.12 * (1 + 0.05 * m["scale"])
     rows = []
-    for s, t, wide, high in ((0, 0.40, 0.27, 0.20), (-0.22, -0.06, 0.18, 0.13), (0.22, -0.06, 0.18, 0.13), (0, 0.05, 0.58, 0.78)):
+    places = (0, 0.4, 0.27, 0.2), (-0.22, -0.06, 0.18, 0.13), (0.22, -0.06, 0.18, 0.13), (0, 0.05, 0.58, 0.78)
+    for s, t, wide, high in places:
         u = rx * torch.sin(math.asin(s / rx) + m["yaw"]) + 0.10 * torch.sin(m["yaw"])
         v = ry * torch.sin(math.asin(t / ry) + m["pitch"]) + 0.05 * torch.sin(m["pitch"]) - 0.49
-        x, y = (cos * u - sin * v) * zoom + 0.05 * m["shift_x"], (sin * u + cos * v) * zoom + 0.45 + 0.04 * m["shift_y"]
+        x = (cos * u - sin * v) * zoom + 0.05 * m["shift_x"]
+        y = (sin * u + cos * v) * zoom + 0.45 + 0.04 * m["shift_y"]
         rows.append(torch.stack([x, y, torch.full_like(x, wide), torch.full_like(x, high)], -1))
     return torch.stack(rows, -2)
