@@ -415,8 +415,8 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 def test_a_run_writes_its_files(ae, tmp_path):
     before = hashlib.sha256(ae.read_bytes()).digest()
     assert train(ae, tmp_path, "--save-every", "3") == 0
-    assert sorted(os.listdir(tmp_path)) == ["clips-0.pt", "log.jsonl", "progress.png", "semo.safetensors", "state.pt", "step000003.mp4",
-                                            "step000004.mp4", "voices-0.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["clips-0.pt", "log.jsonl", "progress.png", "semo.safetensors", "state.pt",
+                                            "step000003.mp4", "step000004.mp4", "voices-0.pt"]
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert [row["step"] for row in rows] == [3, 4] and all(0 < row["loss"] < 100 for row in rows)
     assert hashlib.sha256(ae.read_bytes()).digest() == before
