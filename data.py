@@ -304,7 +304,8 @@ def load_landmarks(clip: dict):
         with np.load(path) as file:
             ellipses, factors = file["ellipses"], file["factors"]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise InputError(f"{path} cannot be read ({error}); remove it and run python -m media.landmarks again") from None
+        raise InputError(f"{path} cannot be read ({error}); remove it and run python -m "
+                         f"media.landmarks again") from None
     if ellipses.shape != usual.shape or factors.shape != unknown.shape:
         raise InputError(f"{path} is of another clip: {len(factors)} frames, not {clip['frames']}; remove it "
                          f"and label again")

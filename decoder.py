@@ -1,11 +1,11 @@
 """Chapter 2, generation: a DiT that predicts the target frame from a reference photo and two motions (section
 3.1, eq. 3).
 
-    reference patches Z_r + motion M_r ---> tokens without time t that attend only to themselves: computed once a video
+    reference patches Z_r + motion M_r --> tokens without time t that attend only to themselves, once a video
                                                 | keys and values of every layer
-    noised target patches Z_t^n + motion M_t ---+--> tokens that attend to the reference and to themselves -> velocity V
+    noised target patches Z_t^n + motion M_t ---+--> tokens that attend to the reference and to themselves
                                     (and, in a video model, the same patch of the other frames: temporal align
-                                    block)
+                                    block) -> velocity V
 
 One set of weights serves both rows. The paper lets all tokens attend to all (full_attention=True); the
 default is faster, since one reference serves every frame and every sampling step.
@@ -54,7 +54,8 @@ class DecoderConfig:
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size "
+                             f"{self.patch_size}")
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
         if self.predict not in ("x", "v"):
@@ -316,7 +317,7 @@ def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=16, as_pic
     z_r (1, C, H, W), m_ref (1, L*D): the photo and its motion; motions: iterator of (n, L*D); noise (1, C, H,
     W) -> iterator of (n', C, H, W). as_pictures: of Pictures, in pixel space with the parts of the last step.
 
-        motions -> [buffer: what has come and is not decoded yet] -> chunk: up to `batch`, or the F of a video model -> frames
+        motions -> [buffer: what is not decoded yet] -> chunk: up to `batch`, or F of a video model -> frames
 
     Every frame starts from the same noise, so that what the noise decides does not flicker (ours). The image
     model decodes what is there and waits for nothing, the first frame alone, so that it is shown early.

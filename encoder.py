@@ -1,10 +1,11 @@
 """Chapter 1, abstraction: one frame in, its motion out as L tokens of D numbers (paper section 3.1, eq. 1).
 
     frame (B, C, H, W) -> patches (B, N, p*p*C) -> drop a random share -> ViT, joined by L learnable tokens
-                                                                       -> the L outputs, normalised: motion (B, L, D)
+                                                                -> the L outputs, normalised: motion (B, L, D)
 
-The mask and the narrow output force the token to describe motion and not to copy the picture: the decoder can take
-identity, clothes and background from the reference photo, so the token learns what the photo does not tell.
+The mask and the narrow output force the token to describe motion and not to copy the picture: the decoder can
+take identity, clothes and background from the reference photo, so the token learns what the photo does not
+tell.
 
 Shape key: B batch, F frames, N patches, L motion tokens per frame, D motion width, A audio features,
 C H W image or latent, E model width.
@@ -26,14 +27,17 @@ class EncoderConfig:
     width: int = 192          # E
     depth: int = 4
     heads: int = 3
-    num_tokens: int = 1       # L
-    token_dim: int = 64       # D
-    token_init: int = 16      # ours: the learnable tokens start from so many numbers of each patch; 0 (the paper): they do not
-    running_norm: bool = True  # ours: each number of the token normalised by running statistics; False: LayerNorm alone
+    num_tokens: int = 1   # L
+    token_dim: int = 64   # D
+    token_init: int = 16  # ours: the learnable tokens start from so many numbers of each patch; 0 (the
+                          # paper): they do not
+    # ours: each number of the token normalised by running statistics; False: LayerNorm alone
+    running_norm: bool = True
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size "
+                             f"{self.patch_size}")
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
 
@@ -49,14 +53,16 @@ def unpatchify(x: Tensor, p: int) -> Tensor:
 
 
 def sincos(positions: Tensor, width: int) -> Tensor:
-    """Fixed sinusoidal embedding of positions (n,) -> (n, width), wavelengths 2 pi .. 2 pi 10^4 (Vaswani et al. 2017)."""
+    """Fixed sinusoidal embedding of positions (n,) -> (n, width), wavelengths 2 pi .. 2 pi 10^4 (Vaswani et
+    al. 2017)."""
     freq = 1e-4 ** torch.linspace(0, 1, width // 2)
     angle = positions[:, None].float() * freq                                          # (n, width/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)                                # (n, width)
 
 
 def sincos_2d(side: int, width: int) -> Tensor:
-    """Embedding of a side x side grid in reading order -> (side*side, width): one half for rows, one for columns."""
+    """Embedding of a side x side grid in reading order -> (side*side, width): one half for rows, one for
+    columns."""
     axis = sincos(torch.arange(side), width // 2)                                      # (side, width/2)
     return torch.cat([axis.repeat_interleave(side, 0), axis.repeat(side, 1)], dim=1)   # (N, width)
 
@@ -67,8 +73,8 @@ PLAIN_ATTENTION = False     # two plain products everywhere: measure/bench.py co
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute softmax attention, (B, heads, n, d) -> (B, heads, n, d).
 
-    Uses torch's fused kernel, except in training on a CPU: its backward pass is slower there than two plain products at
-    these short lengths (measure/bench.py times both).
+    Uses torch's fused kernel, except in training on a CPU: its backward pass is slower there than two plain
+    products at these short lengths (measure/bench.py times both).
     """
     if PLAIN_ATTENTION or q.device.type == "cpu" and q.requires_grad:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
@@ -100,7 +106,8 @@ class Attention(nn.Module):
 
 def mlp(width: int, ratio: int = 4) -> nn.Sequential:
     """Two linear layers with a GELU between them, `ratio` times as wide inside."""
-    return nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(approximate="tanh"), nn.Linear(ratio * width, width))
+    return nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(approximate="tanh"),
+                         nn.Linear(ratio * width, width))
 
 
 class Block(nn.Module):
@@ -119,10 +126,10 @@ class Block(nn.Module):
 class RunningNorm(nn.Module):
     """Normalise each number of the token to zero mean and unit variance by running statistics (ours).
 
-    BatchNorm without learned scale, except that training, too, uses the running statistics; with several processes, those
-    of the whole batch. A new ViT gives nearly the same token for every frame, and the decoder then learns to ignore it.
-    Subtracting what all frames share makes the differences the signal from the first step, and gives stage 2 targets of
-    unit scale.
+    BatchNorm without learned scale, except that training, too, uses the running statistics; with several
+    processes, those of the whole batch. A new ViT gives nearly the same token for every frame, and the
+    decoder then learns to ignore it. Subtracting what all frames share makes the differences the signal from
+    the first step, and gives stage 2 targets of unit scale.
     """
 
     def __init__(self, dim: int, momentum: float = 0.02):
@@ -139,7 +146,7 @@ class RunningNorm(nn.Module):
             dist.all_reduce(moments)
             moments /= dist.get_world_size()
         self.count += 1
-        rate = torch.clamp(1 / self.count, min=self.momentum)      # a plain average at first, then a moving one
+        rate = torch.clamp(1 / self.count, min=self.momentum)    # a plain average at first, then a moving one
         self.mean.lerp_(moments[0], rate)
         self.square.lerp_(moments[1], rate)
 
@@ -152,10 +159,11 @@ class RunningNorm(nn.Module):
 
 
 class TokenInit(nn.Module):
-    """Add to the learnable tokens a linear function of the visible patches, with weights of its own per position (ours).
+    """Add to the learnable tokens a linear function of the visible patches, with weights of its own per
+    position (ours).
 
-    Without it a token first holds the mean over all patches, in which a mouth is a fiftieth of the variation; learning to
-    attend to it takes several times the steps.
+    Without it a token first holds the mean over all patches, in which a mouth is a fiftieth of the variation;
+    learning to attend to it takes several times the steps.
     """
 
     def __init__(self, patches: int, width: int, dim: int, num_tokens: int):
@@ -165,9 +173,10 @@ class TokenInit(nn.Module):
         self.project = nn.Linear(patches * dim, num_tokens * width, bias=False)
 
     def forward(self, z, ids_keep, patches: int):
-        """z (B, n, E): visible patches, ids_keep (B, n) their numbers of `patches`, or None for all -> (B, L, E)."""
+        """z (B, n, E): visible patches, ids_keep (B, n) their numbers of `patches`, or None for all -> (B, L,
+        E)."""
         summary = self.patch_summary(z)                                                # (B, n, dim)
-        if ids_keep is not None:                                   # each at its place, scaled up for those that are hidden
+        if ids_keep is not None:                      # each at its place, scaled up for those that are hidden
             index = ids_keep[..., None].expand_as(summary)
             summary = summary * (patches / z.shape[1])
             summary = summary.new_zeros(len(z), patches, summary.shape[-1]).scatter(1, index, summary)
@@ -191,8 +200,8 @@ class MotionEncoder(nn.Module):
         self.register_buffer("pos_embed", sincos_2d(side, c.width), persistent=False)  # (N, E)
 
     def forward(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Encode x (B, C, H, W) -> motion (B, L, D), fp32. ids_keep (B, n): sorted numbers of the visible patches, see
-        random_masking; None: all are visible."""
+        """Encode x (B, C, H, W) -> motion (B, L, D), fp32. ids_keep (B, n): sorted numbers of the visible
+        patches, see random_masking; None: all are visible."""
         z = self.embed(patchify(x, self.config.patch_size)) + self.pos_embed           # (B, N, E)
         patches = z.shape[1]
         if ids_keep is not None:
@@ -207,10 +216,11 @@ class MotionEncoder(nn.Module):
 
 
 def random_masking(batch: int, patches: int, ratio: float, generator=None, device=None) -> Tensor:
-    """Choose the patches that a mask of share `ratio` leaves visible, a different subset for each sample (MAE).
+    """Choose the patches that a mask of share `ratio` leaves visible, a different subset for each sample
+    (MAE).
 
-    -> ids_keep (batch, n) sorted, n = patches - floor(ratio * patches), at least 1. One ratio for all, so that the batch
-    stays a rectangle.
+    -> ids_keep (batch, n) sorted, n = patches - floor(ratio * patches), at least 1. One ratio for all, so
+    that the batch stays a rectangle.
     """
     visible = max(1, patches - int(ratio * patches))
     order = torch.rand(batch, patches, generator=generator, device=device).argsort(1)

@@ -1,11 +1,11 @@
 """Chapter 3, reasoning: a DiT over time writes the motion tokens of 16 frames at once from speech (section
 3.2, eq. 7).
 
-    past motion M_p (P frames) + noised motion M_t^n (K frames) ---> tokens, one a frame, self-attention over time
-    speech features A (P + K + lookahead frames) ----------------------> cross-attention, same positions as the tokens
-    motion of the reference photo M_r -----------------------------> cross-attention
-    mood, seven emotion weights a frame (optional) -----------------> scale the experts beside each MLP
-                                                                     -> velocity of the K new frames
+    past motion M_p (P frames) + noised motion M_t^n (K frames) --> tokens, one a frame, attend over time
+    speech features A (P + K + lookahead frames) -----------------> cross-attention, positions of the tokens
+    motion of the reference photo M_r ----------------------------> cross-attention
+    mood, seven emotion weights a frame (optional) ---------------> scale the experts beside each MLP
+                                                                    -> velocity of the K new frames
 
 One pass writes K frames; the last P of what is written are the past of the next pass, so a recording of any
 length needs constant memory. The first past is the reference motion, repeated: the video starts from the
@@ -152,7 +152,8 @@ class Generator(nn.Module):
             raise ValueError(f"want {c.window} new and {c.past} past frames and {num_rows} rows of speech, "
                              f"not {K}, "
                              f"{past.shape[1]} and {None if audio is None else audio.shape[1]}")
-        x = torch.cat([self.embed(past) + self.segment_embed[0], self.embed(m_t) + self.segment_embed[1]], dim=1)  # (B, P+K, E)
+        x = torch.cat([self.embed(past) + self.segment_embed[0],
+                       self.embed(m_t) + self.segment_embed[1]], dim=1)                # (B, P+K, E)
         pos_embed = self.pos_embed[: x.shape[1]]
         x = x + pos_embed
         if mood is not None and self.mood is not None:

@@ -1,18 +1,20 @@
-"""The main job: a photo and a speech recording -> a talking portrait video. Or the photo moves as a driving video does.
+"""The main job: a photo and a speech recording -> a talking portrait video. Or the photo moves as a driving
+video does.
 
     python sample.py --img x.png --wav y.wav [--out out.mp4] [--ckpt F] [--steps N] [--guidance S] [--seed N]
                      [--device auto]
-    python sample.py --img x.png --wav y.wav --emotion "neutral, happy:0.6+surprised:0.4@2.5" [--intensity 0..1.5]
+    python sample.py --img x.png --wav y.wav --emotion "neutral, happy:0.6+surprised:0.4@2.5"
+                     [--intensity 0..1.5]
     python sample.py --img x.png --video driving.mp4 [--out out.mp4]
     python sample.py --img x.png --controls "yaw=-10:10 blink=0,1,0" [--seconds 4]
-    python sample.py --img x.png --wav - --out -          live: raw 16 kHz sound in, a fragmented mp4 out, as it is made
+    python sample.py --img x.png --wav - --out -      live: raw 16 kHz sound in, a fragmented mp4 out
 
     photo --encoder--> reference motion --+-----------------------------------------+
-    sound --rows, 25 a second--> generator, 16 tokens a pass --> motion --> decoder --> frames --> mp4, as they come
+    sound --rows, 25 a second--> generator, 16 tokens a pass --> motion --> decoder --> frames --> mp4
 
 Memory does not grow with the length of the sound or the video. The same seed gives the same frames.
-Exit status: 0 with a complete file, 2 after one sentence about bad input, 130 when interrupted, 1 when the reader of
-`--out -` went away; else no file is left.
+Exit status: 0 with a complete file, 2 after one sentence about bad input, 130 when interrupted, 1 when the
+reader of `--out -` went away; else no file is left.
 """
 import argparse
 import math
@@ -44,12 +46,13 @@ from media.weights import load_weights, resolve
 
 BATCH = 16  # frames decoded, or encoded, at once
 DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "semo-tiny.safetensors")
-MODELS = {"encoder": (MotionEncoder, EncoderConfig), "decoder": (Decoder, DecoderConfig), "generator": (Generator, GeneratorConfig),
-          "voice": (VoiceEmotion, VoiceConfig)}
+MODELS = {"encoder": (MotionEncoder, EncoderConfig), "decoder": (Decoder, DecoderConfig),
+          "generator": (Generator, GeneratorConfig), "voice": (VoiceEmotion, VoiceConfig)}
 
 
 def load_models(path, device="cpu"):
-    """A file of weights, or owner/name[@revision] on the model hub -> ({kind: model in eval mode}, meta). Raises InputError."""
+    """A file of weights, or owner/name[@revision] on the model hub -> ({kind: model in eval mode}, meta).
+    Raises InputError."""
     models, meta = load_weights(resolve(path), MODELS, device)
     possible = {"size": range(16, 8193, 2), "latents": SPACES, "steps": range(1, 1001)}
     if "generator" in models:
@@ -58,13 +61,15 @@ def load_models(path, device="cpu"):
             possible["guidance"] = ()
     for name in possible.keys() & meta.keys():
         if not isinstance(meta[name], (str, int)) or meta[name] not in possible[name]:
-            raise InputError(f"{path}: its {name} is {meta[name]!r}, which cannot be; the file is damaged or of another version")
+            raise InputError(f"{path}: its {name} is {meta[name]!r}, which cannot be; the file is damaged or "
+                             f"of another version")
     return models, meta
 
 
 def autocast_iter(device, items, models=True):
-    """The items of an iterator, each made without gradients and, where bf16 is fast, under autocast; with models=False,
-    out of it. The context is left before an item is handed out, so it never leaks to the caller."""
+    """The items of an iterator, each made without gradients and, where bf16 is fast, under autocast; with
+    models=False, out of it. The context is left before an item is handed out, so it never leaks to the
+    caller."""
     items = iter(items)
     while True:
         with torch.inference_mode(), autocast(device, models):
@@ -75,8 +80,8 @@ def autocast_iter(device, items, models=True):
 
 
 def encode_video(encoder, space, video, device, m_ref=None):
-    """Motion of a video: iterator of (3, H, W) frames -> iterator of (n, L*D): as it is, or what has changed since its first
-    frame added to m_ref (1, L*D)."""
+    """Motion of a video: iterator of (3, H, W) frames -> iterator of (n, L*D): as it is, or what has changed
+    since its first frame added to m_ref (1, L*D)."""
     m_first = None
     for frames in rechunk((frame[None] for frame in video), BATCH):
         motion = encoder(space.encode(frames.to(device))).flatten(1)
@@ -92,12 +97,13 @@ def latents_to_frames(space, frames):
 
 
 def pictures_to_frames(space, pictures, composer=None):
-    """The decoder's Pictures -> (H, W, 3) uint8 frames: put into the whole photo by a Composer, or as they are."""
+    """The decoder's Pictures -> (H, W, 3) uint8 frames: put into the whole photo by a Composer, or as they
+    are."""
     for picture in pictures:
         low = latents_to_frames(space, picture.x)
         if composer is None:
             yield from low
-        elif picture.moved is None:                               # a latent space has no displacements of pixels
+        elif picture.moved is None:                            # a latent space has no displacements of pixels
             yield from map(composer.blend, low)
         else:
             alpha, field = picture.alpha[:, 0].cpu().numpy(), picture.field.cpu().numpy()
@@ -105,51 +111,61 @@ def pictures_to_frames(space, pictures, composer=None):
 
 
 def prepare_reference(models, meta, image, seed):
-    """What both jobs start with -> space of the latents, photo (1, C, H, W) in it, its motion (1, L*D), source of noise,
-    the frames' noise (1, C, H, W). Noise is drawn on the CPU, so that every device gets the same."""
+    """What both jobs start with -> space of the latents, photo (1, C, H, W) in it, its motion (1, L*D),
+    source of noise, the frames' noise (1, C, H, W). Noise is drawn on the CPU, so that every device gets the
+    same."""
     device = next(models["decoder"].parameters()).device
-    space, rng = load_latents(meta["latents"], meta.get("vae", SD), device), torch.Generator().manual_seed(seed)
+    space, rng = load_latents(meta["latents"], meta.get("vae", SD),
+                              device), torch.Generator().manual_seed(seed)
     with torch.inference_mode(), autocast(device):
         z_r = space.encode(image[None].to(device))
         m_ref = models["encoder"](z_r).flatten(1)
     return space, z_r, m_ref, rng, torch.randn(z_r.shape, generator=rng).to(device)
 
 
-def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidance=None, emotion=None, composer=None):
-    """A photo speaks. image (3, H, W) in [-1, 1]; features: iterator of (n, A) sound features -> (H, W, 3) uint8 frames,
-    as many as rows of features, yielded as they are made. steps and guidance are those of the weights (meta) where None.
-    emotion: called with each part of features, it returns their moods (emotion.py). composer: makes frames whole photos
-    (media/compose.py)."""
+def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidance=None, emotion=None,
+                       composer=None):
+    """A photo speaks. image (3, H, W) in [-1, 1]; features: iterator of (n, A) sound features -> (H, W, 3)
+    uint8 frames, as many as rows of features, yielded as they are made. steps and guidance are those of the
+    weights (meta) where None. emotion: called with each part of features, it returns their moods
+    (emotion.py). composer: makes frames whole photos (media/compose.py)."""
     space, z_r, m_ref, rng, noise = prepare_reference(models, meta, image, seed)
     zeros = torch.zeros(1, SAMPLES_PER_FRAME)
-    silence_features = audio_features.extract_features(zeros, meta["audio"], meta.get("whisper"))[0, 0]         # (A,)
+    # (A,)
+    silence_features = audio_features.extract_features(zeros, meta["audio"], meta.get("whisper"))[0, 0]
     guidance = meta["guidance"] if guidance is None else guidance
-    features = autocast_iter(z_r.device, features, models=False)                                           # sound stays in fp32
-    motions = generate_motion(models["generator"], m_ref, features, rng, silence_features, steps or meta["gen_steps"], guidance,
-                              emotion)
-    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH, as_pictures=True)
+    features = autocast_iter(z_r.device, features, models=False)                         # sound stays in fp32
+    motions = generate_motion(models["generator"], m_ref, features, rng, silence_features,
+                              steps or meta["gen_steps"], guidance, emotion)
+    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH,
+                             as_pictures=True)
     yield from pictures_to_frames(space, autocast_iter(z_r.device, pictures), composer)
 
 
 def animate_live(models, meta, image, chunks, seed=0, steps=None, guidance=None, emotion=None, composer=None):
-    """A photo speaks live. image (3, H, W) in [-1, 1]; chunks: iterator of (S,) float sound, 16 kHz, full scale 1, as it
-    arrives, any S -> (H, W, 3) uint8 frames, 25 a second, as soon as a window of sound and what it hears ahead are there
-    (16 + 3 frames with the embedded weights, 0.8 s; the 30 s of Whisper with weights trained on it).
+    """A photo speaks live. image (3, H, W) in [-1, 1]; chunks: iterator of (S,) float sound, 16 kHz, full
+    scale 1, as it arrives, any S -> (H, W, 3) uint8 frames, 25 a second, as soon as a window of sound and
+    what it hears ahead are there (16 + 3 frames with the embedded weights, 0.8 s; the 30 s of Whisper with
+    weights trained on it).
 
-    Differs from a file in one thing: its loudness is levelled by the past alone (audio_features.streaming_gain)."""
-    features = audio_features.stream_features(audio_features.streaming_gain(chunks), meta["audio"], meta.get("whisper"))
+    Differs from a file in one thing: its loudness is levelled by the past alone
+    (audio_features.streaming_gain)."""
+    features = audio_features.stream_features(audio_features.streaming_gain(chunks), meta["audio"],
+                                              meta.get("whisper"))
     return animate_from_audio(models, meta, image, features, seed, steps, guidance, emotion, composer)
 
 
 def reenact(models, meta, image, video, seed=0, steps=None, absolute=False, composer=None):
-    """A photo moves as a video. image (3, H, W) in [-1, 1]; video: iterator of such -> (H, W, 3) uint8, as many.
+    """A photo moves as a video. image (3, H, W) in [-1, 1]; video: iterator of such -> (H, W, 3) uint8, as
+    many.
 
-    It begins as the photo is and changes as the video does (Siarohin et al. 2019, FOMM): a token of somebody else's face
-    tells where and how large that face is, too. absolute: it takes the video's motion as it is.
+    It begins as the photo is and changes as the video does (Siarohin et al. 2019, FOMM): a token of somebody
+    else's face tells where and how large that face is, too. absolute: it takes the video's motion as it is.
     """
     space, z_r, m_ref, _, noise = prepare_reference(models, meta, image, seed)
     motions = encode_video(models["encoder"], space, video, z_r.device, None if absolute else m_ref)
-    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH, as_pictures=True)
+    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH,
+                             as_pictures=True)
     yield from pictures_to_frames(space, autocast_iter(z_r.device, pictures), composer)
 
 
@@ -157,12 +173,14 @@ def animate_from_changes(models, meta, image, changes, seed=0, steps=None, compo
     """A photo whose motion changes by changes (n, L*D) -> (H, W, 3) uint8 frames, as many."""
     space, z_r, m_ref, _, noise = prepare_reference(models, meta, image, seed)
     motions = iter([m_ref + changes.to(m_ref)])
-    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH, as_pictures=True)
+    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH,
+                             as_pictures=True)
     yield from pictures_to_frames(space, autocast_iter(z_r.device, pictures), composer)
 
 
 def scan_audio(path):
-    """A first pass over the sound: it can be used, and -> the gain that levels it, its length in video frames."""
+    """A first pass over the sound: it can be used, and -> the gain that levels it, its length in video
+    frames."""
     sizes = []
 
     def counted():
@@ -179,34 +197,55 @@ def scan_audio(path):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--img", required=True, help="the photo: jpg, png or webp")
-    parser.add_argument("--face", type=int, metavar="N", help="the N-th face of the photo from the left (default: the largest)")
-    parser.add_argument("--detector", metavar="YUNET.onnx", help="find faces with this file of OpenCV's YuNet (default: with the "
+    parser.add_argument("--face", type=int, metavar="N",
+                        help="the N-th face of the photo from the left (default: the largest)")
+    parser.add_argument("--detector", metavar="YUNET.onnx",
+                        help="find faces with this file of OpenCV's YuNet (default: with the "
                                                                  "cascades in OpenCV)")
     drive = parser.add_mutually_exclusive_group(required=True)
-    drive.add_argument("--wav", help="the speech: wav, flac, ogg, mp3, m4a or a video with sound; -: raw from stdin, as it "
+    drive.add_argument("--wav", help="the speech: wav, flac, ogg, mp3, m4a or a video with sound; -: raw "
+                                     "from stdin, as it "
                                      "arrives (signed 16-bit little-endian PCM, mono, 16 kHz)")
     drive.add_argument("--video", help="a driving video instead: its motion and its sound")
-    drive.add_argument("--controls", metavar="TEXT", help="known movements instead, changes from the photo: 'yaw=-10:10 "
-                                                          "blink=0,1,0' goes from -10 to 10 degrees and blinks once (web/controls.py)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="with --controls: length of the video (default: %(default)s)")
-    parser.add_argument("--absolute", action="store_true", help="with --video: its poses as they are, not its changes of pose")
-    parser.add_argument("--out", default="out.mp4", help="the video to write; -: to stdout, as it is made (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=1080, help="long side of the video, at most (default: %(default)s)")
-    parser.add_argument("--crop", action="store_true", help="write the square of the face alone, not the whole photo")
-    parser.add_argument("--ckpt", default=DEFAULT, help="weights: a .safetensors file, or owner/name[@revision] on the model "
+    drive.add_argument("--controls", metavar="TEXT",
+                       help="known movements instead, changes from the photo: 'yaw=-10:10 "
+                                                          "blink=0,1,0' goes from -10 to 10 degrees and "
+                                                          "blinks once (web/controls.py)")
+    parser.add_argument("--seconds", type=float, default=4.0,
+                        help="with --controls: length of the video (default: %(default)s)")
+    parser.add_argument("--absolute", action="store_true",
+                        help="with --video: its poses as they are, not its changes of pose")
+    parser.add_argument("--out", default="out.mp4",
+                        help="the video to write; -: to stdout, as it is made (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=1080,
+                        help="long side of the video, at most (default: %(default)s)")
+    parser.add_argument("--crop", action="store_true",
+                        help="write the square of the face alone, not the whole photo")
+    parser.add_argument("--ckpt", default=DEFAULT,
+                        help="weights: a .safetensors file, or owner/name[@revision] on the model "
                                                            "hub (default: the embedded ones)")
-    parser.add_argument("--vae", help="folder of the autoencoder of sd weights (default: where it was trained with it)")
-    parser.add_argument("--whisper", help="folder of the Whisper model of weights trained on it (default: likewise)")
+    parser.add_argument("--vae", help="folder of the autoencoder of sd weights (default: where it was "
+                                      "trained with it)")
+    parser.add_argument("--whisper", help="folder of the Whisper model of weights trained on it (default: "
+                                          "likewise)")
     parser.add_argument("--steps", type=int, help="sampling steps of both models (default: as released)")
-    parser.add_argument("--guidance", type=float, help="how much the sound counts; 1: as it is (default: as released)")
+    parser.add_argument("--guidance", type=float,
+                        help="how much the sound counts; 1: as it is (default: as released)")
     feel = parser.add_mutually_exclusive_group()
-    feel.add_argument("--emotion", help="neutral, happy, sad, angry, afraid, disgusted or surprised; mixed: happy:0.6+surprised:0.4; "
-                      "in time: 'neutral, happy@2.5, sad@6' (seconds); auto: as the voice sounds; none: no opinion (default)")
-    feel.add_argument("--emotion-text", metavar="WORDS", help='the emotion in words, such as "a bitter smile"')
-    parser.add_argument("--text-model", default=TEXT_MODEL, help="what reads the words: hub id or folder (default: %(default)s)")
-    parser.add_argument("--intensity", type=float, help="of the emotion, 0 (a calm face) to 1.5 (beyond training) (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="another number, another take (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    feel.add_argument("--emotion", help="neutral, happy, sad, angry, afraid, disgusted or surprised; mixed: "
+                                        "happy:0.6+surprised:0.4; "
+                      "in time: 'neutral, happy@2.5, sad@6' (seconds); auto: as the voice sounds; none: no "
+                      "opinion (default)")
+    feel.add_argument("--emotion-text", metavar="WORDS",
+                      help='the emotion in words, such as "a bitter smile"')
+    parser.add_argument("--text-model", default=TEXT_MODEL,
+                        help="what reads the words: hub id or folder (default: %(default)s)")
+    parser.add_argument("--intensity", type=float,
+                        help="of the emotion, 0 (a calm face) to 1.5 (beyond training) (default: 1)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="another number, another take (default: %(default)s)")
+    parser.add_argument("--device", default="auto",
+                        help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.absolute and not args.video:
         parser.error("--absolute goes with --video")
@@ -220,39 +259,48 @@ def parse(argv):
         parser.error(f"--guidance is {args.guidance}; give 0 to 100")
     if not 32 <= args.size <= 8192:
         parser.error(f"--size is {args.size}; give 32 to 8192")
-    args.emotion = None if args.emotion is not None and args.emotion.strip().lower() == "none" else args.emotion
+    if args.emotion is not None and args.emotion.strip().lower() == "none":
+        args.emotion = None
     asked = args.emotion is not None or args.emotion_text is not None
     if asked and args.video:
-        parser.error("--emotion and --emotion-text go with --wav: with --video the face takes the video's motion")
+        parser.error("--emotion and --emotion-text go with --wav: with --video the face takes the video's "
+                     "motion")
     if args.intensity is not None and not (asked and 0 <= args.intensity <= 1.5):
-        parser.error(f"--intensity is {args.intensity}; give 0 to 1.5, together with --emotion or --emotion-text")
+        parser.error(f"--intensity is {args.intensity}; give 0 to 1.5, together with --emotion or "
+                     f"--emotion-text")
     return args
 
 
 def choose_emotion(args, models, seconds=math.inf):
-    """What --emotion and --emotion-text ask for, in a sound of so many seconds -> Schedule, FromVoice, or None."""
+    """What --emotion and --emotion-text ask for, in a sound of so many seconds -> Schedule, FromVoice, or
+    None."""
     if args.emotion is None and args.emotion_text is None:
         return None
     intensity, config = 1.0 if args.intensity is None else args.intensity, models["generator"].config
     if not (config.experts or config.mood_table):
-        raise InputError(f"{args.ckpt} was trained without emotions; leave --emotion out, or give weights that train_gen.py makes")
+        raise InputError(f"{args.ckpt} was trained without emotions; leave --emotion out, or give weights "
+                         f"that train_gen.py makes")
     if args.emotion_text is not None:
         palette = text_palette(args.emotion_text, args.text_model)
         if palette.topk(2).values.diff().abs() < 0.1:
-            print("sample.py: the words of --emotion-text leave two emotions almost as likely", file=sys.stderr)
+            print("sample.py: the words of --emotion-text leave two emotions almost as likely",
+                  file=sys.stderr)
         return Schedule([(0.0, palette)], intensity)
     if args.emotion.strip().lower() != "auto":
         return Schedule(parse_emotion(args.emotion, seconds), intensity)
     if "voice" not in models:
-        raise InputError(f"{args.ckpt} cannot hear emotions, so not --emotion auto; name one, or give weights that train_gen.py makes")
+        raise InputError(f"{args.ckpt} cannot hear emotions, so not --emotion auto; name one, or give "
+                         f"weights that train_gen.py makes")
     return FromVoice(models["voice"], intensity)
 
 
 def frames_and_sound(args, models, meta, image, composer, detector):
-    """What the arguments ask for -> iterator of frames, their number (None: not known yet), sound for VideoWriter, emotion."""
+    """What the arguments ask for -> iterator of frames, their number (None: not known yet), sound for
+    VideoWriter, emotion."""
     if args.controls is not None:
         changes = parse_controls(args.controls, meta.get("controls"), round(args.seconds * FPS))
-        return animate_from_changes(models, meta, image, changes, args.seed, args.steps, composer), len(changes), None, None
+        return animate_from_changes(models, meta, image, changes, args.seed, args.steps,
+                                    composer), len(changes), None, None
     if args.video:
         video, note = frame_video(args.video, meta["size"], detector)
         print_note(note)
@@ -267,12 +315,15 @@ def frames_and_sound(args, models, meta, image, composer, detector):
                 yield chunk
 
         emotion = choose_emotion(args, models)
-        frames = animate_live(models, meta, image, listen(), args.seed, args.steps, args.guidance, emotion, composer)
+        frames = animate_live(models, meta, image, listen(), args.seed, args.steps, args.guidance, emotion,
+                              composer)
         return frames, None, pop_all(queue), emotion
     gain, total = scan_audio(args.wav)
     emotion = choose_emotion(args, models, total / FPS)
-    features = audio_features.stream_features((chunk * gain for chunk in audio_chunks(args.wav)), meta["audio"], meta.get("whisper"))
-    frames = animate_from_audio(models, meta, image, features, args.seed, args.steps, args.guidance, emotion, composer)
+    features = audio_features.stream_features((chunk * gain for chunk in audio_chunks(args.wav)),
+                                              meta["audio"], meta.get("whisper"))
+    frames = animate_from_audio(models, meta, image, features, args.seed, args.steps, args.guidance, emotion,
+                                composer)
     return frames, total, args.wav, emotion
 
 
@@ -289,8 +340,8 @@ def pop_all(queue):
 
 
 def write_all(video, frames, done):
-    """Write frames while the next are computed: in a thread, at most BATCH behind; done() after each. To a pipe at once, so
-    that it may wait for its reader, and a signal end that wait."""
+    """Write frames while the next are computed: in a thread, at most BATCH behind; done() after each. To a
+    pipe at once, so that it may wait for its reader, and a signal end that wait."""
     if not isinstance(video.path, str):
         for frame in frames:
             video.write(frame)
@@ -314,17 +365,22 @@ def run(args):
     """The whole job, from names to a finished file. Raises InputError for what cannot be used."""
     source, live = args.wav or args.video, args.out == "-"
     if live and sys.stdout.isatty():
-        raise InputError("--out - would print a video on the terminal; pipe it to a player or give a name that ends in .mp4")
+        raise InputError("--out - would print a video on the terminal; pipe it to a player or give a name "
+                         "that ends in .mp4")
     if args.wav == "-" and sys.stdin.isatty():
-        raise InputError("--wav - reads sound from a pipe, but stdin is the terminal; pipe 16-bit mono PCM of 16 kHz to it")
+        raise InputError("--wav - reads sound from a pipe, but stdin is the terminal; pipe 16-bit mono PCM "
+                         "of 16 kHz to it")
     check_file(resolve(args.ckpt), "a .safetensors file, such as the embedded weights/semo-tiny.safetensors")
     for path in filter(None, (args.img, source, args.ckpt)):
-        if not live and path != "-" and os.path.exists(path) and os.path.exists(args.out) and os.path.samefile(path, args.out):
+        both = not live and path != "-" and os.path.exists(path) and os.path.exists(args.out)
+        if both and os.path.samefile(path, args.out):
             raise InputError(f"--out {args.out} would overwrite an input; choose another name")
     models, meta = load_models(args.ckpt, pick_device(args.device))
-    wanted = {"size", "latents", "steps", *(("audio", "gen_steps", "guidance") if "generator" in models else ())}
+    wanted = {"size", "latents", "steps",
+              *(("audio", "gen_steps", "guidance") if "generator" in models else ())}
     if lacking := sorted(wanted - meta.keys()):
-        raise InputError(f"{args.ckpt} does not say its {', '.join(lacking)}; the file is damaged or of another version")
+        raise InputError(f"{args.ckpt} does not say its {', '.join(lacking)}; the file is damaged or of "
+                         f"another version")
     meta.update({name: given for name, given in (("vae", args.vae), ("whisper", args.whisper)) if given})
     if args.wav and "generator" not in models:
         raise InputError(f"{args.ckpt} holds no motion generator; give another, or --video in place of --wav")
@@ -335,17 +391,19 @@ def run(args):
     comment = PROVENANCE if emotion is None else f"{PROVENANCE} Emotion: {emotion.describe()}."
     out = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) if live else args.out
     start = time.perf_counter()
-    with VideoWriter(out, composer.size, sound, comment) as video, tqdm(total=total, unit="frame", disable=None) as bar:
+    with VideoWriter(out, composer.size, sound, comment) as video, tqdm(total=total, unit="frame",
+        disable=None) as bar:
         write_all(video, frames, bar.update)
     seconds = time.perf_counter() - start
-    print(f"{printable(args.out)}: {video.frames} frames, {video.frames / FPS:.2f} s, made at {video.frames / seconds:.1f} fps",
-          file=sys.stderr if live else sys.stdout)
+    print(f"{printable(args.out)}: {video.frames} frames, {video.frames / FPS:.2f} s, made at "
+          f"{video.frames / seconds:.1f} fps", file=sys.stderr if live else sys.stdout)
     if emotion is not None:
         print(f"emotion: {emotion.describe()}", file=sys.stderr if live else sys.stdout)
 
 
 def main(argv=None):
-    """-> exit status: 0 with a complete file, 2 for bad input, 130 when interrupted, 1 when nobody reads --out - any more."""
+    """-> exit status: 0 with a complete file, 2 for bad input, 130 when interrupted, 1 when nobody reads
+    --out - any more."""
     args = parse(argv)
     try:
         run(args)

@@ -1,13 +1,15 @@
 """Stage 1: train the motion encoder and the decoder together (paper section 3.1, eqs. 1-3 and 8).
 
     python train_ae.py --preset tiny                                   synthetic world, a laptop, no data
-    python train_ae.py --preset tiny --frames 8 --init runs/ae/semo.safetensors --out runs/video     image-to-video
+    python train_ae.py --preset tiny --frames 8 --init runs/ae/semo.safetensors --out runs/video
+                                                                       image-to-video
     python train_ae.py --preset small --data DIR [DIR ...]             real clips, made by data.py prepare
     torchrun --nproc_per_node=8 train_ae.py --preset paper --data DIR  the paper's own method, on 8 GPUs
-    python train_ae.py --preset tiny --reflow runs/gen/semo.safetensors     straighter paths, fewer sampling steps
+    python train_ae.py --preset tiny --reflow runs/gen/semo.safetensors
+                                                                       straighter paths, fewer sampling steps
 
-Run the same command again to resume: --out holds state.pt (training state), semo.safetensors (weights to use), log.jsonl
-and sample pictures: reference | target | 1 step | 4 steps. Ctrl-C and SIGTERM save first.
+Run the same command again to resume: --out holds state.pt (training state), semo.safetensors (weights to
+use), log.jsonl and sample pictures: reference | target | 1 step | 4 steps. Ctrl-C and SIGTERM save first.
 """
 import argparse
 import math
@@ -39,43 +41,47 @@ from world.render import MOTION, region_ellipses, render
 
 PAPER = dict(full_attention=True, predict="v", tokens_per_motion=1, motion_delta=False, ref_context=False)
 
-# Sizes of the networks and of a run. persons: of a step and process; targets: pictures of each; near: share of persons
-# whose pictures are near in pose (world.people.pairs, data.Clips); mask_max: masks hide a share of the patches, U(0, this);
-# label_weight: weight of known motion in the loss, fading (0: none); loss: see AutoEncoder; curriculum: see schedule;
-# muon_lr None: AdamW for all weights.
+# Sizes of the networks and of a run. persons: of a step and process; targets: pictures of each; near: share
+# of persons whose pictures are near in pose (world.people.pairs, data.Clips); mask_max: masks hide a share of
+# the patches, U(0, this); label_weight: weight of known motion in the loss, fading (0: none); loss: see
+# AutoEncoder; curriculum: see schedule; muon_lr None: AdamW for all weights.
 PRESETS = {
     "nano": dict(encoder=EncoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8),
-                 decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8, tokens_per_motion=2,
-                                       warp_grid=4, overlap=True),
-                 loss="region", curriculum=True, steps=20, persons=2, targets=2, near=0.5, mask_max=0.9, label_weight=0.3,
-                 lr=3e-3, muon_lr=0.02),
+                 decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8,
+                                       tokens_per_motion=2, warp_grid=4, overlap=True),
+                 loss="region", curriculum=True, steps=20, persons=2, targets=2, near=0.5, mask_max=0.9,
+                 label_weight=0.3, lr=3e-3, muon_lr=0.02),
     "tiny": dict(encoder=EncoderConfig(96, patch_size=12, width=128, depth=4, heads=2),
-                 decoder=DecoderConfig(96, patch_size=12, width=192, depth=4, heads=3, warp_grid=6, overlap=True),
-                 loss="region", curriculum=True, steps=4700, persons=16, targets=4, near=0.4, mask_max=0.2, label_weight=0.3,
-                 lr=1e-3, muon_lr=0.02),
+                 decoder=DecoderConfig(96, patch_size=12, width=192, depth=4, heads=3, warp_grid=6,
+                                       overlap=True),
+                 loss="region", curriculum=True, steps=4700, persons=16, targets=4, near=0.4, mask_max=0.2,
+                 label_weight=0.3, lr=1e-3, muon_lr=0.02),
     "small": dict(encoder=EncoderConfig(256, width=384, depth=8, heads=6, token_dim=128),
-                  decoder=DecoderConfig(256, width=512, depth=12, heads=8, token_dim=128, warp_grid=8, overlap=True),
-                  loss="region", curriculum=True, steps=200000, persons=16, targets=4, near=0.5, mask_max=0.9, label_weight=0.0,
-                  lr=5e-4, muon_lr=0.01),
+                  decoder=DecoderConfig(256, width=512, depth=12, heads=8, token_dim=128, warp_grid=8,
+                                        overlap=True),
+                  loss="region", curriculum=True, steps=200000, persons=16, targets=4, near=0.5, mask_max=0.9,
+                  label_weight=0.0, lr=5e-4, muon_lr=0.01),
     "large": dict(encoder=EncoderConfig(32, 4, patch_size=2, width=512, depth=8, heads=8, token_dim=512),
-                  decoder=DecoderConfig(32, 4, patch_size=2, width=768, depth=12, heads=12, token_dim=512, predict="v"),
-                  latents="sd", loss="weighted", curriculum=True, steps=400000, persons=8, targets=4, near=0.5, mask_max=0.9,
-                  label_weight=0.0, lr=1e-4, muon_lr=0.005),
+                  decoder=DecoderConfig(32, 4, patch_size=2, width=768, depth=12, heads=12, token_dim=512,
+                                        predict="v"),
+                  latents="sd", loss="weighted", curriculum=True, steps=400000, persons=8, targets=4,
+                  near=0.5, mask_max=0.9, label_weight=0.0, lr=1e-4, muon_lr=0.005),
     "paper": dict(encoder=EncoderConfig(32, 4, patch_size=2, width=512, depth=8, heads=8, token_dim=512,
                                         token_init=0, running_norm=False),
-                  decoder=DecoderConfig(32, 4, patch_size=2, width=768, depth=12, heads=12, token_dim=512, **PAPER),
-                  latents="sd", loss="velocity", curriculum=False, steps=400000, persons=8, targets=4, near=0.0, mask_max=0.9,
-                  label_weight=0.0, lr=1e-4, muon_lr=None),
+                  decoder=DecoderConfig(32, 4, patch_size=2, width=768, depth=12, heads=12, token_dim=512,
+                                        **PAPER),
+                  latents="sd", loss="velocity", curriculum=False, steps=400000, persons=8, targets=4,
+                  near=0.0, mask_max=0.9, label_weight=0.0, lr=1e-4, muon_lr=None),
 }
 
 
 def schedule(args, progress: float) -> dict:
     """What changes during a run, as a function of progress in [0, 1]; printed at the start.
 
-    The paper has no schedule: masks U(0, 0.9) from the first step, t uniform. Ours (curriculum) starts at pure noise
-    without masks, where the token is all there is to learn from; masks and less noisy targets come in later. Known
-    motion fades out over the first 60%, the loss on the warped reference alone over the first third; structure (SSIM,
-    gradients) enters in the last 45%.
+    The paper has no schedule: masks U(0, 0.9) from the first step, t uniform. Ours (curriculum) starts at
+    pure noise without masks, where the token is all there is to learn from; masks and less noisy targets come
+    in later. Known motion fades out over the first 60%, the loss on the warped reference alone over the first
+    third; structure (SSIM, gradients) enters in the last 45%.
     """
     ramp = min(1.0, max(0.0, (progress - 0.4) / 0.4)) if args.curriculum else 1.0
     p_pure_noise = 1 - 0.1 * ramp if args.curriculum else 0.0
@@ -83,7 +89,8 @@ def schedule(args, progress: float) -> dict:
         p_pure_noise = 1.0 if args.one_step else 0.5
     return {"mask_max": ramp * args.mask_max, "p_pure_noise": p_pure_noise,
             "label": args.label_weight * max(0.0, 1 - progress / 0.6),
-            "warped": 0.5 * max(0.0, 1 - 3 * progress), "structure": 0.5 * min(1.0, max(0.0, (progress - 0.55) / 0.1))}
+            "warped": 0.5 * max(0.0, 1 - 3 * progress),
+            "structure": 0.5 * min(1.0, max(0.0, (progress - 0.55) / 0.1))}
 
 
 def charbonnier(x: Tensor, target: Tensor) -> Tensor:
@@ -92,7 +99,8 @@ def charbonnier(x: Tensor, target: Tensor) -> Tensor:
 
 
 def dssim(x: Tensor, y: Tensor, window: int = 7) -> Tensor:
-    """(1 - SSIM) / 2 of the luminance of pictures (B, C, H, W) in [-1, 1] -> (B, 1, H-6, W-6) (Wang et al. 2004)."""
+    """(1 - SSIM) / 2 of the luminance of pictures (B, C, H, W) in [-1, 1] -> (B, 1, H-6, W-6) (Wang et al.
+    2004)."""
     x, y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
     moments = F.avg_pool2d(torch.cat([x, y, x * x, y * y, x * y]), (window, 1), 1)
     mx, my, xx, yy, xy = F.avg_pool2d(moments, (1, window), 1).chunk(5)
@@ -109,9 +117,9 @@ def weighted_mean(error: Tensor, weight: Tensor) -> Tensor:
 class AutoEncoder(nn.Module):
     """Both networks and their loss, as one module: what DistributedDataParallel and torch.compile want.
 
-    Three losses. "velocity": eq. (8) as it is (the paper). "weighted": each sample's eq. (8) divided by the error of copying
-    the reference, so that a mouth counts as much as a turning head, which changes ten times the pixels (ours). "region"
-    (ours, pixels): `region_loss` on the predicted picture.
+    Three losses. "velocity": eq. (8) as it is (the paper). "weighted": each sample's eq. (8) divided by the
+    error of copying the reference, so that a mouth counts as much as a turning head, which changes ten times
+    the pixels (ours). "region" (ours, pixels): `region_loss` on the predicted picture.
     """
 
     REGION = 4.0                # weight of mouth and eyes, as of the whole picture
@@ -124,10 +132,11 @@ class AutoEncoder(nn.Module):
                                           "real": nn.Linear(motion, len(FACTORS), bias=False)})
 
     def forward(self, batch: data.Batch, noise, t, ids_keep, weights: dict, endpoint=None):
-        """batch of R references and R*T targets; noise (R*T, C, H, W), t (R*T,), ids_keep (R + R*T, n): visible patches;
-        weights: schedule(); endpoint (R*T, C, H, W): where the paths end if not at the target (reflow) -> scalar loss."""
+        """batch of R references and R*T targets; noise (R*T, C, H, W), t (R*T,), ids_keep (R + R*T, n):
+        visible patches; weights: schedule(); endpoint (R*T, C, H, W): where the paths end if not at the
+        target (reflow) -> scalar loss."""
         reference, target = batch.reference, batch.target
-        motion = self.encoder(batch.encoder_views, ids_keep)                           # (R + R*T, L, D)   eqs. (1)
+        motion = self.encoder(batch.encoder_views, ids_keep)                      # (R + R*T, L, D)   eqs. (1)
         m_r, m_t = motion[: len(reference)], motion[len(reference):]
         cache = self.decoder.encode_reference(reference, m_r)
         copies = reference.repeat_interleave(len(target) // len(reference), 0)         # (R*T, C, H, W)
@@ -136,26 +145,30 @@ class AutoEncoder(nn.Module):
             picture = self.decoder(z_t, t, m_t, cache, as_picture=True)
             loss = self.region_loss(picture.x, target, copies, batch.regions, weights["structure"])
             if weights["warped"]:
-                loss = loss + weights["warped"] * self.region_loss(picture.moved, target, copies, batch.regions, 0.0)
+                loss = loss + weights["warped"] * self.region_loss(picture.moved, target, copies,
+                                                                   batch.regions, 0.0)
             loss = loss + 0.2 * field_roughness(picture.field)
         else:
             weight = None
             if self.loss != "velocity":
                 weight = 0.1 / ((target - copies).square().mean((1, 2, 3)) + 0.0005)   # (R*T,)
             endpoint = target if endpoint is None else endpoint
-            loss = flow.flow_loss(self.decoder, endpoint, noise, t, weight=weight, m_t=m_t, cache=cache)   # eqs. (3), (8)
+            # eqs. (3), (8)
+            loss = flow.flow_loss(self.decoder, endpoint, noise, t, weight=weight, m_t=m_t, cache=cache)
         if batch.factors is not None:
             delta = m_t - m_r.repeat_interleave(len(target) // len(reference), 0)      # (R*T, L, D)
             read = self.label_heads[batch.kind](delta.flatten(1))                      # (R*T, K)
             loss = loss + weights["label"] * F.smooth_l1_loss(read, batch.factors.clamp(-4, 4))
-        return loss + 0 * sum(head.weight.sum() for head in self.label_heads.values())  # DDP: every weight takes part
+        # DDP: every weight takes part
+        return loss + 0 * sum(head.weight.sum() for head in self.label_heads.values())
 
     def region_loss(self, x, target, copies, regions, structure: float):
-        """Error of the picture x relative to copying the reference, for the whole picture and for mouth and eyes.
+        """Error of the picture x relative to copying the reference, for the whole picture and for mouth and
+        eyes.
 
-        x, target, copies (B, C, H, W); regions (B, 2, H, W) soft masks: mouth and eyes, face -> scalar. The area of mouth and
-        eyes is a twelfth of the picture; divided by it, as in FLOAT (arXiv 2412.01064, A.2), their error counts. Outside
-        the face the weight is 0.2.
+        x, target, copies (B, C, H, W); regions (B, 2, H, W) soft masks: mouth and eyes, face -> scalar. The
+        area of mouth and eyes is a twelfth of the picture; divided by it, as in FLOAT (arXiv 2412.01064,
+        A.2), their error counts. Outside the face the weight is 0.2.
         """
         features, face = regions[:, :1], 0.2 + 0.8 * regions[:, 1:]
         error, copy = charbonnier(x, target), charbonnier(copies, target)
@@ -170,12 +183,14 @@ class AutoEncoder(nn.Module):
                 difference, weight = F.avg_pool2d(x - target, scale), F.avg_pool2d(inside, scale)
                 for axis in (2, 3):
                     edge = difference.diff(dim=axis).abs().mean(1, keepdim=True)
-                    loss = loss + 6 * structure * weighted_mean(edge, weight.narrow(axis, 1, edge.shape[axis]))
+                    loss = loss + 6 * structure * weighted_mean(edge,
+                                                                weight.narrow(axis, 1, edge.shape[axis]))
         return loss.mean()
 
 
 def field_roughness(field: Tensor) -> Tensor:
-    """Mean squared difference in pixels between the displacements of neighbouring pixels, field (B, H, W, 2) in halves."""
+    """Mean squared difference in pixels between the displacements of neighbouring pixels, field (B, H, W, 2)
+    in halves."""
     pixels = field * (field.shape[1] / 2)
     return pixels.diff(dim=1).square().mean() + pixels.diff(dim=2).square().mean()
 
@@ -192,10 +207,11 @@ def image_px(preset: dict) -> int:
 
 
 def synthetic_batch(args, preset, number: int, render_fn, device="cpu", held_out=False) -> data.Batch:
-    """The persons of one forward pass, a function of its number alone: no two processes or steps get the same.
+    """The persons of one forward pass, a function of its number alone: no two processes or steps get the
+    same.
 
-    In every second batch of a curriculum the encoder sees another person make the same motion (ours): the truth, which
-    only a synthetic world has, that a token must not tell who moves.
+    In every second batch of a curriculum the encoder sees another person make the same motion (ours): the
+    truth, which only a synthetic world has, that a token must not tell who moves.
     """
     seeds = (args.seed * 1_000_003 + number) * args.persons + torch.arange(args.persons, device=device)
     seeds = seeds + HELD_OUT if held_out else seeds % HELD_OUT
@@ -204,9 +220,10 @@ def synthetic_batch(args, preset, number: int, render_fn, device="cpu", held_out
         pictures, motion, views = consecutive_frames(seeds, args.frames, size, render_fn)
     else:
         swap = args.curriculum and number % 2 == 1 and not held_out
-        pictures, motion, views = random_pairs(seeds, preset["targets"], preset["near"], size, render_fn, swap)
-    factors = normalise_factors(motion[:, 1:].flatten(0, 1)) - normalise_factors(motion[:, :1].expand_as(motion[:, 1:])
-                                                                                 .flatten(0, 1))
+        pictures, motion, views = random_pairs(seeds, preset["targets"], preset["near"], size, render_fn,
+                                               swap)
+    targets, references = motion[:, 1:], motion[:, :1].expand_as(motion[:, 1:])
+    factors = normalise_factors(targets.flatten(0, 1)) - normalise_factors(references.flatten(0, 1))
     return data.make_batch(pictures, views, region_ellipses(motion), factors, "synthetic")
 
 
@@ -216,12 +233,13 @@ def real_clips(args, preset, split: str):
     if not folders:
         return None
     targets = args.frames if args.frames > 1 else preset["targets"]
-    return data.Clips(folders, args.persons, targets, preset["near"], image_px(preset), args.seed, split, args.frames > 1,
-                      augment=args.curriculum and split == "train")
+    return data.Clips(folders, args.persons, targets, preset["near"], image_px(preset), args.seed, split,
+                      args.frames > 1, augment=args.curriculum and split == "train")
 
 
 def batches(args, preset, real, numbers, render_fn, device):
-    """The batches of `numbers` in their order, each from the synthetic world or from the folders, by their share of --data."""
+    """The batches of `numbers` in their order, each from the synthetic world or from the folders, by their
+    share of --data."""
     share = 1 - ("synthetic" in args.data) / len(args.data)
 
     def is_real(number):
@@ -233,20 +251,22 @@ def batches(args, preset, real, numbers, render_fn, device):
 
 
 def held_out_batch(args, preset) -> tuple[data.Batch, str]:
-    """The persons of the sample pictures and which they are: the test split of the folders, else the synthetic world's."""
+    """The persons of the sample pictures and which they are: the test split of the folders, else the
+    synthetic world's."""
     if args.data != ["synthetic"]:
         try:
             return real_clips(args, preset, "test")[0], "test"
-        except InputError:                                                             # the folders have no test split
+        except InputError:                                                    # the folders have no test split
             pass
     return synthetic_batch(args, preset, 0, render, held_out=True), "synthetic"
 
 
 def sample_noise_t_mask(args, encoder: EncoderConfig, shape, number: int, rank: int, now: dict):
-    """Noise and times of the R*T targets of one pass and visible patches of all, drawn on the CPU from (seed, rank, number).
+    """Noise and times of the R*T targets of one pass and visible patches of all, drawn on the CPU from (seed,
+    rank, number).
 
-    The frames of a clip share their time and, as in sampling, their noise. now: schedule(). Without a curriculum t is
-    uniform on [0, 1], as in the paper.
+    The frames of a clip share their time and, as in sampling, their noise. now: schedule(). Without a
+    curriculum t is uniform on [0, 1], as in the paper.
     """
     rng, clips = training.step_rng(args.seed, rank, number), shape[0] // args.frames
     noise = torch.randn(clips, *shape[1:], generator=rng).repeat_interleave(args.frames, 0)
@@ -255,14 +275,16 @@ def sample_noise_t_mask(args, encoder: EncoderConfig, shape, number: int, rank: 
     else:
         t = torch.rand(clips, generator=rng)
     patches = (encoder.image_size // encoder.patch_size) ** 2
-    ratio = now["mask_max"] * torch.rand((), generator=rng).item()                     # one for all: a rectangle
-    return noise, t.repeat_interleave(args.frames), random_masking(args.persons + shape[0], patches, ratio, rng)
+    ratio = now["mask_max"] * torch.rand((), generator=rng).item()                  # one for all: a rectangle
+    return noise, t.repeat_interleave(args.frames), random_masking(args.persons + shape[0], patches, ratio,
+                                                                   rng)
 
 
 @torch.no_grad()
 def reflow_pairs(teacher: dict, batch: data.Batch, noise, steps: int) -> Tensor:
-    """What the teacher makes of the noise for the targets' motion: reflow's pairs (Liu et al. 2022, algorithm 1)."""
-    motion = teacher["encoder"](batch.encoder_views)                                   # as the student sees them
+    """What the teacher makes of the noise for the targets' motion: reflow's pairs (Liu et al. 2022, algorithm
+    1)."""
+    motion = teacher["encoder"](batch.encoder_views)                                # as the student sees them
     m_r, m_t = motion[: len(batch.reference)], motion[len(batch.reference):]
     cache = teacher["decoder"].encode_reference(batch.reference, m_r)
     return flow.integrate(teacher["decoder"], noise, steps, m_t=m_t, cache=cache)
@@ -270,7 +292,8 @@ def reflow_pairs(teacher: dict, batch: data.Batch, noise, steps: int) -> Tensor:
 
 @torch.no_grad()
 def save_samples(path, model, space, args, preset, device) -> dict:
-    """Write held-out persons, reference | target | output after 1 and 4 steps -> PSNR in dB of 1 step and of copying."""
+    """Write held-out persons, reference | target | output after 1 and 4 steps -> PSNR in dB of 1 step and of
+    copying."""
     training_mode = model.training
     model.eval()
     batch, split = held_out_batch(args, preset)
@@ -292,35 +315,48 @@ def parse(argv, presets=PRESETS):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     p.add_argument("--preset", choices=presets, default="tiny", help="sizes of the networks and of the run")
-    p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: runs/ae, or runs/reflow_ae)")
+    p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: runs/ae, or "
+                                 "runs/reflow_ae)")
     p.add_argument("--init", help="start from these weights, e.g. the image model for --frames 8")
-    p.add_argument("--reflow", metavar="TEACHER", help="learn the straight line from noise to what these weights make of "
+    p.add_argument("--reflow", metavar="TEACHER",
+                   help="learn the straight line from noise to what these weights make of "
                    "it; their encoder, and their generator if they have one, are kept")
-    p.add_argument("--one-step", action="store_true", help="with --reflow: learn the step from pure noise alone")
-    p.add_argument("--teacher-steps", type=int, default=20, help="with --reflow: steps of the teacher (default: 20)")
-    p.add_argument("--frames", type=int, default=1, help="above 1: the image-to-video stage, clips of so many frames")
-    p.add_argument("--data", nargs="+", metavar="DIR", default=["synthetic"], help="folders made by data.py prepare, drawn "
+    p.add_argument("--one-step", action="store_true",
+                   help="with --reflow: learn the step from pure noise alone")
+    p.add_argument("--teacher-steps", type=int, default=20,
+                   help="with --reflow: steps of the teacher (default: 20)")
+    p.add_argument("--frames", type=int, default=1,
+                   help="above 1: the image-to-video stage, clips of so many frames")
+    p.add_argument("--data", nargs="+", metavar="DIR", default=["synthetic"],
+                   help="folders made by data.py prepare, drawn "
                    "equally; the word synthetic stands for the synthetic world (default)")
     p.add_argument("--workers", type=int, default=2, help="processes that read clips ahead (default: 2)")
-    p.add_argument("--vae", default=latents.SD, help="presets large and paper: the autoencoder, hub id or folder")
+    p.add_argument("--vae", default=latents.SD,
+                   help="presets large and paper: the autoencoder, hub id or folder")
     p.add_argument("--steps", type=int, help="length of the run (default: the preset's)")
     p.add_argument("--persons", type=int, help="persons a step and process (default: the preset's)")
     p.add_argument("--lr", type=float, help="peak learning rate of AdamW (default: the preset's)")
     p.add_argument("--muon-lr", type=float, help="peak learning rate of Muon (default: the preset's)")
-    p.add_argument("--label-weight", type=float, help="weight of known motion in the loss, fading out; 0: no label in the "
+    p.add_argument("--label-weight", type=float,
+                   help="weight of known motion in the loss, fading out; 0: no label in the "
                    "loss (default: the preset's)")
-    p.add_argument("--mask-max", type=float, help="masks hide a share U(0, this) (paper: 0.9; default: the preset's)")
-    p.add_argument("--accumulate", type=int, default=1, help="batches a step, for large batches in little memory")
-    p.add_argument("--checkpoint-activations", action="store_true", help="keep less for the backward pass, compute it again")
+    p.add_argument("--mask-max", type=float,
+                   help="masks hide a share U(0, this) (paper: 0.9; default: the preset's)")
+    p.add_argument("--accumulate", type=int, default=1,
+                   help="batches a step, for large batches in little memory")
+    p.add_argument("--checkpoint-activations", action="store_true",
+                   help="keep less for the backward pass, compute it again")
     p.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                    help="use torch.compile: 1-2 minutes to start, then faster (needs a C++ compiler on CPUs)")
-    p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints and pictures (default: 200)")
+    p.add_argument("--save-every", type=int, default=200,
+                   help="steps between checkpoints and pictures (default: 200)")
     args = p.parse_args(argv)
     preset = presets[args.preset]
     if args.reflow:
-        preset = {**preset, "label_weight": 0.0, "mask_max": 0.0, "lr": 0.1 * preset["lr"],      # a student is nearly there
+        # a student is nearly there
+        preset = {**preset, "label_weight": 0.0, "mask_max": 0.0, "lr": 0.1 * preset["lr"],
                   "muon_lr": preset["muon_lr"] and 0.1 * preset["muon_lr"]}
     args.out = args.out or ("runs/reflow_ae" if args.reflow else "runs/ae")
     args.curriculum = preset["curriculum"]
@@ -328,10 +364,11 @@ def parse(argv, presets=PRESETS):
         setattr(args, name, preset[name] if getattr(args, name) is None else getattr(args, name))
     if args.init and args.reflow or args.one_step and not args.reflow:
         p.error("--reflow begins from its teacher, without --init; --one-step goes with --reflow")
-    counts = (args.steps, args.persons, args.frames, args.accumulate, args.teacher_steps, args.save_every, args.seed + 1,
-              args.workers + 1)
+    counts = (args.steps, args.persons, args.frames, args.accumulate, args.teacher_steps, args.save_every,
+              args.seed + 1, args.workers + 1)
     if min(counts) < 1 or args.label_weight < 0 or not 0 <= args.mask_max < 1 or args.lr <= 0:
-        p.error("--steps, --persons, --frames, --accumulate, --teacher-steps, --save-every and --lr must be positive, "
+        p.error("--steps, --persons, --frames, --accumulate, --teacher-steps, --save-every and --lr must be "
+                "positive, "
                 "--seed, --label-weight and --workers not negative, --mask-max in [0, 1)")
     return args
 
@@ -351,7 +388,8 @@ def train(args, preset: dict) -> int:
     rank, world, device = training.init_distributed(args.device)
     training.seed_everything(args.seed)
     configs = {"encoder": preset["encoder"], "decoder": replace(preset["decoder"], frames=args.frames)}
-    model, ema = (AutoEncoder(MotionEncoder(configs["encoder"]), Decoder(configs["decoder"]), preset["loss"]).to(device)
+    model, ema = (AutoEncoder(MotionEncoder(configs["encoder"]), Decoder(configs["decoder"]),
+                              preset["loss"]).to(device)
                   for _ in range(2))
     kind = preset.get("latents", "pixel")
     training.make_run_folder(args.out)
@@ -364,9 +402,11 @@ def train(args, preset: dict) -> int:
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
     optimisers = training.optimisers(model, args.lr, args.muon_lr)
-    files = {name: os.path.join(args.out, name) for name in ("state.pt", "semo.safetensors", "log.jsonl", "progress.png")}
+    files = {name: os.path.join(args.out, name)
+             for name in ("state.pt", "semo.safetensors", "log.jsonl", "progress.png")}
     step = training.resume(files["state.pt"], args, configs, model, ema, optimisers)
-    training.print_settings(args, model, rank, **{f"schedule at {p:.0%}": schedule(args, p) for p in (0, 0.5, 1)})
+    training.print_settings(args, model, rank,
+                            **{f"schedule at {p:.0%}": schedule(args, p) for p in (0, 0.5, 1)})
     if step >= args.steps and rank == 0:
         print(f"train_ae.py: finished at step {step}, nothing to do", file=sys.stderr)
 
@@ -374,23 +414,25 @@ def train(args, preset: dict) -> int:
         training.checkpoint_activations(model)
     render_fn = torch.compile(render, dynamic=False) if args.compile else render
     if args.compile:
-        model.decoder.compile(dynamic=False)                        # in place; the encoder's shapes change with the mask
+        model.decoder.compile(dynamic=False)             # in place; the encoder's shapes change with the mask
     model.train()
-    if teacher:                                                     # tokens must stay what the generator writes
+    if teacher:                                                   # tokens must stay what the generator writes
         model.encoder.requires_grad_(False).eval()
     ddp_model = training.ddp_wrap(model, world, device)
     stopper, began, first = training.Stopper(), time.time(), step
     recent = deque(maxlen=100)                                      # losses, to print their mean
-    numbers = [(k * args.accumulate + part) * world + rank for k in range(step, args.steps) for part in range(args.accumulate)]
+    numbers = [(k * args.accumulate + part) * world + rank for k in range(step, args.steps)
+               for part in range(args.accumulate)]
     stream = batches(args, preset, real, numbers, render_fn, device)
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
         training.set_lr(optimisers, step, args.steps, warmup=50)
         now, loss = schedule(args, step / args.steps), 0.0
-        for part in range(args.accumulate):                         # only the last backward pass waits for other processes
+        for part in range(args.accumulate):            # only the last backward pass waits for other processes
             number = (step * args.accumulate + part) * world + rank
             batch = next(stream).to(device).encode(space)
-            noise, t, ids_keep = sample_noise_t_mask(args, preset["encoder"], batch.target.shape, number, rank, now)
+            noise, t, ids_keep = sample_noise_t_mask(args, preset["encoder"], batch.target.shape, number,
+                                                     rank, now)
             noise, t, ids_keep = noise.to(device), t.to(device), ids_keep.to(device)
             if world > 1:
                 ddp_model.require_backward_grad_sync = part == args.accumulate - 1
@@ -407,9 +449,12 @@ def train(args, preset: dict) -> int:
         bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
         stop = training.any_rank(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
-            samples = save_samples(os.path.join(args.out, f"step{step:06d}.png"), ema, space, args, preset, device)
-            meta |= {"latents": kind, "vae": args.vae, "size": image_px(preset), "steps": 1, "trained_steps": step}
-            save_weights(files["semo.safetensors"], {**teacher, "encoder": ema.encoder, "decoder": ema.decoder}, meta)
+            samples = save_samples(os.path.join(args.out, f"step{step:06d}.png"), ema, space, args, preset,
+                                   device)
+            meta |= {"latents": kind, "vae": args.vae, "size": image_px(preset), "steps": 1,
+                     "trained_steps": step}
+            save_weights(files["semo.safetensors"],
+                         {**teacher, "encoder": ema.encoder, "decoder": ema.decoder}, meta)
             pictures = args.accumulate * world * len(batch.target)
             training.save_checkpoint(files["state.pt"], step, args, configs, model, ema, optimisers)
             training.log(files["log.jsonl"], step=step, loss=sum(recent) / len(recent), **samples,

@@ -1,15 +1,18 @@
-"""Stage 2: train the motion generator on speech, the motion encoder frozen (paper section 3.2, eqs. 4-7 and 9).
+"""Stage 2: train the motion generator on speech, the motion encoder frozen (paper section 3.2, eqs. 4-7 and
+9).
 
     python train_gen.py --preset tiny --ae runs/ae/semo.safetensors
-    python train_gen.py --preset small --ae runs/ae/semo.safetensors --data DIR [DIR ...]     clips of data.py prepare
+    python train_gen.py --preset small --ae runs/ae/semo.safetensors --data DIR [DIR ...]
+                                                      clips of data.py prepare
     torchrun --nproc_per_node=8 train_gen.py --preset paper --ae runs/ae/semo.safetensors --data DIR
-    python train_gen.py --preset tiny --reflow runs/gen/semo.safetensors     straighter paths: one step, no guidance
+    python train_gen.py --preset tiny --reflow runs/gen/semo.safetensors
+                                                      straighter paths: one step, no guidance
 
-First every clip is drawn or read and encoded once, kept in --out, and the emotion of voices is learned from their sound; then
-the generator learns from random windows of the clips. A clip's mood, seven weights a frame, is known in the synthetic world and
-of MEAD and DH-FaceEmoVid; of other sets it is none, as of a share of all windows.
-Run the same command again to resume. --out holds state.pt (to go on), semo.safetensors (all three networks: what
-sample.py reads), log.jsonl and short clips with sound. Ctrl-C and SIGTERM save first.
+First every clip is drawn or read and encoded once, kept in --out, and the emotion of voices is learned from
+their sound; then the generator learns from random windows of the clips. A clip's mood, seven weights a frame,
+is known in the synthetic world and of MEAD and DH-FaceEmoVid; of other sets it is none, as of a share of all
+windows. Run the same command again to resume. --out holds state.pt (to go on), semo.safetensors (all three
+networks: what sample.py reads), log.jsonl and short clips with sound. Ctrl-C and SIGTERM save first.
 """
 import argparse
 import hashlib
@@ -46,22 +49,27 @@ from world.people import HELD_OUT, perform, random_clip, random_mood, random_moo
 from world.render import MOTION, render
 from world.speech import EMOTIONS, speak
 
-# clips: of `seconds` each, encoded once a process; windows: drawn from them at each step; audio: kind of features; voices:
-# synthetic ones, without pictures, from which the emotion of a voice is learned; balanced and augment: ours, see motion_loss and
-# sample_windows; guidance: at sampling, with 10% of the training windows without sound (ours, default 1.5); 1: none, and t
-# uniform, as in the paper
+# clips: of `seconds` each, encoded once a process; windows: drawn from them at each step; audio: kind of
+# features; voices: synthetic ones, without pictures, from which the emotion of a voice is learned; balanced
+# and augment: ours, see motion_loss and sample_windows; guidance: at sampling, with 10% of the training
+# windows without sound (ours, default 1.5); 1: none, and t uniform, as in the paper
 PRESETS = {
-    "nano": dict(generator=GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, lookahead=1, experts=4),
+    "nano": dict(generator=GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, lookahead=1,
+                                           experts=4),
                  steps=20, windows=4, clips=2, seconds=1, voices=8, balanced=True, augment=True, lr=1e-3,
                  muon_lr=0.02),
-    "tiny": dict(generator=GeneratorConfig(experts=16), steps=3000, windows=64, clips=768, seconds=4, voices=3000,
-                 balanced=True, augment=True, lr=1e-3,
+    "tiny": dict(generator=GeneratorConfig(experts=16), steps=3000, windows=64, clips=768, seconds=4,
+                 voices=3000, balanced=True, augment=True, lr=1e-3,
                  muon_lr=0.02),
-    "small": dict(generator=GeneratorConfig(width=256, depth=8, heads=8, experts=32), steps=100000, windows=128, clips=4096,
+    "small": dict(generator=GeneratorConfig(width=256, depth=8, heads=8, experts=32), steps=100000,
+                  windows=128, clips=4096,
                   seconds=4, voices=20000, balanced=True, augment=True, lr=5e-4, muon_lr=0.01),
-    "paper": dict(generator=GeneratorConfig(width=512, depth=8, heads=8), audio="whisper", steps=200000, windows=128,
-                  clips=4096, seconds=4, voices=20000, balanced=False, augment=False, guidance=1.0, lr=1e-4, muon_lr=None),
-    "large": dict(generator=GeneratorConfig(width=512, depth=8, heads=8, experts=64), audio="whisper", steps=200000, windows=128,
+    "paper": dict(generator=GeneratorConfig(width=512, depth=8, heads=8), audio="whisper", steps=200000,
+                  windows=128,
+                  clips=4096, seconds=4, voices=20000, balanced=False, augment=False, guidance=1.0, lr=1e-4,
+                  muon_lr=None),
+    "large": dict(generator=GeneratorConfig(width=512, depth=8, heads=8, experts=64), audio="whisper",
+                  steps=200000, windows=128,
                   clips=4096, seconds=4, voices=20000, balanced=True, augment=False, lr=1e-4, muon_lr=0.005),
 }
 FACTORS = ("opening", "width", "lids", "yaw", "pitch", "roll")          # what motion_loss balances
@@ -73,68 +81,86 @@ OTHERS = 4                                # pictures of the same person in other
 def parse(argv, presets=PRESETS):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--preset", choices=presets, default="tiny", help="sizes of the network and of the run")
-    p.add_argument("--ae", default="runs/ae/semo.safetensors", help="weights of stage 1: their encoder is used, frozen")
-    p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: runs/gen, or runs/reflow_gen)")
-    p.add_argument("--init", help="start from the generator of these weights; experts that it lacks start at zero")
-    p.add_argument("--reflow", metavar="TEACHER", help="in place of --ae: learn the straight line from noise to what the generator of "
+    p.add_argument("--ae", default="runs/ae/semo.safetensors",
+                   help="weights of stage 1: their encoder is used, frozen")
+    p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: runs/gen, or "
+                                 "runs/reflow_gen)")
+    p.add_argument("--init", help="start from the generator of these weights; experts that it lacks start at "
+                                  "zero")
+    p.add_argument("--reflow", metavar="TEACHER",
+                   help="in place of --ae: learn the straight line from noise to what the generator of "
                    "these weights makes of it, guidance included")
-    p.add_argument("--one-step", action="store_true", help="with --reflow: learn the one step from pure noise alone (distillation)")
-    p.add_argument("--teacher-steps", type=int, default=20, help="with --reflow: steps of the teacher (default: %(default)s)")
-    p.add_argument("--data", nargs="+", metavar="DIR", default=["synthetic"], help="folders made by data.py prepare, drawn equally; "
+    p.add_argument("--one-step", action="store_true",
+                   help="with --reflow: learn the one step from pure noise alone (distillation)")
+    p.add_argument("--teacher-steps", type=int, default=20,
+                   help="with --reflow: steps of the teacher (default: %(default)s)")
+    p.add_argument("--data", nargs="+", metavar="DIR", default=["synthetic"],
+                   help="folders made by data.py prepare, drawn equally; "
                    "the word synthetic stands for the synthetic world (default)")
     p.add_argument("--whisper", default=audio_features.WHISPER,
                    help="preset paper: the Whisper model, hub id or folder (default: %(default)s)")
     p.add_argument("--steps", type=int, help="length of the run (default: the preset's)")
-    p.add_argument("--clips", type=int, help="most clips of each set that each process encodes (default: the preset's)")
-    p.add_argument("--voices", type=int, help="synthetic voices from which the emotion of a voice is learned (default: the preset's)")
+    p.add_argument("--clips", type=int,
+                   help="most clips of each set that each process encodes (default: the preset's)")
+    p.add_argument("--voices", type=int,
+                   help="synthetic voices from which the emotion of a voice is learned (default: the "
+                        "preset's)")
     p.add_argument("--windows", type=int, help="windows a step and process (default: the preset's)")
-    p.add_argument("--mask-max", type=float, default=0.2, help="masks of the past frames, U(0, this) (paper: 0.2)")
+    p.add_argument("--mask-max", type=float, default=0.2,
+                   help="masks of the past frames, U(0, this) (paper: 0.2)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                   help="draw the clips with torch.compile: a minute to start, then five times faster (needs a C++ compiler)")
+                   help="draw the clips with torch.compile: a minute to start, then five times faster (needs "
+                        "a C++ compiler)")
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and preview clips")
     args = p.parse_args(argv)
     for name in ("steps", "clips", "windows", "voices"):
-        setattr(args, name, presets[args.preset][name] if getattr(args, name) is None else getattr(args, name))
+        setattr(args, name, presets[args.preset][name] if getattr(args, name) is None
+                else getattr(args, name))
     if args.one_step and not args.reflow:
         p.error("--one-step goes with --reflow")
     if args.init and args.reflow:
         p.error("--reflow begins from its teacher, without --init")
     args.ae, args.out = args.reflow or args.ae, args.out or ("runs/reflow_gen" if args.reflow else "runs/gen")
-    counts = (args.steps, args.clips, args.windows, args.voices, args.save_every, args.teacher_steps, args.seed + 1)
+    counts = (args.steps, args.clips, args.windows, args.voices, args.save_every, args.teacher_steps,
+              args.seed + 1)
     if min(counts) < 1 or not 0 <= args.mask_max < 1:
-        p.error("--steps, --clips, --windows, --voices, --teacher-steps and --save-every must be positive, --seed not "
+        p.error("--steps, --clips, --windows, --voices, --teacher-steps and --save-every must be positive, "
+                "--seed not "
                 "negative, --mask-max in [0, 1)")
     return args
 
 
 class Clip(NamedTuple):
     """A clip before it is encoded."""
-    parts: object                  # iterable of pictures (n, 3, H, W)
-    wave: torch.Tensor             # (1, S)
-    mood: torch.Tensor             # (F, 7) of the face; zeros: unknown
-    change: int                    # the frame at which it changes; F: it does not
-    voice: torch.Tensor            # (7,) mood of the voice; zeros: unknown
-    others: torch.Tensor | None    # (OTHERS, 3, H, W) pictures of the person in other moods
-    factors: torch.Tensor          # (F, 6) FACTORS as far as they are known, each in a unit of its set; nan: not known
+    parts: object                # iterable of pictures (n, 3, H, W)
+    wave: torch.Tensor           # (1, S)
+    mood: torch.Tensor           # (F, 7) of the face; zeros: unknown
+    change: int                  # the frame at which it changes; F: it does not
+    voice: torch.Tensor          # (7,) mood of the voice; zeros: unknown
+    others: torch.Tensor | None  # (OTHERS, 3, H, W) pictures of the person in other moods
+    factors: torch.Tensor        # (F, 6) FACTORS as far as they are known, each in a unit of its set; nan:
+                                 # not known
 
 
 class Encoded(NamedTuple):
     """Clips, encoded and put end to end, n frames in all."""
-    motion: torch.Tensor           # (n, L*D)
-    masked: torch.Tensor           # (n, L*D) seen through a mask
-    features: torch.Tensor         # (n, A) of the speech
-    mood: torch.Tensor             # (n, 7)
-    factors: torch.Tensor          # (n, 6)
-    others: torch.Tensor           # (clips, OTHERS, L*D) the person in other moods, seen through a mask
-    clip_index: torch.Tensor       # (clips, 4) first frame, length, number of its set, frame at which its mood changes
-    voices: torch.Tensor           # (clips, 7) moods of the voices; zeros: unknown
+    motion: torch.Tensor      # (n, L*D)
+    masked: torch.Tensor      # (n, L*D) seen through a mask
+    features: torch.Tensor    # (n, A) of the speech
+    mood: torch.Tensor        # (n, 7)
+    factors: torch.Tensor     # (n, 6)
+    others: torch.Tensor      # (clips, OTHERS, L*D) the person in other moods, seen through a mask
+    clip_index: torch.Tensor  # (clips, 4) first frame, length, number of its set, frame at which its mood
+                              # changes
+    voices: torch.Tensor      # (clips, 7) moods of the voices; zeros: unknown
 
 
 @torch.no_grad()
 def encode_clip(encoder, space, parts, mask_max, rng, device, bf16):
-    """Pictures of a speaker, iterable of (n, 3, H, W) -> motion (F, L*D) eq. (5), the same seen through a mask eq. (4)."""
+    """Pictures of a speaker, iterable of (n, 3, H, W) -> motion (F, L*D) eq. (5), the same seen through a
+    mask eq. (4)."""
     clear, masked = [], []
     patches = (encoder.config.image_size // encoder.config.patch_size) ** 2
     ratio = mask_max * torch.rand((), generator=rng).item()
@@ -143,34 +169,40 @@ def encode_clip(encoder, space, parts, mask_max, rng, device, bf16):
         with bf16:
             clear.append(encoder(images).flatten(1).cpu())                             # (n, L*D)   eq. (5)
             ids_keep = random_masking(len(images), patches, ratio, rng).to(device)
-            masked.append(encoder(images, ids_keep).flatten(1).cpu())                      # (n, L*D)   eq. (4)
+            masked.append(encoder(images, ids_keep).flatten(1).cpu())                     # (n, L*D)   eq. (4)
     return torch.cat(clear), torch.cat(masked)
 
 
 def synthetic_clips(args, preset, size, rank, world):
-    """Clips of the synthetic world, one after the other. The pictures of each must be taken before the next."""
+    """Clips of the synthetic world, one after the other. The pictures of each must be taken before the
+    next."""
     render_fn = torch.compile(render, dynamic=False) if args.compile else render
     frames, lips = round(preset["seconds"] * FPS), [list(MOTION).index(name) for name in ("jaw", "lip_width")]
     for number in range(args.clips):
         seed = torch.tensor([((args.seed * 100_000 + number) * world + rank) % HELD_OUT])
         voice, face, change = random_moods(seed, frames)
-        if preset.get("agree"):                                                    # ablation: one mood a clip, the voice's
+        if preset.get("agree"):                                       # ablation: one mood a clip, the voice's
             face, change = voice[:, None].expand(-1, frames, -1), torch.tensor([frames])
         clip = random_clip(seed, frames, face, voice)
-        moods = random_mood(seed * OTHERS + torch.arange(OTHERS), 44)              # the same movements in other moods
+        moods = random_mood(seed * OTHERS + torch.arange(OTHERS), 44)      # the same movements in other moods
         jaw, lip_width = clip["motion"][:, :, lips].expand(OTHERS, -1, -1).unbind(2)
         others = perform(seed.expand(OTHERS), jaw, lip_width, moods, movement=True)
-        others = others[torch.arange(OTHERS), (2 * torch.arange(OTHERS) + 1) * frames // (2 * OTHERS)]      # (OTHERS, M)
-        parts = (render_fn(clip["identity"].expand(len(part), -1), part, size) for part in clip["motion"][0].split(25))
+        # (OTHERS, M)
+        others = others[torch.arange(OTHERS), (2 * torch.arange(OTHERS) + 1) * frames // (2 * OTHERS)]
+        parts = (render_fn(clip["identity"].expand(len(part), -1), part, size)
+                 for part in clip["motion"][0].split(25))
         m = dict(zip(MOTION, clip["motion"][0].unbind(1), strict=True))
-        factors = torch.stack([m["jaw"], m["lip_width"], -(m["blink_l"] + m["blink_r"]) / 2, m["yaw"], m["pitch"], m["roll"]], 1)
+        factors = torch.stack([m["jaw"], m["lip_width"], -(m["blink_l"] + m["blink_r"]) / 2, m["yaw"],
+                               m["pitch"], m["roll"]], 1)
         others = None if preset.get("agree") else render(clip["identity"].expand(OTHERS, -1), others, size)
         yield Clip(parts, clip["wave"], face[0], change.item(), voice[0], others, factors)
 
 
 def mood_label(record):
-    """The mood (7,) of a prepared clip from the emotion and level of its manifest; zeros where they say nothing of the seven."""
-    name, strength, mood = record.get("emotion"), LEVELS.get(record.get("level"), 1.0), torch.zeros(len(EMOTIONS))
+    """The mood (7,) of a prepared clip from the emotion and level of its manifest; zeros where they say
+    nothing of the seven."""
+    name, strength, mood = record.get("emotion"), LEVELS.get(record.get("level"),
+                                                             1.0), torch.zeros(len(EMOTIONS))
     name = {"fear": "afraid", "disgust": "disgusted", "surprise": "surprised"}.get(name, name)
     if name in EMOTIONS:                                                           # contempt is not
         mood[0] = 1 - strength
@@ -179,7 +211,8 @@ def mood_label(record):
 
 
 def real_clips(args, folder, size, rank, world):
-    """Clips with sound of a prepared folder, its train split. Others of a labelled clip: the person's neutral clips, else any."""
+    """Clips with sound of a prepared folder, its train split. Others of a labelled clip: the person's neutral
+    clips, else any."""
     people, = data.load_sets([folder], "train", sound=True)
     rows = [record for identity in sorted(people) for record in people[identity]]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
@@ -191,10 +224,12 @@ def real_clips(args, folder, size, rank, world):
             found = [x for x in found if x.get("emotion") == "neutral"] or found
             if found:
                 found = [found[k * len(found) // OTHERS] for k in range(OTHERS)]
-                others = from_uint8(np.concatenate([data.read_at(x["path"], [x["frames"] // 2], size) for x in found]))
+                others = from_uint8(np.concatenate([data.read_at(x["path"], [x["frames"] // 2], size)
+                                                    for x in found]))
         known = torch.from_numpy(data.load_landmarks(record)[1])[: len(frames)]                    # (F, 10)
         factors = torch.stack([known[:, 0], known[:, 1], known[:, 2:4].mean(1), *known[:, 4:7].unbind(1)], 1)
-        yield Clip(frames.split(25), wave[None], mood.expand(len(frames), -1), len(frames), mood, others, factors)
+        yield Clip(frames.split(25), wave[None], mood.expand(len(frames), -1), len(frames), mood, others,
+                   factors)
 
 
 def fingerprint(path):
@@ -205,13 +240,15 @@ def fingerprint(path):
 def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16):
     """This process's clips, encoded. Kept in --out, for the next start."""
     inputs = [args.ae, *(os.path.join(name, "manifest.jsonl") for name in args.data if name != "synthetic")]
-    key = [*map(fingerprint, inputs), args.clips, args.seed, args.mask_max, preset["seconds"], world, args.whisper,
+    key = [*map(fingerprint, inputs), args.clips, args.seed, args.mask_max, preset["seconds"], world,
+           args.whisper,
            preset.get("audio", "mel"), size, preset.get("agree", False), *Encoded._fields, *args.data]
     path = os.path.join(args.out, f"clips-{rank}.pt")
     if os.path.exists(path):
         cached = torch.load(path, map_location="cpu", weights_only=True)
         if cached["key"][0] != key[0] and os.path.exists(os.path.join(args.out, "state.pt")):
-            raise InputError(f"the run in {args.out} learned the tokens of another encoder; give another --out")
+            raise InputError(f"the run in {args.out} learned the tokens of another encoder; give another "
+                             f"--out")
         if cached["key"] == key:
             return Encoded(*(cached[name] for name in Encoded._fields))
     parts, clip_index, voices, number, first = [], [], [], 0, 0
@@ -224,65 +261,70 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
             rng = training.step_rng(args.seed, rank, number)
             motion, masked = encode_clip(encoder, space, clip.parts, args.mask_max, rng, device, bf16)
             wave = audio_features.normalise_loudness(clip.wave)
-            features = audio_features.extract_features(wave, preset.get("audio", "mel"), args.whisper)[0]              # (F, A)
+            # (F, A)
+            features = audio_features.extract_features(wave, preset.get("audio", "mel"), args.whisper)[0]
             frames = min(len(motion), len(features))
-            others = masked[torch.arange(OTHERS) * frames // OTHERS]               # where there are no others: its own frames
+            # where there are no others: its own frames
+            others = masked[torch.arange(OTHERS) * frames // OTHERS]
             if clip.others is not None:
                 others = encode_clip(encoder, space, [clip.others], args.mask_max, rng, device, bf16)[1]
             number += 1
             if frames >= preset["generator"].window:
-                parts.append((motion[:frames], masked[:frames], features[:frames], clip.mood[:frames], clip.factors[:frames],
-                              others[None]))
+                parts.append((motion[:frames], masked[:frames], features[:frames], clip.mood[:frames],
+                              clip.factors[:frames], others[None]))
                 clip_index.append([first, frames, k, min(clip.change, frames)])
                 voices.append(clip.voice)
                 first += frames
     if not parts:
         window = preset["generator"].window
         raise InputError(f"no clip of {', '.join(args.data)} is as long as a window, {window} frames")
-    encoded = Encoded(*(torch.cat(x) for x in zip(*parts, strict=True)), torch.tensor(clip_index), torch.stack(voices))
+    encoded = Encoded(*(torch.cat(x) for x in zip(*parts, strict=True)), torch.tensor(clip_index),
+                      torch.stack(voices))
     training.atomic_save(path, key=key, **encoded._asdict())
     return encoded
 
 
 def sample_windows(encoded, config, count, rng, silence_features, augment=False):
-    """Random windows -> new motion (B, K, L*D), past (B, P, L*D), reference (B, L*D), audio (B, P+K+lookahead, A), mood (B, P+K, 7).
+    """Random windows -> new motion (B, K, L*D), past (B, P, L*D), reference (B, L*D), audio (B,
+    P+K+lookahead, A), mood (B, P+K, 7).
 
-    Sets are drawn equally, then their clips. Two kinds: within a clip, and (a quarter, and all of clips too short for a
-    past) at its start, where the past is the reference motion, repeated, and the audio before is silence
-    (silence_features, (A,)), as sample.py begins: the reference there is the frame before the first new one, so that a video
-    starts from its photo. Within a clip the reference is a frame from anywhere in it or, of half the windows with a mood, of
-    the person in another mood: otherwise it would tell the emotion, and the label nothing. A share of 0.15 has no mood; its
-    reference has the window's, so that without a mood the face keeps the photo's. augment: the sound is varied (vary_sound)
-    and noise of up to 0.1 is added to the past, which in use holds the model's own errors (ours).
+    Sets are drawn equally, then their clips. Two kinds: within a clip, and (a quarter, and all of clips too
+    short for a past) at its start, where the past is the reference motion, repeated, and the audio before is
+    silence (silence_features, (A,)), as sample.py begins: the reference there is the frame before the first
+    new one, so that a video starts from its photo. Within a clip the reference is a frame from anywhere in it
+    or, of half the windows with a mood, of the person in another mood: otherwise it would tell the emotion,
+    and the label nothing. A share of 0.15 has no mood; its reference has the window's, so that without a mood
+    the face keeps the photo's. augment: the sound is varied (vary_sound) and noise of up to 0.1 is added to
+    the past, which in use holds the model's own errors (ours).
     """
     motion, masked, features, moods, _, others, clip_index, _ = encoded
     P, K = config.past, config.window
-    sets = clip_index[:, 2].bincount()                                                                # clips of each
+    sets = clip_index[:, 2].bincount()                                                         # clips of each
     kinds = sets.nonzero()[:, 0]
     kind = kinds[torch.randint(len(kinds), (count,), generator=rng)]
     chosen = (sets.cumsum(0) - sets)[kind] + (torch.rand(count, generator=rng) * sets[kind]).long()
     first, frames, _, change = clip_index[chosen].unbind(1)                                           # (B,)
     at_start = (torch.rand(count, generator=rng) < 0.25) | (frames < P + K)
     later = P + (torch.rand(count, generator=rng) * (frames - K + 1 - P).clamp(min=1)).long()
-    early = 1 + (torch.rand(count, generator=rng) * (frames - K).clamp(min=1)).long()                 # any frame is a photo
-    start = torch.where(at_start, torch.minimum(early, frames - K), later)                            # first new frame
-    when = start[:, None] + torch.arange(-P, K + config.lookahead)                                    # (B, P+K+lookahead)
-    mood = moods[first[:, None] + when[:, :P + K].clamp(min=0)]                                       # (B, P+K, 7)
+    early = 1 + (torch.rand(count, generator=rng) * (frames - K).clamp(min=1)).long()   # any frame is a photo
+    start = torch.where(at_start, torch.minimum(early, frames - K), later)              # first new frame
+    when = start[:, None] + torch.arange(-P, K + config.lookahead)                      # (B, P+K+lookahead)
+    mood = moods[first[:, None] + when[:, :P + K].clamp(min=0)]                         # (B, P+K, 7)
     no_mood = (torch.rand(count, generator=rng) < 0.15) | ~mood.flatten(1).any(1)
-    low = torch.where(no_mood & (start >= change), change, 0)                                         # the part of one mood
+    low = torch.where(no_mood & (start >= change), change, 0)                           # the part of one mood
     high = torch.where(no_mood & (start < change), change, frames)
-    own = motion[first + low + (torch.rand(count, generator=rng) * (high - low)).long()]              # (B, L*D)   M_r
+    own = motion[first + low + (torch.rand(count, generator=rng) * (high - low)).long()]      # (B, L*D)   M_r
     other = others[chosen, torch.randint(others.shape[1], (count,), generator=rng)]
     use_other = (torch.rand(count, generator=rng) < 0.5) & ~no_mood
-    from_photo = at_start & (start > 0) & (start != change)                                           # in the same mood
+    from_photo = at_start & (start > 0) & (start != change)                                 # in the same mood
     own = torch.where(from_photo[:, None], motion[first + (start - 1).clamp(min=0)], own)
     reference = torch.where(use_other[:, None], other, own)
-    new = motion[(first + start)[:, None] + torch.arange(K)]                                          # (B, K, L*D)
+    new = motion[(first + start)[:, None] + torch.arange(K)]                                     # (B, K, L*D)
     past = masked[(first + start)[:, None] + torch.where(at_start[:, None], 0, torch.arange(-P, 0))]
-    past = torch.where(at_start[:, None, None], reference[:, None], past)                             # (B, P, L*D)
+    past = torch.where(at_start[:, None, None], reference[:, None], past)                        # (B, P, L*D)
     audio = features[first[:, None] + torch.minimum(when.clamp(min=0), frames[:, None] - 1)]
     outside = (when < 0) | (when >= frames[:, None])
-    before = at_start & (torch.rand(count, generator=rng) < 0.6)                                      # a video in its midst
+    before = at_start & (torch.rand(count, generator=rng) < 0.6)                        # a video in its midst
     outside |= before[:, None] & (when < start[:, None])
     audio = torch.where(outside[..., None], silence_features.to(audio), audio)
     if augment:
@@ -292,16 +334,17 @@ def sample_windows(encoded, config, count, rng, silence_features, augment=False)
 
 
 def vary_sound(audio, silence_features, rng):
-    """Vary mel features (B, rows, 320) as other microphones and rooms do, alike in all rows of a window: loudness, a tilt and
-    gentle waves of the spectrum, and for 4 in 10 a floor of noise."""
+    """Vary mel features (B, rows, 320) as other microphones and rooms do, alike in all rows of a window:
+    loudness, a tilt and gentle waves of the spectrum, and for 4 in 10 a floor of noise."""
     def normal(*shape):
         return torch.randn(*shape, generator=rng)
 
     count, rows, bins = len(audio), audio.shape[1], audio_features.BINS
-    waves = F.interpolate(normal(count, 1, 6), size=bins, mode="linear", align_corners=True)          # (B, 1, bins)
-    change = 0.25 * normal(count, 1, 1) + 0.2 * normal(count, 1, 1) * torch.linspace(-1, 1, bins) + 0.1 * waves
-    mel = audio.view(count, rows, -1, bins) + change[:, None]                                         # (B, rows, 4, bins)
-    per_unit = math.log(10) * audio_features.MEL_STD                                                  # natural log of power
+    waves = F.interpolate(normal(count, 1, 6), size=bins, mode="linear", align_corners=True)    # (B, 1, bins)
+    change = 0.25 * normal(count, 1, 1) + 0.2 * normal(count, 1, 1) * torch.linspace(-1, 1,
+        bins) + 0.1 * waves
+    mel = audio.view(count, rows, -1, bins) + change[:, None]                           # (B, rows, 4, bins)
+    per_unit = math.log(10) * audio_features.MEL_STD                                    # natural log of power
     floor = -1.2 + 0.6 * torch.rand(count, 1, 1, 1, generator=rng) + 0.1 * normal(mel.shape)
     floor = torch.where(torch.rand(count, 1, 1, 1, generator=rng) < 0.4, floor, torch.tensor(-10.0))
     mel = torch.logaddexp(mel * per_unit, floor * per_unit) / per_unit
@@ -309,9 +352,9 @@ def vary_sound(audio, silence_features, rng):
 
 
 def readout_directions(encoded, count=20000, seed=0):
-    """Find linear directions of the token that tell FACTORS by ridge regression of differences within clips -> (L*D, 6), or
-    None where nothing is known. Each is scaled so that its reading spreads by the root of its R^2: what cannot be read
-    from the token does not count."""
+    """Find linear directions of the token that tell FACTORS by ridge regression of differences within clips
+    -> (L*D, 6), or None where nothing is known. Each is scaled so that its reading spreads by the root of its
+    R^2: what cannot be read from the token does not count."""
     rng = torch.Generator().manual_seed(seed)
     x, y = [], []
     for k in encoded.clip_index[:, 2].unique():                    # every set has units of its own
@@ -327,16 +370,17 @@ def readout_directions(encoded, count=20000, seed=0):
         return None
     x, y = torch.cat(x), torch.cat(y)
     gram = x.T @ x
-    directions = torch.linalg.solve(gram + 0.2 * gram.diagonal().mean() * torch.eye(len(gram)), x.T @ y)      # (L*D, 6)
+    # (L*D, 6)
+    directions = torch.linalg.solve(gram + 0.2 * gram.diagonal().mean() * torch.eye(len(gram)), x.T @ y)
     read = x @ directions
     explained = (1 - (y - read).square().sum(0) / y.square().sum(0)).clamp(min=0)
     return (directions * explained.sqrt() / read.std(0).clamp(min=1e-6)).float()
 
 
 def motion_loss(model, motion, noise, t, directions=None, **cond):
-    """Eq. (9), and with directions (L*D, 6) two terms of ours: the error as far as it is read as mouth, lids or pose, each with
-    its share of SHARES, since most of a token's numbers tell nothing that is seen; and that of the change from frame to
-    frame (as FLOAT, arXiv 2412.01064)."""
+    """Eq. (9), and with directions (L*D, 6) two terms of ours: the error as far as it is read as mouth, lids
+    or pose, each with its share of SHARES, since most of a token's numbers tell nothing that is seen; and
+    that of the change from frame to frame (as FLOAT, arXiv 2412.01064)."""
     v = model(flow.interpolate(motion, noise, t), t, **cond)
     error = v.float() - (motion - noise)                                               # (B, K, L*D)
     loss = error.square().mean()                                                       # eq. (9)
@@ -348,14 +392,15 @@ def motion_loss(model, motion, noise, t, directions=None, **cond):
 
 @torch.no_grad()
 def voice_statistics(args, preset, encoded, model, rank):
-    """What VoiceEmotion sees of labelled clips and of voices without pictures after one, two and all of their seconds,
-    (n, 3, S), and their moods, (n, 7). Those of the voices are kept in --out."""
+    """What VoiceEmotion sees of labelled clips and of voices without pictures after one, two and all of their
+    seconds, (n, 3, S), and their moods, (n, 7). Those of the voices are kept in --out."""
     kind, frames = preset.get("audio", "mel"), round(preset["seconds"] * FPS)
     key = [args.voices, frames, args.seed, args.whisper, kind, "moods"]
     path, cached = os.path.join(args.out, f"voices-{rank}.pt"), {"key": None}
 
     def at_three(features):
-        return model.pool(features)[0][:, [min(k, features.shape[1]) - 1 for k in (FPS, 2 * FPS, features.shape[1])]]
+        return model.pool(features)[0][:, [min(k, features.shape[1]) - 1
+                                           for k in (FPS, 2 * FPS, features.shape[1])]]
 
     if os.path.exists(path):
         cached = torch.load(path, map_location="cpu", weights_only=True)
@@ -378,9 +423,10 @@ def voice_statistics(args, preset, encoded, model, rank):
 
 
 def train_voice(args, preset, encoded, rank, steps=1500, batch=256):
-    """-> VoiceEmotion that tells the mixture of a voice, by cross-entropy. Nothing of it is in state.pt: a resumed run trains
-    the same again, from the seed and from what is kept in --out."""
-    config = VoiceConfig(audio_dim=encoded.features.shape[1], parts=4 if preset.get("audio", "mel") == "mel" else 2)
+    """-> VoiceEmotion that tells the mixture of a voice, by cross-entropy. Nothing of it is in state.pt: a
+    resumed run trains the same again, from the seed and from what is kept in --out."""
+    config = VoiceConfig(audio_dim=encoded.features.shape[1],
+                         parts=4 if preset.get("audio", "mel") == "mel" else 2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)                                               # weights and dropout
         model, rng = VoiceEmotion(config), torch.Generator().manual_seed(args.seed)
@@ -406,7 +452,8 @@ def encode_silence(kind, whisper):
 
 
 def preview(path, models, meta, space, silence_features, args, device, seconds=3):
-    """A held-out person of the synthetic world says held-out words: a short mp4 with sound, photo = the clip's first frame."""
+    """A held-out person of the synthetic world says held-out words: a short mp4 with sound, photo = the
+    clip's first frame."""
     size = meta["size"]
     clip = random_clip(torch.tensor([HELD_OUT + args.seed]), seconds * FPS)
     photo = space.encode(render(clip["identity"], clip["motion"][:, 0], size).to(device))
@@ -446,25 +493,28 @@ def train(args, preset) -> int:
         raise InputError(str(error)) from error
     for name in args.data:
         if name != "synthetic":
-            data.load_sets([name], "train", sound=True)                                # refuse now what cannot be read later
+            data.load_sets([name], "train", sound=True)                 # refuse now what cannot be read later
     training.make_run_folder(args.out)
     encoder = models["encoder"].requires_grad_(False)
-    config = replace(preset["generator"], num_tokens=encoder.config.num_tokens, token_dim=encoder.config.token_dim,
-                     audio_dim=len(silence_features))
+    config = replace(preset["generator"], num_tokens=encoder.config.num_tokens,
+                     token_dim=encoder.config.token_dim, audio_dim=len(silence_features))
     if args.reflow and "generator" in models:                       # a student has the experts of its teacher
-        config = replace(config, experts=models["generator"].config.experts, mood_table=models["generator"].config.mood_table)
+        config = replace(config, experts=models["generator"].config.experts,
+                         mood_table=models["generator"].config.mood_table)
     model, ema = (Generator(config).to(device) for _ in range(2))
     teacher = None
     if args.init:
         training.init_from(args.init, sample.load_models(args.init)[0], generator=model)
     if args.reflow:
         training.init_from(args.reflow, models, generator=model)
-        teacher = flow.with_cfg(models["generator"].requires_grad_(False), meta["guidance"], null={"audio": None})
+        teacher = flow.with_cfg(models["generator"].requires_grad_(False), meta["guidance"],
+                                null={"audio": None})
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
     lr_scale = 0.1 if args.reflow else 1.0                            # a student is nearly there
     optimisers = training.optimisers(model, lr_scale * preset["lr"], lr_scale * preset["muon_lr"])
-    files = {name: os.path.join(args.out, name) for name in ("state.pt", "semo.safetensors", "log.jsonl", "progress.png")}
+    files = {name: os.path.join(args.out, name)
+             for name in ("state.pt", "semo.safetensors", "log.jsonl", "progress.png")}
     step = training.resume(files["state.pt"], args, {"generator": config}, model, ema, optimisers)
     training.print_settings(args, model, rank)
     if step >= args.steps and rank == 0:
@@ -487,9 +537,9 @@ def train(args, preset) -> int:
         new, past, reference, audio, mood = (x.to(device) for x in windows)
         cond = {"past": past, "reference": reference, "audio": audio, "mood": mood}
         noise = torch.randn(new.shape, generator=rng).to(device)
-        if teacher:                                                                    # pairs of noise and what it becomes
+        if teacher:                                                       # pairs of noise and what it becomes
             t = flow.sample_timesteps(len(new), rng, p_pure_noise=1.0 if args.one_step else 0.5).to(device)
-            drop = None                                                                # guidance is in what it becomes
+            drop = None                                                       # guidance is in what it becomes
             with torch.no_grad(), bf16:
                 new = flow.integrate(teacher, noise, args.teacher_steps, **cond)
         else:
@@ -511,14 +561,17 @@ def train(args, preset) -> int:
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             models_out = {"encoder": encoder, "decoder": models["decoder"], "generator": ema}
             models_out |= {"voice": voice} if voice else {}
-            sampling_defaults = {"gen_steps": 1, "guidance": 1.0} if teacher else {"gen_steps": 4, "guidance": guidance}
+            sampling_defaults = {"gen_steps": 1, "guidance": 1.0} if teacher else {"gen_steps": 4,
+                "guidance": guidance}
             meta_out = {**meta, "audio": kind, "whisper": args.whisper, **sampling_defaults}
             save_weights(files["semo.safetensors"], models_out, meta_out)
-            preview(os.path.join(args.out, f"step{step:06d}.mp4"), models_out, meta_out, space, silence_features, args, device)
+            preview(os.path.join(args.out, f"step{step:06d}.mp4"), models_out, meta_out, space,
+                    silence_features, args, device)
             training.log(files["log.jsonl"], step=step, loss=loss.item(),
                          windows_per_second=(step - first) * world * args.windows / (time.time() - began))
             save_curves(files["log.jsonl"], files["progress.png"])
-            training.save_checkpoint(files["state.pt"], step, args, {"generator": config}, model, ema, optimisers)
+            training.save_checkpoint(files["state.pt"], step, args, {"generator": config}, model, ema,
+                                     optimisers)
         if stop:
             break
     bar.close()

@@ -1,9 +1,9 @@
-"""What both training scripts need: processes, random draws, optimisers, EMA, checkpoints, log. Plain functions; the loops
-themselves stand in train_ae.py and train_gen.py.
+"""What both training scripts need: processes, random draws, optimisers, EMA, checkpoints, log. Plain
+functions; the loops themselves stand in train_ae.py and train_gen.py.
 
-`state.pt` (torch.save, loads under weights_only=True) holds what a run needs to go on: weights, EMA, optimisers, step.
-What a user needs is another file (media/weights.py). Both are written to a temporary name and moved into place, so that
-a kill at any moment leaves a good file.
+`state.pt` (torch.save, loads under weights_only=True) holds what a run needs to go on: weights, EMA,
+optimisers, step. What a user needs is another file (media/weights.py). Both are written to a temporary name
+and moved into place, so that a kill at any moment leaves a good file.
 """
 import gc
 import json
@@ -32,26 +32,28 @@ from media.device import pick_device
 from media.files import InputError, atomic_write
 from media.image import to_uint8
 
-# ---- processes and randomness ---------------------------------------------------------------------------------------
+# ---- processes and randomness ------------------------------------------------------------------------------
 
 def init_distributed(device="auto"):
-    """Join the other processes, if torchrun started us -> (rank, world, device). NCCL on GPUs, gloo on CPUs."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """Join the other processes, if torchrun started us -> (rank, world, device). NCCL on GPUs, gloo on
+    CPUs."""
+    rank, world, local = (int(os.environ.get(k, d)) for k,
+                          d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = str(pick_device(device))
     if device == "cuda":
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    if world > 1 and not dist.is_initialized():                    # an hour: one may encode its clips while the others wait
+    if world > 1 and not dist.is_initialized():      # an hour: one may encode its clips while the others wait
         store = rendezvous_store(rank, world)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1), store=store, rank=rank,
-                                world_size=world)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1),
+                                store=store, rank=rank, world_size=world)
     return rank, world, torch.device(device)
 
 
 def rendezvous_store(rank, world):
-    """Where the processes of this start find each other; None leaves it to torch. torchrun's own store still holds the addresses
-    of dead processes after a restart (torch 2.13), on which a new start fails or hangs. So only the place of a fresh one is
-    read there, until it answers."""
+    """Where the processes of this start find each other; None leaves it to torch. torchrun's own store still
+    holds the addresses of dead processes after a restart (torch 2.13), on which a new start fails or hangs.
+    So only the place of a fresh one is read there, until it answers."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host = os.environ["MASTER_ADDR"]
@@ -72,9 +74,10 @@ def rendezvous_store(rank, world):
 def shutdown(main):
     """Run main() and end the process with its exit status, also as one of several.
 
-    The gloo group of a DDP model keeps its threads whatever is freed (torch 2.13 gives back none of the references that DDP takes
-    to it), and the end of the interpreter under running threads is a SIGABRT now and then, after all the work. So one of
-    several processes ends without it; one that failed waits for no other."""
+    The gloo group of a DDP model keeps its threads whatever is freed (torch 2.13 gives back none of the
+    references that DDP takes to it), and the end of the interpreter under running threads is a SIGABRT now
+    and then, after all the work. So one of several processes ends without it; one that failed waits for no
+    other."""
     try:
         status = main()
     except SystemExit as stop:
@@ -97,20 +100,23 @@ def shutdown(main):
 
 
 def ddp_wrap(model, world, device):
-    """The same model, its gradients averaged over all processes. Its only changing buffers are those of encoder.RunningNorm,
-    which are the same everywhere without being sent; gradients live in the buckets that are sent, not beside them."""
+    """The same model, its gradients averaged over all processes. Its only changing buffers are those of
+    encoder.RunningNorm, which are the same everywhere without being sent; gradients live in the buckets that
+    are sent, not beside them."""
     if world == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+    return nn.parallel.DistributedDataParallel(model,
+                                               device_ids=[device.index] if device.type == "cuda" else None,
                                                forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def checkpoint_activations(model):
-    """Each transformer block keeps only its input for the backward pass, which computes the rest again: less memory for about
-    a third more arithmetic. In place; names of weights stay."""
+    """Each transformer block keeps only its input for the backward pass, which computes the rest again: less
+    memory for about a third more arithmetic. In place; names of weights stay."""
     for name, module in model.named_modules():
         if name.split(".")[-2:-1] in (["blocks"], ["temporal"]):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)   # no dropout
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False,
+                                     preserve_rng_state=False)                         # there is no dropout
 
 
 def step_rng(seed, rank, step):
@@ -119,8 +125,9 @@ def step_rng(seed, rank, step):
 
 
 class Stopper:
-    """Turns the first SIGTERM or Ctrl-C into a wish to stop after the current step; a second one ends at once. Under torchrun it
-    does not: a scheduler's signal comes twice there, from itself and passed on, and torchrun kills after its own 30 seconds."""
+    """Turns the first SIGTERM or Ctrl-C into a wish to stop after the current step; a second one ends at
+    once. Under torchrun it does not: a scheduler's signal comes twice there, from itself and passed on, and
+    torchrun kills after its own 30 seconds."""
 
     def __init__(self):
         self.wanted = False
@@ -142,12 +149,14 @@ def any_rank(flag, device):
     return bool(total)
 
 
-# ---- optimisation ---------------------------------------------------------------------------------------------------
+# ---- optimisation ------------------------------------------------------------------------------------------
 
 def optimisers(model, lr, muon_lr, weight_decay=0.01):
-    """Muon (Jordan et al. 2024) for the matrices of attention and MLP, AdamW for the rest; AdamW for all with muon_lr None."""
+    """Muon (Jordan et al. 2024) for the matrices of attention and MLP, AdamW for the rest; AdamW for all with
+    muon_lr None."""
     def inner(name, p):
-        return muon_lr is not None and p.ndim == 2 and "blocks" in name.split(".") and "modulation" not in name
+        matrix = p.ndim == 2 and "blocks" in name.split(".") and "modulation" not in name
+        return matrix and muon_lr is not None
 
     matrices = [p for name, p in model.named_parameters() if inner(name, p)]
     rest = [p for name, p in model.named_parameters() if not inner(name, p)]
@@ -170,11 +179,13 @@ def set_lr(optimisers, step, steps, warmup, decay=0.3):
 
 
 def clip_and_step(model, optimisers, loss, step, state, device):
-    """Change the weights by the gradients at hand, their norm clipped to 1. Where the loss or a gradient of any process is
-    not finite, all end with a sentence that names the last good state, and nothing is changed."""
+    """Change the weights by the gradients at hand, their norm clipped to 1. Where the loss or a gradient of
+    any process is not finite, all end with a sentence that names the last good state, and nothing is
+    changed."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if any_rank(not (math.isfinite(loss) and norm.isfinite()), device):
-        raise SystemExit(f"loss {loss:.4g}, length of the gradient {norm:.4g} at step {step}: not finite, so training ends. "
+        raise SystemExit(f"loss {loss:.4g}, length of the gradient {norm:.4g} at step {step}: not finite, so "
+                         f"training ends. "
                          f"The last good state is in {state}; try a lower learning rate.")
     for optimiser in optimisers:
         optimiser.step()
@@ -182,19 +193,21 @@ def clip_and_step(model, optimisers, loss, step, state, device):
 
 
 def ema_decay(steps):
-    """The average remembers a two-hundredth of a run. At Muon's full rate a twentieth was 2 dB behind the weights."""
+    """The average remembers a two-hundredth of a run. At Muon's full rate a twentieth was 2 dB behind the
+    weights."""
     return 1 - 1 / (1 + steps / 200)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay=0.999):
-    """ema <- decay ema + (1 - decay) model, weights and statistics alike; a shorter memory in the first steps."""
+    """ema <- decay ema + (1 - decay) model, weights and statistics alike; a shorter memory in the first
+    steps."""
     rate = 1 - min(decay, (1 + step) / (10 + step))
     old, new = ema.state_dict(), model.state_dict()
     torch._foreach_lerp_([old[k] for k in old], [new[k] for k in old], rate)
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 def atomic_save(path, **state):
     with atomic_write(path, make_folder=True) as temporary:
@@ -202,7 +215,8 @@ def atomic_save(path, **state):
 
 
 def settings(args):
-    """The arguments that a run's result depends on, {name: value}; not where it runs or how often it saves."""
+    """The arguments that a run's result depends on, {name: value}; not where it runs or how often it
+    saves."""
     return {name: value for name, value in vars(args).items()
             if name not in ("out", "device", "save_every", "workers", "compile", "checkpoint_activations")}
 
@@ -222,7 +236,8 @@ def make_run_folder(folder):
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"--out {folder} cannot be written to ({error.strerror}); give another folder") from None
+        raise InputError(f"--out {folder} cannot be written to ({error.strerror}); give "
+                         f"another folder") from None
 
 
 def save_checkpoint(path, step, args, configs, model, ema, optimisers):
@@ -233,8 +248,8 @@ def save_checkpoint(path, step, args, configs, model, ema, optimisers):
 
 
 def resume(path, args, configs, model, ema, optimisers):
-    """Go on from `path`, if it exists -> the number of steps done. Raises InputError if that run has other networks or other
-    settings, or if only some processes see it: they would train different steps."""
+    """Go on from `path`, if it exists -> the number of steps done. Raises InputError if that run has other
+    networks or other settings, or if only some processes see it: they would train different steps."""
     exists, device = os.path.exists(path), next(model.parameters()).device
     if any_rank(exists, device) and any_rank(not exists, device):
         raise InputError(f"{path}: seen by some nodes only; give an --out on a disk that all of them share")
@@ -243,16 +258,20 @@ def resume(path, args, configs, model, ema, optimisers):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved, step = json.loads(state["settings"]), state["step"]
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is not a training checkpoint of this version ({type(error).__name__}); give another "
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError,
+            pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is not a training checkpoint of this version ({type(error).__name__}); "
+                         f"give another "
                          "--out, or remove it to start anew") from None
     if state["configs"] != {kind: asdict(config) for kind, config in configs.items()}:
-        raise InputError(f"{path}: this run has networks of other sizes; give another --out, or the run's own --preset")
+        raise InputError(f"{path}: this run has networks of other sizes; give another --out, or the run's "
+                         f"own --preset")
     given = json.loads(json.dumps(settings(args)))
     changed = [f"--{name.replace('_', '-')} {saved.get(name)} -> {given.get(name)}"
                for name in sorted({*saved, *given}) if saved.get(name) != given.get(name)]
     if changed:
-        raise InputError(f"{path}: this run has other settings ({', '.join(changed)}); give its own, or another --out")
+        raise InputError(f"{path}: this run has other settings ({', '.join(changed)}); give its own, or "
+                         f"another --out")
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
     for optimiser, saved_optimiser in zip(optimisers, state["optimisers"], strict=True):

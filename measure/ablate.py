@@ -1,15 +1,16 @@
-"""The paper's ablations (tables 5 to 7, figure 9) and choices of our own, on the synthetic world, without a label
-in any loss but that of the row which says so.
+"""The paper's ablations (tables 5 to 7, figure 9) and choices of our own, on the synthetic world, without a
+label in any loss but that of the row which says so.
 
-    python -m measure.ablate                        train and measure what is missing in --out, then print all tables
-    python -m measure.ablate --only width mask      some of them: width, count, mask, attention, prediction, label,
-                                                    shortcuts, past, emotion
+    python -m measure.ablate                        train and measure what is missing in --out, then print all
+                                                    tables
+    python -m measure.ablate --only width mask      some of them: width, count, mask, attention, prediction,
+                                                    label, shortcuts, past, emotion
     python -m measure.ablate --png ablations.png    also draw the curves
 
-Every variant differs from `base` in one thing, the shortcuts alone from the paper's method. Each is trained from
-every seed on the same people, in the same order, and measured on unseen ones by evaluate.py. Ctrl-C saves; the same
-command goes on. Tables are Markdown: mean over seeds, and in brackets the lowest and the highest seed. --out keeps a
-folder for each run, with its log, weights and measurements.
+Every variant differs from `base` in one thing, the shortcuts alone from the paper's method. Each is trained
+from every seed on the same people, in the same order, and measured on unseen ones by evaluate.py. Ctrl-C
+saves; the same command goes on. Tables are Markdown: mean over seeds, and in brackets the lowest and the
+highest seed. --out keeps a folder for each run, with its log, weights and measurements.
 """
 import argparse
 import contextlib
@@ -33,16 +34,18 @@ from media.files import InputError, atomic_write
 
 SHAPE = dict(image_size=32, patch_size=8, num_tokens=1, token_dim=64)
 BASE = dict(encoder=EncoderConfig(**SHAPE, width=96, depth=3, heads=2),
-            decoder=DecoderConfig(**SHAPE, width=128, depth=3, heads=2), loss="weighted", curriculum=True, steps=1000,
+            decoder=DecoderConfig(**SHAPE, width=128, depth=3, heads=2), loss="weighted", curriculum=True,
+            steps=1000,
             persons=16, targets=4, near=0.5, mask_max=0.5, label_weight=0.0, lr=1e-3, muon_lr=0.02)
-PAST = dict(generator=GeneratorConfig(), steps=1000, windows=32, clips=256, seconds=4, voices=1, balanced=True,
-            augment=True, lr=1e-3, muon_lr=0.02)
+PAST = dict(generator=GeneratorConfig(), steps=1000, windows=32, clips=256, seconds=4, voices=1,
+            balanced=True, augment=True, lr=1e-3, muon_lr=0.02)
 
 
 def token(count, width):
     """The base with `count` tokens of `width` numbers, the decoder making eight of its own of them in all."""
     return {"encoder": replace(BASE["encoder"], num_tokens=count, token_dim=width),
-            "decoder": replace(BASE["decoder"], num_tokens=count, token_dim=width, tokens_per_motion=8 // count)}
+            "decoder": replace(BASE["decoder"], num_tokens=count, token_dim=width,
+                               tokens_per_motion=8 // count)}
 
 
 def decoder(**changes):
@@ -50,7 +53,8 @@ def decoder(**changes):
 
 
 def paper(encoder=(), decoder=(), **changes):
-    """The paper's method in the base's sizes and with its optimiser, and what is given changed: our shortcuts."""
+    """The paper's method in the base's sizes and with its optimiser, and what is given changed: our
+    shortcuts."""
     off = dict(token_init=0, running_norm=False)
     return {"encoder": replace(BASE["encoder"], **{**off, **dict(encoder)}),
             "decoder": replace(BASE["decoder"], **{**train_ae.PAPER, **dict(decoder)}),
@@ -71,20 +75,25 @@ TABLES = {
                   "ref_context": paper(decoder={"ref_context": True}),
                   "tokens_per_motion": paper(decoder={"tokens_per_motion": 8}),
                   "weighted loss": paper(loss="weighted"),
-                  "curriculum": paper(curriculum=True, near=BASE["near"], mask_max=BASE["mask_max"]), "base": {},
-                  "ours": {"loss": "region", **decoder(warp_grid=4, overlap=True)}},
+                  "curriculum": paper(curriculum=True, near=BASE["near"], mask_max=BASE["mask_max"]),
+                  "base": {}, "ours": {"loss": "region", **decoder(warp_grid=4, overlap=True)}},
 }
 # likewise of stage 2, what differs from PAST and the share of the past that is masked
 STAGE_2 = {
     "past": {"none": ({}, 0.0), "0 to 20%": ({}, 0.2)},
     "emotion": {"experts": ({"generator": GeneratorConfig(experts=16)}, 0.2),
                 "a table of seven vectors": ({"generator": GeneratorConfig(mood_table=True)}, 0.2),
-                "experts, moods never disagree": ({"generator": GeneratorConfig(experts=16), "agree": True}, 0.2)}}
-TITLES = {"width": "One token, its width (paper: table 5)", "count": "64 numbers in 1 to 8 tokens (paper: table 6)",
+                "experts, moods never disagree": ({"generator": GeneratorConfig(experts=16), "agree": True},
+                                                  0.2)}}
+TITLES = {"width": "One token, its width (paper: table 5)",
+          "count": "64 numbers in 1 to 8 tokens (paper: table 6)",
           "mask": "Masked patches in stage 1 (paper: table 7, figure 9)", "attention": "Who sees the target",
-          "prediction": "What the decoder predicts", "label": "A label in the loss of stage 1, for 60% of the run",
-          "shortcuts": "The paper's method, each of our shortcuts alone, all of them (base), and as released (ours)",
-          "past": "Masked patches of the past frames in stage 2", "emotion": "How the generator is told an emotion"}
+          "prediction": "What the decoder predicts",
+          "label": "A label in the loss of stage 1, for 60% of the run",
+          "shortcuts": "The paper's method, each of our shortcuts alone, all of them (base), and as released "
+                       "(ours)",
+          "past": "Masked patches of the past frames in stage 2",
+          "emotion": "How the generator is told an emotion"}
 CLIPS = {"reconstruct": 12, "probe": 300, "talk": 12, "emotion": 8}
 # what is measured: title -> (file, path to the number, digits)
 MEASURES = {
@@ -98,15 +107,18 @@ MEASURES = {
     "identity R²": ("probe", ("means", "0% masked", "identity"), 3),
     "motion R², 90% masked": ("probe", ("means", "90% masked", "motion"), 3),
 }
-TALK_MEASURES = {"jaw": ("talk", ("rows", "ours", "jaw", "mean"), 3), "lip width": ("talk", ("rows", "ours", "lip_width", "mean"), 3),
+TALK_MEASURES = {"jaw": ("talk", ("rows", "ours", "jaw", "mean"), 3),
+                 "lip width": ("talk", ("rows", "ours", "lip_width", "mean"), 3),
          "other sound": ("talk", ("rows", "other sound", "jaw", "mean"), 3),
          "yaw, degrees": ("talk", ("rows", "ours", "yaw_std", "mean"), 2),
          "blinks a minute": ("talk", ("rows", "ours", "blinks_per_minute", "mean"), 1)}
 
 EMOTION_MEASURES = {
-    "accuracy": ("emotion", ("rows", "ours", "accuracy"), 2), "size of corners": ("emotion", ("rows", "ours", "gain_corner"), 2),
+    "accuracy": ("emotion", ("rows", "ours", "accuracy"), 2),
+    "size of corners": ("emotion", ("rows", "ours", "gain_corner"), 2),
     "accuracy, voice of another emotion": ("emotion", ("rows", "voice of another emotion", "accuracy"), 2),
-    "crosstalk": ("emotion", ("rows", "ours", "crosstalk"), 3), "mouth, worst change": ("emotion", ("rows", "ours", "mouth_worst"), 3),
+    "crosstalk": ("emotion", ("rows", "ours", "crosstalk"), 3),
+    "mouth, worst change": ("emotion", ("rows", "ours", "mouth_worst"), 3),
     "compounds, seen": ("emotion", ("compounds_seen",), 2), "unseen": ("emotion", ("compounds_unseen",), 2),
     "80% of a switch, s": ("emotion", ("switch_80_percent_seconds",), 2)}
 STAGE_2_MEASURES = {"past": TALK_MEASURES, "emotion": EMOTION_MEASURES}
@@ -118,7 +130,8 @@ def slug(table, entry):
 
 
 def runs(names):
-    """What `names` ask for -> {folder: (preset, share of the past masked or None for stage 1, measures)}, the base once."""
+    """What `names` ask for -> {folder: (preset, share of the past masked or None for stage 1, measures)}, the
+    base once."""
     presets = {"base": (BASE, None, MEASURES)} if set(names) & set(TABLES) else {}
     for table in names:
         for entry, change in TABLES.get(table, {}).items():
@@ -130,11 +143,12 @@ def runs(names):
 
 
 def run_evaluation(folder, command, args):
-    """What one evaluate.py command says of the run in `folder`, asked once; its table goes to a file beside."""
+    """What one evaluate.py command says of the run in `folder`, asked once; its table goes to a file
+    beside."""
     path = os.path.join(folder, f"{command}.json")
     if not os.path.exists(path):
-        words = [command, "--ckpt", os.path.join(folder, "semo.safetensors"), "--json", path, "--clips", str(CLIPS[command]),
-                 "--device", args.device]
+        words = [command, "--ckpt", os.path.join(folder, "semo.safetensors"), "--json", path, "--clips",
+                 str(CLIPS[command]), "--device", args.device]
         with open(os.path.join(folder, f"{command}.txt"), "w") as log, contextlib.redirect_stdout(log):
             if evaluate.main(words):
                 raise InputError(f"evaluate.py {command} failed on {folder}; its sentence stands above")
@@ -142,7 +156,8 @@ def run_evaluation(folder, command, args):
 
 
 def run(folder, preset, share, measures, seed, args):
-    """Train one variant from one seed, or what is left of it, and measure it -> {measure: number}, None if it was stopped."""
+    """Train one variant from one seed, or what is left of it, and measure it -> {measure: number}, None if it
+    was stopped."""
     words = ["--preset", "ablation", "--out", folder, "--seed", str(seed), "--device", args.device]
     words += ["--steps", str(args.steps)] if args.steps else []
     words += [] if share is None else ["--ae", args.ckpt, "--mask-max", str(share)]
@@ -152,15 +167,18 @@ def run(folder, preset, share, measures, seed, args):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if status:
         return None
-    reports = {command: run_evaluation(folder, command, args) for command in {command: 0 for command, *_ in measures.values()}}
-    return {name: functools.reduce(operator.getitem, path, reports[command]) for name, (command, path, _) in measures.items()}
+    reports = {command: run_evaluation(folder, command, args)
+               for command in {command: 0 for command, *_ in measures.values()}}
+    return {name: functools.reduce(operator.getitem, path, reports[command]) for name,
+            (command, path, _) in measures.items()}
 
 
 def rows(table, results):
     """{row: [numbers of each seed]} of one table, from found {folder: [...]}."""
     if table in STAGE_2:
         return {entry: results[slug(table, entry)] for entry in STAGE_2[table]}
-    return {entry: results[slug(table, entry) if change else "base"] for entry, change in TABLES[table].items()}
+    return {entry: results[slug(table, entry) if change else "base"] for entry,
+            change in TABLES[table].items()}
 
 
 def print_table(table, results):
@@ -171,12 +189,14 @@ def print_table(table, results):
         cells = []
         for name, (_, _, digits) in measures.items():
             values = [numbers[name] for numbers in seeds]
-            cells.append(f"{sum(values) / len(values):.{digits}f} [{min(values):.{digits}f} {max(values):.{digits}f}]")
+            cells.append(f"{sum(values) / len(values):.{digits}f} [{min(values):.{digits}f} "
+                         f"{max(values):.{digits}f}]")
         print(f"| {entry} | {' | '.join(cells)} |")
 
 
 def plot(results, tables, width=290, height=220):
-    """Draw a row of charts for each table, one for each of four measures: every seed a dot, a line through the means.
+    """Draw a row of charts for each table, one for each of four measures: every seed a dot, a line through
+    the means.
 
     -> figure of matplotlib, width x height pixels a chart.
     """
@@ -196,11 +216,13 @@ def plot(results, tables, width=290, height=220):
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(prog="python -m measure.ablate", description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(prog="python -m measure.ablate", description=__doc__.split("\n")[0],
+                                allow_abbrev=False)
     p.add_argument("--out", default="runs/ablate", help="folder of all runs (default: %(default)s)")
     p.add_argument("--only", nargs="+", choices=TITLES, default=list(TITLES), help="tables (default: all)")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="(default: 0 1)")
-    p.add_argument("--steps", type=int, help=f"steps of each run (default: {BASE['steps']}, stage 2 {PAST['steps']})")
+    p.add_argument("--steps", type=int,
+                   help=f"steps of each run (default: {BASE['steps']}, stage 2 {PAST['steps']})")
     p.add_argument("--ckpt", default=str(evaluate.WEIGHTS / "semo-tiny.safetensors"),
                    help="past, emotion: the encoder (default: the embedded)")
     p.add_argument("--png", help="also draw the curves of stage 1 to this file")
@@ -215,14 +237,15 @@ def parse(argv):
 
 
 def main(argv=None):
-    """-> exit status: 0, 130 if it was stopped and can go on, or 2 after one sentence about what cannot be used."""
+    """-> exit status: 0, 130 if it was stopped and can go on, or 2 after one sentence about what cannot be
+    used."""
     args, results = parse(argv), {}
     try:
         if args.png:
             charts.require()                                     # as the next: refuse now
         if set(args.only) & set(STAGE_2):
             sample.load_models(args.ckpt)                        # refuse now what cannot be read hours later
-        for seed in args.seeds:                                     # all variants of a seed first: a table early
+        for seed in args.seeds:                                  # all variants of a seed first: a table early
             for name, variant in runs(args.only).items():
                 numbers = run(os.path.join(args.out, f"{name}-{seed}"), *variant, seed, args)
                 if numbers is None:

@@ -1,14 +1,19 @@
 """How fast it is on this machine, and what waits for what. Medians after a warm-up, with their spread.
 
     python -m measure.bench                      all of the following
-    python -m measure.bench sample               photo and sound to mp4 with the embedded weights: each stage, then end to end
-    python -m measure.bench variants             side by side, in turn: attention, cached reference, precision, compiled, batch
-    python -m measure.bench train [--data DIR]   every preset: parameters, FLOPs, memory, speed; and what loading DIR gives
-    python -m measure.bench scale [--png FILE]   longer sound, more frames at once, more training processes (minutes; not in "all")
+    python -m measure.bench sample               photo and sound to mp4 with the embedded weights: each stage,
+                                                 then end to end
+    python -m measure.bench variants             side by side, in turn: attention, cached reference,
+                                                 precision, compiled, batch
+    python -m measure.bench train [--data DIR]   every preset: parameters, FLOPs, memory, speed; and what
+                                                 loading DIR gives
+    python -m measure.bench scale [--png FILE]   longer sound, more frames at once, more training
+                                                 processes (minutes; not in "all")
 
-FLOPs are those of forward and backward pass, as torch counts them: two for a multiplication and its addition. State is
-weights, gradients, their average and the optimisers'; MB a picture is what the forward pass keeps for the backward. MFU is
-their rate as a share of what the machine itself reaches with a large matrix product (bf16; fp32 where bf16 is not fast).
+FLOPs are those of forward and backward pass, as torch counts them: two for a multiplication and its addition.
+State is weights, gradients, their average and the optimisers'; MB a picture is what the forward pass keeps
+for the backward. MFU is their rate as a share of what the machine itself reaches with a large matrix product
+(bf16; fp32 where bf16 is not fast).
 """
 import argparse
 import json
@@ -81,7 +86,7 @@ def peak(device):
     return 2 * n**3 / timed(lambda: a @ b, device, 10)[0]
 
 
-# ---- sampling -------------------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------------
 
 def synthetic_speech(seconds):
     """Speech of the synthetic world, levelled, (S,)."""
@@ -103,12 +108,13 @@ def sampling(args, device):
         silence_features = audio_features.extract_features(torch.zeros(1, SAMPLES_PER_FRAME), *kind)[0, 0]
 
         def motion():
-            outputs = generate_motion(models["generator"], m_ref, iter([features]), rng, silence_features, meta["gen_steps"],
-                                      meta["guidance"])
+            outputs = generate_motion(models["generator"], m_ref, iter([features]), rng, silence_features,
+                                      meta["gen_steps"], meta["guidance"])
             return torch.cat(list(sample.autocast_iter(device, outputs)))
 
         def painted():
-            outputs = decode_frames(models["decoder"], z_r, m_ref, iter([motions]), noise, meta["steps"], sample.BATCH, True)
+            outputs = decode_frames(models["decoder"], z_r, m_ref, iter([motions]), noise, meta["steps"],
+                                    sample.BATCH, True)
             return list(sample.autocast_iter(device, outputs))
 
         def written():
@@ -137,7 +143,8 @@ def sampling(args, device):
             "H.264, AAC, mp4": written, "end to end": end_to_end}.items()}
     total, first = stages["end to end"][0], statistics.median(first[1:])
     wide, high = composer.size
-    print(f"{args.seconds:g} s of sound, {frames} frames of {wide}x{high}, face square {composer.square.side:.0f}; "
+    print(f"{args.seconds:g} s of sound, {frames} frames of {wide}x{high}, face square "
+          f"{composer.square.side:.0f}; "
           f"steps: generator {meta['gen_steps']}, decoder {meta['steps']}")
     table(["stage", "ms", "spread", "ms a frame"],
           [[name, f"{1e3 * middle:.1f}", f"{1e3 * low:.1f}-{1e3 * high:.1f}", f"{1e3 * middle / frames:.3f}"]
@@ -146,9 +153,11 @@ def sampling(args, device):
         most = torch.cuda.max_memory_allocated() / 2**20
     else:
         most = peak_mb(resource.getrusage(resource.RUSAGE_SELF))
-    print(f"{frames / total:.1f} frames/s, real-time factor {total / args.seconds:.3f}, first frame after {first:.2f} s, "
+    print(f"{frames / total:.1f} frames/s, real-time factor {total / args.seconds:.3f}, first frame after "
+          f"{first:.2f} s, "
           f"peak memory {most:.0f} MB")
-    return {"stages": stages, "fps": frames / total, "real_time_factor": total / args.seconds, "first_frame": first, "memory_mb": most}
+    return {"stages": stages, "fps": frames / total, "real_time_factor": total / args.seconds,
+            "first_frame": first, "memory_mb": most}
 
 
 @contextmanager
@@ -167,11 +176,15 @@ def variants(args, device):
     models, meta = sample.load_models(args.ckpt, device)
     decoder, fast, n = models["decoder"], fast_bf16(device), 16
     c = decoder.config
-    _, photo, m_ref, rng, noise = sample.prepare_reference(models, meta, read_photo(args.img, meta["size"], load_detector())[0], 0)
+    _, photo, m_ref, rng, noise = sample.prepare_reference(models, meta,
+                                                           read_photo(args.img, meta["size"],
+                                                                      load_detector())[0], 0)
     sounds = synthetic_speech(2), torch.zeros(SAMPLES_PER_FRAME)
-    rows, silence_features = (audio_features.extract_features(x[None], meta["audio"], meta.get("whisper"))[0] for x in sounds)
-    motions = generate_motion(models["generator"], m_ref, iter([rows]), rng, silence_features[0], meta["gen_steps"], meta["guidance"])
-    moved = torch.cat(list(sample.autocast_iter(device, motions)))[-n:]                                            # (n, L*D)
+    rows, silence_features = (audio_features.extract_features(x[None], meta["audio"], meta.get("whisper"))[0]
+                              for x in sounds)
+    motions = generate_motion(models["generator"], m_ref, iter([rows]), rng, silence_features[0],
+                              meta["gen_steps"], meta["guidance"])
+    moved = torch.cat(list(sample.autocast_iter(device, motions)))[-n:]                             # (n, L*D)
     moved, m_ref = (x.unflatten(1, (c.num_tokens, c.token_dim)) for x in (moved, m_ref))
     noise = noise.expand(n, -1, -1, -1)
     full = Decoder(replace(c, full_attention=True)).to(device).eval()
@@ -186,7 +199,8 @@ def variants(args, device):
                     if cached:
                         kv = cache
                     else:
-                        kv = model.encode_reference(photo.expand(len(z), -1, -1, -1), m_ref.expand(len(z), -1, -1))
+                        kv = model.encode_reference(photo.expand(len(z), -1, -1, -1),
+                                                    m_ref.expand(len(z), -1, -1))
                     frames.append(flow.integrate(model, z, 1, m_t=m, cache=kv))
             return torch.cat(frames)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -204,17 +218,18 @@ def variants(args, device):
     for name, (middle, low, high) in seconds.items():
         off = None if "paper" in name else (cases[name]() - right).abs().max().item()
         results[name] = {"ms": 1e3 * middle / n, "speed": seconds["as it is"][0] / middle, "difference": off}
-        rows.append([name, f"{1e3 * middle / n:.2f}", f"{1e3 * low / n:.2f}-{1e3 * high / n:.2f}", f"{results[name]['speed']:.2f}",
-                     "" if off is None else f"{off:.4f}"])
+        rows.append([name, f"{1e3 * middle / n:.2f}", f"{1e3 * low / n:.2f}-{1e3 * high / n:.2f}",
+                     f"{results[name]['speed']:.2f}", "" if off is None else f"{off:.4f}"])
     print(f"decoder, {n} frames; speed: times as fast as it is; difference: largest of a pixel in [-1, 1]")
     table(["", "ms a frame", "spread", "speed", "difference"], rows)
     return results
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 def stage_1(name, people, device):
-    """Build AutoEncoder of a preset -> it, a function that makes its loss on random pictures, pictures a pass.
+    """Build AutoEncoder of a preset -> it, a function that makes its loss on random pictures, pictures a
+    pass.
 
     The loss is that of the last part of a run, with all its terms.
     """
@@ -241,8 +256,8 @@ def stage_2(name, windows, device):
     motion, past, features = (torch.randn(n, rows, width, device=device) for rows, width in (
         (c.window, c.token_dim), (c.past, c.token_dim), (c.past + c.window + c.lookahead, c.audio_dim)))
     t, drop = torch.rand(n, device=device), torch.rand(n, device=device) < 0.1
-    return model, lambda: flow.flow_loss(model, motion, torch.randn_like(motion), t, past=past, reference=past[:, 0], audio=features,
-                                         drop=drop), n * c.window
+    return model, lambda: flow.flow_loss(model, motion, torch.randn_like(motion), t, past=past,
+                                         reference=past[:, 0], audio=features, drop=drop), n * c.window
 
 
 def training_cost(model, loss_fn, count, device, rounds):
@@ -250,7 +265,7 @@ def training_cost(model, loss_fn, count, device, rounds):
     optimisers, saved, seen = training.optimisers(model, 1e-4, 1e-3), [], set()
     bf16 = autocast(device)
 
-    def keep(x):                                                    # what the backward pass needs, each storage once
+    def keep(x):                                             # what the backward pass needs, each storage once
         if x.untyped_storage().data_ptr() not in seen:
             seen.add(x.untyped_storage().data_ptr())
             saved.append(x.untyped_storage().nbytes())
@@ -273,10 +288,11 @@ def training_cost(model, loss_fn, count, device, rounds):
         passes()
     seconds = timed(step, device, rounds)
     parameters = sum(p.numel() for p in model.parameters())
-    state = sum(x.numel() * x.element_size() for o in optimisers for s in o.state.values() for x in s.values())
+    state = sum(x.numel() * x.element_size() for o in optimisers for s in o.state.values()
+                for x in s.values())
     return {"parameters": parameters, "flops": flops.get_total_flops() / count, "speed": count / seconds[0],
-            "speed_low": count / seconds[2], "speed_high": count / seconds[1], "state_gb": (state + 3 * 4 * parameters) / 1e9,
-            "kept_mb": sum(saved) / count / 1e6}
+            "speed_low": count / seconds[2], "speed_high": count / seconds[1],
+            "state_gb": (state + 3 * 4 * parameters) / 1e9, "kept_mb": sum(saved) / count / 1e6}
 
 
 def loaded(folders, preset, workers, device, batches=12):
@@ -301,11 +317,14 @@ def presets(args, device):
             r = training_cost(*build(name, count, device), device, args.rounds)
             r["mfu"] = r["flops"] * r["speed"] / best
             results[f"{name}, {stage}"] = r
-            rows.append([f"{name}, {stage}", f"{r['parameters'] / 1e6:.2f}", f"{r['flops'] / 1e9:.3g}", f"{r['state_gb']:.2f}",
-                         f"{r['kept_mb']:.3g}", f"{r['speed']:.1f}", f"{r['speed_low']:.1f}-{r['speed_high']:.1f}", f"{r['mfu']:.0%}"])
+            rows.append([f"{name}, {stage}", f"{r['parameters'] / 1e6:.2f}", f"{r['flops'] / 1e9:.3g}",
+                         f"{r['state_gb']:.2f}",
+                         f"{r['kept_mb']:.3g}", f"{r['speed']:.1f}",
+                         f"{r['speed_low']:.1f}-{r['speed_high']:.1f}", f"{r['mfu']:.0%}"])
     precision = "bf16" if fast_bf16(device) else "fp32"
     print(f"{precision} matrix products reach {best / 1e12:.3g} TFLOP/s")
-    table(["training", "M parameters", "GFLOP a picture", "GB of state", "MB a picture", "pictures/s", "spread", "MFU"], rows)
+    table(["training", "M parameters", "GFLOP a picture", "GB of state", "MB a picture", "pictures/s",
+           "spread", "MFU"], rows)
     for name in args.presets if args.data else ():
         r = results[f"{name}, stage 1"]
         r["loaded"] = loaded(args.data, name, args.workers, device)
@@ -314,32 +333,39 @@ def presets(args, device):
     return {"peak_flops": best, "presets": results}
 
 
-# ---- growth ---------------------------------------------------------------------------------------------------------
+# ---- growth ------------------------------------------------------------------------------------------------
 
 def scaling(args, device):
-    """Frames/s and memory over the length of the sound, frames/s over the batch, training pictures/s over processes."""
+    """Frames/s and memory over the length of the sound, frames/s over the batch, training pictures/s over
+    processes."""
     if args.png:
         charts.require()                                            # refuse now, not minutes later
     results = {"seconds of sound": {}, "peak MB": {}, "frames at once": {}, "training processes": {}}
     with tempfile.TemporaryDirectory() as folder:
         wav, out = os.path.join(folder, "in.wav"), os.path.join(folder, "out.mp4")
         for seconds in args.lengths:
-            soundfile.write(wav, synthetic_speech(20).repeat(-(-seconds // 20))[: seconds * SAMPLE_RATE].numpy(), SAMPLE_RATE)
-            words = ["sample.py", "--img", args.img, "--wav", wav, "--out", out, "--ckpt", args.ckpt, "--device", args.device]
+            speech_20 = synthetic_speech(20).repeat(-(-seconds // 20))
+            soundfile.write(wav, speech_20[: seconds * SAMPLE_RATE].numpy(), SAMPLE_RATE)
+            words = ["sample.py", "--img", args.img, "--wav", wav, "--out", out, "--ckpt", args.ckpt,
+                     "--device", args.device]
             output, usage = run_child([sys.executable, *words], folder)
             results["seconds of sound"][seconds] = float(output.split("made at ")[1].split(" fps")[0])
             results["peak MB"][seconds] = peak_mb(usage)
         for count in args.processes:
-            words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "train_ae.py", "--preset", "tiny",
-                     "--steps", str(args.steps), "--out", os.path.join(folder, str(count)), "--device", args.device]
+            words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
+                     "train_ae.py", "--preset", "tiny",
+                     "--steps", str(args.steps), "--out", os.path.join(folder, str(count)), "--device",
+                     args.device]
             run_child([sys.executable, *words], folder, threads="1")
             with open(os.path.join(folder, str(count), "log.jsonl")) as log:
                 results["training processes"][count] = json.loads(log.readlines()[-1])["pictures_per_second"]
     checkpoint = sample.load_models(args.ckpt, device)[0]["decoder"]
     results["frames at once"] = speed_by_batch(checkpoint, device, args.rounds)
     for title, values in results.items():
-        heading = {"peak MB": "MB by seconds of sound", "training processes": "pictures/s by processes, a thread each"}.get(title)
-        table([heading or f"frames/s by {title}", *map(str, values)], [["", *(f"{v:.1f}" for v in values.values())]])
+        heading = {"peak MB": "MB by seconds of sound",
+                   "training processes": "pictures/s by processes, a thread each"}.get(title)
+        table([heading or f"frames/s by {title}", *map(str, values)],
+              [["", *(f"{v:.1f}" for v in values.values())]])
     if args.png:
         charts.save(plot(results), args.png)
     return {title: {str(k): v for k, v in values.items()} for title, values in results.items()}
@@ -351,8 +377,9 @@ def peak_mb(usage):
 
 
 def run_child(words, folder, threads=None):
-    """Run a command of this repository to its end -> what it printed, its resource usage. Raises InputError with the sentence of one
-    that was given bad input, RuntimeError with all that it said if it fails otherwise."""
+    """Run a command of this repository to its end -> what it printed, its resource usage. Raises InputError
+    with the sentence of one that was given bad input, RuntimeError with all that it said if it fails
+    otherwise."""
     env = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
     with open(os.path.join(folder, "log"), "w+") as log:
         work = subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=log)
@@ -361,7 +388,9 @@ def run_child(words, folder, threads=None):
         text = log.read()
     if status:
         bad_input = os.waitstatus_to_exitcode(status) == 2 and text.strip()
-        raise InputError(text.strip().splitlines()[-1]) if bad_input else RuntimeError(f"{' '.join(words[1:4])} failed:\n{text}")
+        if bad_input:
+            raise InputError(text.strip().splitlines()[-1])
+        raise RuntimeError(f"{' '.join(words[1:4])} failed:\n{text}")
     return text, usage
 
 
@@ -374,16 +403,19 @@ def speed_by_batch(decoder, device, rounds):
         m = torch.randn(n, c.num_tokens, c.token_dim, device=device)
         with autocast(device):
             cache = decoder.encode_reference(z[:1], m[:1])
-            seconds = timed(lambda z=z, m=m, cache=cache: flow.integrate(decoder, z, 1, m_t=m, cache=cache), device, rounds)[0]
+            seconds = timed(lambda z=z, m=m, cache=cache: flow.integrate(decoder, z, 1, m_t=m, cache=cache),
+                            device, rounds)[0]
         fps[n] = n / seconds
     return fps
 
 
 def plot(results, width=320, height=240):
-    """Draw each curve {x: y} of results in a chart of its own: x logarithmic, y from 0 -> figure of matplotlib."""
+    """Draw each curve {x: y} of results in a chart of its own: x logarithmic, y from 0 -> figure of
+    matplotlib."""
     titles = {"peak MB": "peak MB by seconds of sound", "training processes": "pictures/s by processes"}
     fig = charts.figure(width * len(results), height)
-    for (title, values), ax in zip(results.items(), fig.subplots(1, len(results), squeeze=False)[0], strict=True):
+    for (title, values), ax in zip(results.items(), fig.subplots(1, len(results), squeeze=False)[0],
+                                   strict=True):
         ax.semilogx(list(values), list(values.values()), "o-", color="navy", markersize=4)
         for x, y in values.items():
             ax.annotate(f"{y:.0f}", (x, y), (0, 4), textcoords="offset points", ha="center", va="bottom")
@@ -399,27 +431,38 @@ PARTS = {"sample": sampling, "variants": variants, "train": presets, "scale": sc
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(prog="python -m measure.bench", description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("parts", nargs="*", metavar="part", help="sample, variants, train, scale (default: all but scale)")
-    p.add_argument("--ckpt", default=sample.DEFAULT, help="sample, variants: released weights (default: the embedded ones)")
+    p = argparse.ArgumentParser(prog="python -m measure.bench", description=__doc__.split("\n")[0],
+                                allow_abbrev=False)
+    p.add_argument("parts", nargs="*", metavar="part",
+                   help="sample, variants, train, scale (default: all but scale)")
+    p.add_argument("--ckpt", default=sample.DEFAULT,
+                   help="sample, variants: released weights (default: the embedded ones)")
     p.add_argument("--img", default=str(ROOT / "examples" / "portrait.png"))
-    p.add_argument("--seconds", type=float, default=20, help="sample: length of the sound (default: %(default)s)")
+    p.add_argument("--seconds", type=float, default=20,
+                   help="sample: length of the sound (default: %(default)s)")
     p.add_argument("--compile", action="store_true", help="variants: also torch.compile (a minute or two)")
     p.add_argument("--presets", nargs="+", choices=train_ae.PRESETS, default=["tiny", "small", "paper"])
-    p.add_argument("--people", type=int, help="people a pass of stage 1 (default: the preset's; 1 for all but tiny on a CPU)")
+    p.add_argument("--people", type=int,
+                   help="people a pass of stage 1 (default: the preset's; 1 for all but tiny on a CPU)")
     p.add_argument("--windows", type=int, help="windows a pass of stage 2 (default: the preset's)")
-    p.add_argument("--data", nargs="+", metavar="DIR", help="also measure how fast clips of these folders are loaded")
+    p.add_argument("--data", nargs="+", metavar="DIR",
+                   help="also measure how fast clips of these folders are loaded")
     p.add_argument("--workers", type=int, default=2, help="processes that load (default: %(default)s)")
-    p.add_argument("--lengths", nargs="+", type=int, default=[1, 10, 60, 600], help="scale: seconds of sound (default: %(default)s)")
-    p.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="scale: training processes (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=30, help="scale: steps each of them trains (default: %(default)s)")
+    p.add_argument("--lengths", nargs="+", type=int, default=[1, 10, 60, 600],
+                   help="scale: seconds of sound (default: %(default)s)")
+    p.add_argument("--processes", nargs="+", type=int, default=[1, 2],
+                   help="scale: training processes (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=30,
+                   help="scale: steps each of them trains (default: %(default)s)")
     p.add_argument("--png", help="scale: also draw the curves to this file")
     p.add_argument("--rounds", type=int, default=5, help="measurements of each figure (default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     p.add_argument("--json", help="also write the numbers to this file")
     args = p.parse_args(argv)
-    if min(args.rounds, args.steps, *args.lengths, *args.processes) < 1 or args.workers < 0 or args.seconds < 0.1:
-        p.error("--rounds, --steps, --lengths and --processes must be at least 1, --workers not negative, --seconds at least 0.1")
+    if min(args.rounds, args.steps, *args.lengths,
+           *args.processes) < 1 or args.workers < 0 or args.seconds < 0.1:
+        p.error("--rounds, --steps, --lengths and --processes must be at least 1, --workers not negative, "
+                "--seconds at least 0.1")
     if not set(args.parts) <= set(PARTS):
         p.error(f"the parts are {', '.join(PARTS)}, not {' '.join(args.parts)}")
     return args

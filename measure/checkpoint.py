@@ -68,7 +68,8 @@ def summary(clips):
 
 def cell(value, digits, bounds=False):
     """Mean, and if wanted its interval -> list of texts."""
-    return [f"{value['mean']:.{digits}f}"] + [f"[{value['low']:.{digits}f} {value['high']:.{digits}f}]"] * bounds
+    interval = f"[{value['low']:.{digits}f} {value['high']:.{digits}f}]"
+    return [f"{value['mean']:.{digits}f}"] + [interval] * bounds
 
 
 def table(head, rows):

@@ -116,7 +116,8 @@ def emotion(args):
     """All rows of the table; --clips: people."""
     checkpoint, read_motion = open_checkpoint(args, "encoder", "decoder",
                                               "generator"), reader.load_regressor(args.reader)
-    config, size, steps = checkpoint.generator.config, checkpoint.meta["size"], args.steps or checkpoint.meta["steps"]
+    config, size = checkpoint.generator.config, checkpoint.meta["size"]
+    steps = args.steps or checkpoint.meta["steps"]
     if not (config.experts or config.mood_table):
         raise InputError(f"{args.ckpt} was trained without emotions; train_gen.py makes weights with them")
     picks, means = torch.arange(FPS, FRAMES, STRIDE), face_means()
@@ -213,7 +214,8 @@ def emotion(args):
         "switch_largest_step": share.diff().abs().max().item(),
         "time_with_emotion": cost(checkpoint, photo, voices[0]["wave"])}
     if hasattr(checkpoint, "voice"):
-        extra["voice_accuracy"], extra["voice_ceiling"], extra["voice_neutral_shift"] = voice_accuracy(checkpoint, args.clips)
+        found = voice_accuracy(checkpoint, args.clips)
+        extra["voice_accuracy"], extra["voice_ceiling"], extra["voice_neutral_shift"] = found
     print()
     table(["", ""], [[name, str(value) if isinstance(value, list) else f"{value:.3f}"] for name,
                      value in extra.items()])

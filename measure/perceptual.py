@@ -3,7 +3,7 @@
 
     measures, absent = load("nets")         what the folder holds, and a sentence for each network it does not
                                             hold
-    measures["lpips"](made, true)           -> (B,)           Zhang et al. 2018, AlexNet, version 0.1; lower is closer
+    measures["lpips"](made, true)           -> (B,)           Zhang et al. 2018, AlexNet; lower is closer
     measures["inception"](x)                -> (B, 2048)      rows for frechet: FID, Heusel et al. 2017
     measures["i3d"](frames)                 -> (F//16, 400)   rows for frechet: FVD, Unterthiner et al. 2018
     measures["syncnet"](frames, wave)       -> sync_c, sync_d, offset; Chung and Zisserman 2016
@@ -36,7 +36,8 @@ PUBLISHED = {                 # what each network measures, its files, and where
     "inception": ("FID", {"inception-2015-12-05.pt":
                           "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"}),
     "i3d": ("FVD", {"i3d_torchscript.pt": "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt"}),
-    "syncnet": ("Sync-C and Sync-D", {"syncnet_v2.model": "http://www.robots.ox.ac.uk/~vgg/software/lipsync/data"}),
+    "syncnet": ("Sync-C and Sync-D",
+                {"syncnet_v2.model": "http://www.robots.ox.ac.uk/~vgg/software/lipsync/data"}),
     "csim": ("CSIM", {"MobileFaceNet.onnx": "weights/ of https://github.com/foamliu/MobileFaceNet and its "
                                             "forks"}),
 }
@@ -52,7 +53,8 @@ def check(x):
     if not (low >= -1.05 and high <= 1.05):                                       # false for not-a-number too
         raise ValueError(f"pictures from {low:.4g} to {high:.4g}; give them in [-1, 1]")
     if low >= 0 and len(x) > 2:
-        raise ValueError(f"{len(x)} pictures and nothing below 0: they look like [0, 1]; give them in [-1, 1]")
+        raise ValueError(f"{len(x)} pictures and nothing below 0: they look like [0, 1]; give "
+                         f"them in [-1, 1]")
 
 
 def crop(x, face, size, wide=1.0):

@@ -150,8 +150,10 @@ def load_regressor(path):
             meta = json.loads((f.metadata() or {}).get("semo", "{}"))
             weights = {name: f.get_tensor(name).float() for name in f.keys()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot read the motion reader; `python -m measure.reader` trains it") from error
-    if not isinstance(meta, dict) or meta.get("format") != "semo-motion-reader-1" or meta.get("factors") != NAMES:
+        raise InputError(f"{path}: cannot read the motion reader; `python -m "
+                         f"measure.reader` trains it") from error
+    known = isinstance(meta, dict) and meta.get("format") == "semo-motion-reader-1"
+    if not known or meta.get("factors") != NAMES:
         raise InputError(f"{path}: not a motion reader of this synthetic world; `python -m measure.reader` "
                          f"trains it")
     regressor = FactorRegressor()

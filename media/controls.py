@@ -1,4 +1,5 @@
-"""Sliders: a text such as "yaw=-10:10 blink=0,1,0" -> changes of the motion token. web/controls.py fits their directions."""
+"""Sliders: a text such as "yaw=-10:10 blink=0,1,0" -> changes of the motion token. web/controls.py fits their
+directions."""
 import torch
 import torch.nn.functional as F
 
@@ -6,8 +7,8 @@ from media.files import InputError
 
 
 def parse_controls(text, controls, frames):
-    """"yaw=-10:10 blink=0,1,0" -> token changes (frames, L*D). a: stays; a:b: from a to b; a,b,c: through these, evenly in
-    time. blink: both eyes. Raises InputError."""
+    """"yaw=-10:10 blink=0,1,0" -> token changes (frames, L*D). a: stays; a:b: from a to b; a,b,c: through
+    these, evenly in time. blink: both eyes. Raises InputError."""
     if not controls:
         raise InputError("--controls: these weights hold none; python -m web.controls --ckpt FILE fits them")
     if not text.split():
@@ -24,9 +25,10 @@ def parse_controls(text, controls, frames):
             raise InputError(f"--controls: {item!r} is not NAME=number, NAME=from:to or NAME=a,b,c") from None
         low, high = controls[names[0]]["low"], controls[names[0]]["high"]
         if not all(low <= v <= high for v in points):
-            raise InputError(f"--controls: {name} goes from {low:g} to {high:g} {controls[names[0]]['unit']}".rstrip())
+            raise InputError(f"--controls: {name} goes from {low:g} to {high:g} "
+                             f"{controls[names[0]]['unit']}".rstrip())
         course = F.interpolate(torch.tensor(points)[None, None], size=frames, mode="linear",
-                                                 align_corners=True)[0, 0]                                  # (frames,)
+                                                 align_corners=True)[0, 0]                         # (frames,)
         for n in names:
             path += course[:, None] * torch.tensor(controls[n]["direction"])
     return path

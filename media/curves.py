@@ -1,4 +1,5 @@
-"""The log of a training run as a picture: progress.png beside the sample pictures, one panel for each thing that is logged.
+"""The log of a training run as a picture: progress.png beside the sample pictures, one panel for each thing
+that is logged.
 
     python -m media.curves RUN/log.jsonl [RUN/progress.png]
 """
@@ -11,7 +12,8 @@ from media.files import InputError, atomic_write
 
 
 def read_log(path):
-    """log.jsonl -> {name: ([steps], [values])}. Of steps logged twice, after a crash, the later line counts."""
+    """log.jsonl -> {name: ([steps], [values])}. Of steps logged twice, after a crash, the later line
+    counts."""
     rows = {}
     for line in Path(path).read_text().splitlines():
         try:

@@ -177,7 +177,8 @@ def frame_photo(image, detector, number=None, name="the photo"):
     square = largest(faces) if number is None else faces[number - 1][0]
     if number is None and len(faces) > 1:
         place = [face[0] for face in faces].index(square) + 1
-        return square, f"{len(faces)} faces found in {name}; the largest, number {place} from the left, is used"
+        largest_is = f"the largest, number {place} from the left, is used"
+        return square, f"{len(faces)} faces found in {name}; {largest_is}"
     return square, None
 
 

@@ -1,7 +1,7 @@
 """Files: what may be opened, how they are written without ever leaving half of one, and lists of JSON lines.
 
-Whatever is wrong with a user's file ends in InputError: one sentence that names the file, what is wrong and what would be
-right.
+Whatever is wrong with a user's file ends in InputError: one sentence that names the file, what is wrong and
+what would be right.
 """
 import json
 import os
@@ -11,8 +11,8 @@ import av
 
 MAX_GAP = 60.0             # seconds without a frame; a longer jump of timestamps is damage, not a pause
 # Containers that libav may open. Playlists (which name other files), pictures and text are not among them.
-MEDIA_FORMATS = ("wav,w64,aiff,caf,au,flac,ogg,mp3,aac,ac3,eac3,amr,wv,ape,tta,mov,mp4,m4a,3gp,matroska,webm,avi,asf,"
-                 "flv,mpeg,mpegts,mxf,gif")
+MEDIA_FORMATS = ("wav,w64,aiff,caf,au,flac,ogg,mp3,aac,ac3,eac3,amr,wv,ape,tta,mov,mp4,m4a,3gp,matroska,webm,"
+                 "avi,asf,flv,mpeg,mpegts,mxf,gif")
 SOUND_WANTED = "a wav, flac, ogg, mp3 or m4a file, or a video with sound"
 VIDEO_WANTED = "a video file such as mp4, mov, webm or mkv"
 
@@ -39,7 +39,7 @@ def check_file(path, wanted):
         raise InputError(f"{path} is empty (0 bytes); give {wanted}")
 
 
-# -------------------------------------------------------------------------------------------------------------- sound
+# ------------------------------------------------------------------------------------------------------ sound
 @contextmanager
 def open_media(path, wanted):
     """libav on a local file; nothing but MEDIA_FORMATS in files may be opened by it. Raises InputError."""
@@ -56,7 +56,8 @@ def open_media(path, wanted):
 def picture_stream(container):
     """The first real video stream that can be decoded, or None; the cover picture of a song is no video."""
     covers = av.stream.Disposition.attached_pic
-    return next((stream for stream in container.streams.video if stream.codec_context and not stream.disposition & covers), None)
+    return next((stream for stream in container.streams.video if stream.codec_context
+                 and not stream.disposition & covers), None)
 
 
 def sound_stream(container):
@@ -65,7 +66,8 @@ def sound_stream(container):
 
 
 def decode_stream(container, stream):
-    """Frames of a stream in order. What is damaged is skipped; check_not_truncated tells how much was lost."""
+    """Frames of a stream in order. What is damaged is skipped; check_not_truncated tells how much was
+    lost."""
     try:
         for packet in container.demux(stream):
             try:
@@ -79,13 +81,15 @@ def decode_stream(container, stream):
 def check_not_truncated(path, container, stream, seconds):
     """Refuse a file of which clearly less than its header promises could be read."""
     name, promised = container.format.name, float((stream.duration or 0) * stream.time_base)
-    if name == "wav":                                             # libav looks at the file's size, not at its header
+    if name == "wav":                                      # libav looks at the file's size, not at its header
         with open(path, "rb") as file:
             head = file.read(8)
         size = int.from_bytes(head[4:], "little") if head[:4] == b"RIFF" else 0
-        promised *= size / os.path.getsize(path) if size < 0x7FFF0000 else 0    # endless streams write such numbers
+        # endless streams write such numbers
+        promised *= size / os.path.getsize(path) if size < 0x7FFF0000 else 0
     if name.startswith(("wav", "flac", "mov")) and seconds < 0.9 * promised - 0.1:
-        raise InputError(f"{path} is cut off: only {seconds:.1f} s of {promised:.1f} s can be read; copy it again")
+        raise InputError(f"{path} is cut off: only {seconds:.1f} s of {promised:.1f} s can be read; copy it "
+                         f"again")
 
 
 def disk_fault(path):
@@ -119,9 +123,11 @@ def atomic_write(path, suffix="", make_folder=False):
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+            raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose "
+                              f"another place") from None
     if not os.path.isdir(folder):
-        raise OutputError(f"{path} cannot be written: there is no folder {folder}; make it first or choose another")
+        raise OutputError(f"{path} cannot be written: there is no folder {folder}; make it first or choose "
+                          f"another")
     if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
         raise OutputError(f"{path} cannot be written: it is a folder or protected; choose another name")
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.part")
@@ -131,15 +137,17 @@ def atomic_write(path, suffix="", make_folder=False):
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, mode)                                 # safetensors writes files that only their owner reads
+        os.chmod(temporary, mode)                       # safetensors writes files that only their owner reads
         os.replace(temporary, path)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose "
+                          f"another place") from None
     except InputError:
         raise
-    except Exception as error:                                    # torch, safetensors and libsndfile tell a full disk in their ways
+    except Exception as error:              # torch, safetensors and libsndfile tell a full disk in their ways
         if fault := disk_fault(temporary):
-            raise OutputError(f"{path} cannot be written: {fault.strerror or fault}; choose another place") from error
+            raise OutputError(f"{path} cannot be written: {fault.strerror or fault}; choose "
+                              f"another place") from error
         raise
     finally:
         if os.path.exists(temporary):
@@ -159,6 +167,8 @@ def read_lines(path):
 
 
 def write_lines(path, rows):
-    """dicts -> a .jsonl file, complete or absent. Bytes of file names that are not UTF-8 become JSON's escapes."""
-    with atomic_write(path, ".jsonl") as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+    """dicts -> a .jsonl file, complete or absent. Bytes of file names that are not UTF-8 become JSON's
+    escapes."""
+    with atomic_write(path, ".jsonl") as temporary, open(temporary, "w", encoding="utf-8",
+                                                         errors="backslashreplace") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in rows)

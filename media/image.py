@@ -67,7 +67,8 @@ def open_image(path, least=None):
             Image.init()
             image = Image.open(path, formats=[kind for kind in IMAGE_FORMATS if kind in Image.OPEN])
     except Image.DecompressionBombError:
-        raise InputError(f"{path} claims more than {MAX_PIXELS // 10**6} megapixels; give a smaller picture") from None
+        raise InputError(f"{path} claims more than {MAX_PIXELS // 10**6} megapixels; give a "
+                         f"smaller picture") from None
     except Exception:                                          # each of Pillow's readers fails in its own way
         raise InputError(f"{path} is not a picture that can be read; give {IMAGE_WANTED}") from None
     width, height = image.size
@@ -88,7 +89,8 @@ def open_image(path, least=None):
                 pass
             return to_rgb(image)
         except Exception:
-            raise InputError(f"{path} is a damaged or cut-off picture; copy it again or give another") from None
+            raise InputError(f"{path} is a damaged or cut-off picture; copy it again or "
+                             f"give another") from None
 
 
 def load_image(path, size):

@@ -1,12 +1,13 @@
 """From folders of video as they come to clips that both stages train on: `python data.py prepare`.
 
-    videos --prepare--> OUT/clips/*.mp4 (a square round the face, 25 fps, 16 kHz mono), OUT/manifest.jsonl, OUT/dropped.jsonl
+    videos --prepare--> OUT/clips/*.mp4 (a square round the face, 25 fps, 16 kHz mono), OUT/manifest.jsonl,
+                          OUT/dropped.jsonl
 
-A clip shows MARGIN times the side of the tight square (media/face.py) that the models see, so that training can vary the
-framing; "square" and "size" of a manifest row are those of the tight square.
+A clip shows MARGIN times the side of the tight square (media/face.py) that the models see, so that training
+can vary the framing; "square" and "size" of a manifest row are those of the tight square.
 
-Every person of a manifest belongs to its train or its test split for ever: by the set's own list (--people), else by a
-hash of the name, so that preparing more videos moves nobody.
+Every person of a manifest belongs to its train or its test split for ever: by the set's own list (--people),
+else by a hash of the name, so that preparing more videos moves nobody.
 """
 import argparse
 import hashlib
@@ -44,29 +45,34 @@ from media.files import InputError, OutputError, printable, read_lines, write_li
 from media.sound import FPS, SAMPLES_PER_FRAME, audio_chunks, has_audio
 from media.video import VideoWriter, square_pixel_frames
 
-VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".ts", ".wmv", ".flv", ".3gp")
-SHORTEST, LONGEST = 1.0, 10.0    # seconds of a clip
-SCENE_THRESHOLD = 20             # of 255: mean change from frame to frame of 16 x 16 averages that begins a new scene
-MIN_DETECT_RATE = 0.8            # a face must be found in this share of the frames searched
-MAX_OUTSIDE = 0.2                # of the square's side may lie outside the picture, whose edge is repeated there
-MAX_UPSCALE = 2.0                # crops that would be enlarged more than this are dropped
-SILENT, CLIPPED, NOISY = -50.0, 0.005, 6.0    # dB of full scale; share of samples at the limit; dB from quiet to loud frames
-TEST_SHARE = 0.05                # of the people, where a set has no list of its own
-MARGIN = 1.25                    # a prepared square is so many times as wide as the tight square that models see
-KEYFRAMES = 5                    # of the clips: any frame is at most four away from one that is coded by itself
+VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".ts", ".wmv",
+                 ".flv", ".3gp")
+SHORTEST, LONGEST = 1.0, 10.0  # seconds of a clip
+SCENE_THRESHOLD = 20           # of 255: mean change from frame to frame of 16 x 16 averages that begins a new
+                               # scene
+MIN_DETECT_RATE = 0.8          # a face must be found in this share of the frames searched
+MAX_OUTSIDE = 0.2              # of the square's side may lie outside the picture, whose edge is repeated
+                               # there
+MAX_UPSCALE = 2.0              # crops that would be enlarged more than this are dropped
+# dB of full scale; share of samples at the limit; dB from quiet to loud frames
+SILENT, CLIPPED, NOISY = -50.0, 0.005, 6.0
+TEST_SHARE = 0.05             # of the people, where a set has no list of its own
+MARGIN = 1.25                 # a prepared square is so many times as wide as the tight square that models see
+KEYFRAMES = 5                 # of the clips: any frame is at most four away from one that is coded by itself
 EMOTIONS = ("neutral", "angry", "contempt", "disgusted", "fear", "happy", "sad", "surprised")
 
 
-# ------------------------------------------------------------------------------------------------------------- people
+# ----------------------------------------------------------------------------------------------------- people
 def parse_identity(path, folder=""):
-    """What the names of known sets tell of a video, path relative to its folder -> dict with identity, for MEAD and
-    DH-FaceEmoVid also the emotion, for MEAD its level and the camera.
+    """What the names of known sets tell of a video, path relative to its folder -> dict with identity, for
+    MEAD and DH-FaceEmoVid also the emotion, for MEAD its level and the camera.
 
-    folder: that folder's own name. File names of CelebV are a YouTube id and numbers, which many other names look like, so
-    "celebv" has to stand somewhere in folder or path."""
+    folder: that folder's own name. File names of CelebV are a YouTube id and numbers, which many other names
+    look like, so "celebv" has to stand somewhere in folder or path."""
     path = path.replace(os.sep, "/")
     stem = os.path.splitext(path)[0]
-    mead = re.search(r"(?:^|[/_])([MW]\d{3})[/_](?:video[/_])?(front|down|top|left_30|left_60|right_30|right_60)"
+    mead = re.search(r"(?:^|[/_])([MW]\d{3})[/_](?:video[/_])?"
+                     r"(front|down|top|left_30|left_60|right_30|right_60)"
                      rf"[/_]({'|'.join(EMOTIONS)})[/_]level_(\d)", stem)
     if mead:
         actor, camera, emotion, level = mead.groups()
@@ -78,22 +84,25 @@ def parse_identity(path, folder=""):
     if vox:
         return {"identity": f"VoxCeleb/{vox[1]}"}
     hdtf = re.search(r"(?:^|/)(?:(RD_Radio\d+)|((?:RD|WDA|WRA)_[A-Za-z]+))\d*(?:_\d+)*$", stem)
-    if hdtf:                                             # WDA_EricSwalwell1 and 0 are one person; RD_Radio1 and 2 are two
+    if hdtf:                                 # WDA_EricSwalwell1 and 0 are one person; RD_Radio1 and 2 are two
         return {"identity": f"HDTF/{hdtf[1] or hdtf[2]}"}
     celebv = re.search(r"(?:^|/)([\w-]{11})(?:_\d+){1,2}$", stem)
-    if celebv and "celebv" in f"{folder}/{path}".lower():  # one YouTube video may show several people; they stay together
+    # one YouTube video may show several people; they stay together
+    if celebv and "celebv" in f"{folder}/{path}".lower():
         return {"identity": f"CelebV-HQ/{celebv[1]}"}
     return {"identity": os.path.dirname(path) or "."}
 
 
 def split_of(identity):
     """'test' for TEST_SHARE of all names, decided by the name alone."""
-    return "test" if int(hashlib.sha256(os.fsencode(identity)).hexdigest()[:8], 16) < TEST_SHARE * 2**32 else "train"
+    return "test" if int(hashlib.sha256(os.fsencode(identity)).hexdigest()[:8],
+                         16) < TEST_SHARE * 2**32 else "train"
 
 
-# ------------------------------------------------------------------------------------------------------------ prepare
+# ---------------------------------------------------------------------------------------------------- prepare
 def scan_video(path, detector):
-    """First pass -> frames, frame numbers where a new scene begins, faces {frame number: Square or None}, frame size."""
+    """First pass -> frames, frame numbers where a new scene begins, faces {frame number: Square or None},
+    frame size."""
     before, cuts, faces, size, n = None, [], {}, None, 0
     for n, image in enumerate(square_pixel_frames(path), 1):
         size, now = size or image.size, np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32)
@@ -116,7 +125,8 @@ def split_scenes(frames, cuts):
 
 
 def clip_square(faces, width, height, size):
-    """Squares of a clip's faces (None where none was found) -> the one Square to cut, or the reason to drop the clip."""
+    """Squares of a clip's faces (None where none was found) -> the one Square to cut, or the reason to drop
+    the clip."""
     found = [square for square in faces if square is not None]
     if len(found) < max(1, MIN_DETECT_RATE * len(faces)):
         return f"face found in {len(found)} of {len(faces)} frames looked at"
@@ -147,8 +157,9 @@ def audio_quality(wave):
 
 
 def split_audio(path, scenes):
-    """Sound of scenes that follow one another, [(first frame, frames)] -> one (S,) array each, 16 kHz, silence where the file
-    has no more. Only one scene is held at a time. Raises InputError, at the end at the latest."""
+    """Sound of scenes that follow one another, [(first frame, frames)] -> one (S,) array each, 16 kHz,
+    silence where the file has no more. Only one scene is held at a time. Raises InputError, at the end at the
+    latest."""
     chunks, held = audio_chunks(path), np.zeros(0, np.float32)
     for _, frames in scenes:
         n = frames * SAMPLES_PER_FRAME
@@ -167,7 +178,8 @@ def clip_stem(path, source):
 
 
 def prepare_one(path, source, labels, out, size, crop="face", detector=None):
-    """One video: its clips are written to out/clips -> {"kept": [manifest rows], "dropped": [rows with a reason]}."""
+    """One video: its clips are written to out/clips -> {"kept": [manifest rows], "dropped": [rows with a
+    reason]}."""
     try:
         centre = crop == "centre"
         frames, cuts, faces, (width, height) = scan_video(path, None if centre else load_detector(detector))
@@ -188,9 +200,11 @@ def prepare_one(path, source, labels, out, size, crop="face", detector=None):
             if reason:
                 dropped.append({"source": source, "start": start / FPS, "frames": count, "reason": reason})
                 continue
-            record = {"file": f"clips/{name}-{number:03d}.mp4", "source": source, **labels, "start": start / FPS, "fps": FPS,
-                   "frames": count, "size": size, "square": astuple(square), "margin": MARGIN, "sound": audio is not None}
-            if not centre:                                       # where in the square the face is, as shares of its side
+            record = {"file": f"clips/{name}-{number:03d}.mp4", "source": source, **labels,
+                      "start": start / FPS, "fps": FPS,
+                   "frames": count, "size": size, "square": astuple(square), "margin": MARGIN,
+                      "sound": audio is not None}
+            if not centre:                            # where in the square the face is, as shares of its side
                 record["face"] = FACE_BOX
             kept.append(record)
         write_clips(path, scenes, kept, out, size)
@@ -198,8 +212,9 @@ def prepare_one(path, source, labels, out, size, crop="face", detector=None):
     except OutputError:                                          # no fault of the video: the run ends
         raise
     except InputError as error:
-        return {"kept": [], "dropped": [{"source": source, "reason": str(error).replace(os.fspath(path), source)}]}
-    except Exception as error:                                   # whatever libav makes of damage: a line in the report
+        return {"kept": [], "dropped": [{"source": source,
+                                         "reason": str(error).replace(os.fspath(path), source)}]}
+    except Exception as error:                          # whatever libav makes of damage: a line in the report
         return {"kept": [], "dropped": [{"source": source, "reason": f"{type(error).__name__}: {error}"}]}
 
 
@@ -209,7 +224,8 @@ def margin_px(size):
 
 
 def write_clips(path, scenes, kept, out, size):
-    """Second pass: of the scenes [(first frame, frames)] those that have a manifest row, one clip after the other."""
+    """Second pass: of the scenes [(first frame, frames)] those that have a manifest row, one clip after the
+    other."""
     if not kept:
         return
     plan, images = {round(record["start"] * FPS): record for record in kept}, square_pixel_frames(path)
@@ -223,7 +239,8 @@ def write_clips(path, scenes, kept, out, size):
         square = Square(*record["square"])
         square = replace(square, side=MARGIN * square.side)
         comment = f"A part of {record['source']}, prepared for training."
-        with VideoWriter(os.path.join(out, record["file"]), margin_px(size), sound, comment, KEYFRAMES) as video:
+        with VideoWriter(os.path.join(out, record["file"]), margin_px(size), sound, comment,
+                         KEYFRAMES) as video:
             for _ in range(record["frames"]):
                 video.write(crop_square(next(images), square, margin_px(size)))
 
@@ -237,12 +254,15 @@ def find_videos(folders):
         base = os.path.basename(os.path.abspath(folder))
         for here, _, files in os.walk(folder, followlinks=True):
             paths = [os.path.join(here, name) for name in files if name.lower().endswith(VIDEO_ENDINGS)]
-            videos += [(path, f"{base}/{os.path.relpath(path, folder).replace(os.sep, '/')}") for path in paths]
+            videos += [(path, f"{base}/{os.path.relpath(path, folder).replace(os.sep, '/')}")
+                       for path in paths]
     if not videos:
-        raise InputError(f"{', '.join(folders)}: no video file below; give folders that hold mp4, mov, mkv, webm or avi files")
+        raise InputError(f"{', '.join(folders)}: no video file below; give folders that hold mp4, mov, mkv, "
+                         f"webm or avi files")
     names = Counter(name for _, name in videos)
     if max(names.values()) > 1:
-        raise InputError(f"--videos names two folders with the same last part and the same file in both: {names.most_common(1)[0][0]}")
+        raise InputError(f"--videos names two folders with the same last part and the same file in both: "
+                         f"{names.most_common(1)[0][0]}")
     return sorted(videos, key=lambda pair: pair[1])
 
 
@@ -253,8 +273,9 @@ def start_worker():
 
 
 class Workers:
-    """`jobs` processes that prepare one video at a time each. One that dies, by a fault of libav or for want of memory, costs the
-    video it had, and that only after a second attempt; another process takes its place."""
+    """`jobs` processes that prepare one video at a time each. One that dies, by a fault of libav or for want
+    of memory, costs the video it had, and that only after a second attempt; another process takes its
+    place."""
 
     def __init__(self, jobs):
         self.idle = SimpleQueue()
@@ -270,7 +291,8 @@ class Workers:
 
     def attempt(self, path, source, labels, out, *settings):
         pool = self.idle.get()
-        outcome = {"kept": [], "dropped": [{"source": source, "reason": "the process that read it crashed, twice"}]}
+        outcome = {"kept": [], "dropped": [{"source": source,
+                                            "reason": "the process that read it crashed, twice"}]}
         try:
             for _ in range(2):
                 try:
@@ -281,8 +303,9 @@ class Workers:
                     pool = self.new()
         finally:
             self.idle.put(pool)
-        if not outcome["kept"]:                                  # it failed in the second pass, perhaps within a clip
-            for name in glob(os.path.join(escape(out), "clips", f"*{clip_stem(path, source)}-*"), include_hidden=True):
+        if not outcome["kept"]:                          # it failed in the second pass, perhaps within a clip
+            for name in glob(os.path.join(escape(out), "clips", f"*{clip_stem(path, source)}-*"),
+                             include_hidden=True):
                 os.remove(name)
         return outcome
 
@@ -295,7 +318,8 @@ class Workers:
 
 @contextmanager
 def lock_folder(folder):
-    """Refuse a folder that another process prepares at the moment. The lock ends with the process, however that ends."""
+    """Refuse a folder that another process prepares at the moment. The lock ends with the process, however
+    that ends."""
     try:
         file = open(os.path.join(folder, "lock"), "ab")
     except OSError as error:
@@ -305,22 +329,26 @@ def lock_folder(folder):
             import fcntl  # not on Windows
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"--out {folder} is being written by another prepare; wait for it or give another --out") from None
+            raise InputError(f"--out {folder} is being written by another prepare; wait for it or give "
+                             f"another --out") from None
         except (ImportError, OSError):                           # a disk that knows no locks
             pass
         yield
 
 
 def prepare(args):
-    """The command. Each video's outcome is kept in OUT/parts: started again, it goes on with those that lack one."""
+    """The command. Each video's outcome is kept in OUT/parts: started again, it goes on with those that lack
+    one."""
     todo, known = find_videos(args.videos), {}
     if args.people:
         base = os.path.dirname(os.path.abspath(args.people))
         for record in read_lines(args.people):
             name = record.get("identity", record.get("ident"))
             split = record.get("split", "train")
-            if not isinstance(name, str) or not isinstance(record.get("file"), str) or split not in ("train", "test"):
-                raise InputError(f"{args.people}: each line needs file and identity, and may have split: train or test")
+            if not isinstance(name, str) or not isinstance(record.get("file"), str) or split not in ("train",
+                "test"):
+                raise InputError(f"{args.people}: each line needs file and identity, and may have split: "
+                                 f"train or test")
             path = os.path.realpath(os.path.join(base, record["file"]))
             known[path] = {"identity": name, "split": record.get("split") or split_of(name)}
     if args.crop == "face":
@@ -335,14 +363,16 @@ def prepare(args):
 
 
 def read_part(path, out):
-    """What prepare_one said of a video in an earlier run; None if there is nothing, or nothing whole: it is prepared again."""
-    fields = {"file": str, "source": str, "identity": str, "split": str, "start": (int, float), "fps": int, "frames": int, "size": int,
-              "sound": bool}
+    """What prepare_one said of a video in an earlier run; None if there is nothing, or nothing whole: it is
+    prepared again."""
+    fields = {"file": str, "source": str, "identity": str, "split": str, "start": (int, float), "fps": int,
+              "frames": int, "size": int, "sound": bool}
     try:
         part, = read_lines(path)
         whole = {"kept", "dropped"} == part.keys() and all(
             all(isinstance(record.get(name), kind) for name, kind in fields.items())
-            and record["frames"] > 0 and os.path.isfile(os.path.join(out, record["file"])) for record in part["kept"])
+            and record["frames"] > 0 and os.path.isfile(os.path.join(out, record["file"]))
+            for record in part["kept"])
         whole = whole and all(isinstance(record["reason"], str) for record in part["dropped"])
     except (InputError, AttributeError, KeyError, TypeError, ValueError):
         return None
@@ -363,14 +393,17 @@ def prepare_all(args, todo, known):
     parts, jobs, workers = {}, {}, Workers(args.jobs)
     with closing(workers), tqdm(total=len(todo), unit="video", disable=None) as bar:
         for path, source in todo:
-            parts[source] = os.path.join(args.out, "parts", hashlib.sha256(os.fsencode(source)).hexdigest()[:24] + ".jsonl")
+            parts[source] = os.path.join(args.out, "parts",
+                                         hashlib.sha256(os.fsencode(source)).hexdigest()[:24] + ".jsonl")
             if read_part(parts[source], args.out):
                 bar.update()
                 continue
             folder, name = source.split("/", 1)
             labels = parse_identity(name, folder)
-            labels["identity"] = labels["identity"] if "/" in labels["identity"] else f"{folder}/{labels['identity']}"
-            labels = {**labels, "split": split_of(labels["identity"]), **known.get(os.path.realpath(path), {})}
+            if "/" not in labels["identity"]:
+                labels["identity"] = f"{folder}/{labels['identity']}"
+            labels = {**labels, "split": split_of(labels["identity"]),
+                      **known.get(os.path.realpath(path), {})}
             jobs[workers.submit(path, source, labels, args.out, args.size, args.crop, args.detector)] = source
         for job in as_completed(jobs):
             write_lines(parts[jobs[job]], [job.result()])
@@ -379,8 +412,10 @@ def prepare_all(args, todo, known):
     kept, dropped = ([record for part in done for record in part[kind]] for kind in ("kept", "dropped"))
     write_lines(os.path.join(args.out, "dropped.jsonl"), dropped)
     write_lines(os.path.join(args.out, "manifest.jsonl"), kept)
-    minutes, people = sum(record["frames"] for record in kept) / FPS / 60, len({record["identity"] for record in kept})
-    print(f"{len(kept)} clips, {minutes:.1f} minutes, {people} people in {printable(args.out)}/manifest.jsonl; "
+    minutes, people = sum(record["frames"]
+                          for record in kept) / FPS / 60, len({record["identity"] for record in kept})
+    print(f"{len(kept)} clips, {minutes:.1f} minutes, {people} people in "
+          f"{printable(args.out)}/manifest.jsonl; "
           f"{len(dropped)} dropped, each with its reason in {printable(args.out)}/dropped.jsonl")
     if not kept:
         raise InputError(f"no clip could be made; see the reasons in {args.out}/dropped.jsonl")
@@ -389,15 +424,20 @@ def prepare_all(args, todo, known):
 def parse(argv):
     parser = argparse.ArgumentParser(description="Real video, made ready to train on.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("prepare", help="video files -> square 25 fps clips and a manifest", allow_abbrev=False)
+    p = commands.add_parser("prepare", help="video files -> square 25 fps clips and a manifest",
+                            allow_abbrev=False)
     p.add_argument("--videos", nargs="+", required=True, metavar="DIR", help="folders, searched to any depth")
-    p.add_argument("--out", required=True, help="folder for clips/, manifest.jsonl, dropped.jsonl; run again to resume")
+    p.add_argument("--out", required=True,
+                   help="folder for clips/, manifest.jsonl, dropped.jsonl; run again to resume")
     p.add_argument("--size", type=int, default=256, help="pixels a side of the tight square; clips have "
                    f"{MARGIN} times as many (default: 256)")
-    p.add_argument("--crop", choices=("face", "centre"), default="face", help="a fixed square round the face, or the middle")
-    p.add_argument("--detector", metavar="YUNET.onnx", help="find faces with this file of OpenCV's YuNet (default: with the "
+    p.add_argument("--crop", choices=("face", "centre"), default="face",
+                   help="a fixed square round the face, or the middle")
+    p.add_argument("--detector", metavar="YUNET.onnx",
+                   help="find faces with this file of OpenCV's YuNet (default: with the "
                                                             "cascades in OpenCV)")
-    p.add_argument("--people", metavar="FILE", help="lines of JSON: file (relative to FILE), identity, maybe split (train or test)")
+    p.add_argument("--people", metavar="FILE",
+                   help="lines of JSON: file (relative to FILE), identity, maybe split (train or test)")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args(argv)
     if args.size < 32 or args.size % 2 or args.jobs < 1:

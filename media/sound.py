@@ -1,6 +1,7 @@
 """Sound: any file or pipe -> 16 kHz mono.
 
-    sound --decode_audio--> blocks at the file's own rate --resample--> 16 kHz mono: audio_chunks (streamed), load_audio (whole)
+    sound --decode_audio--> blocks at the file's own rate --resample--> 16 kHz mono:
+        audio_chunks (streamed), load_audio (whole)
     raw PCM on a pipe --pcm_chunks--> (S,) pieces as they arrive
 
 Frames and sound of one file share time zero: its first picture.
@@ -42,13 +43,14 @@ def samples_to_float(frame):
     if not frame.format.is_planar:
         x = x.reshape(-1, frame.layout.nb_channels).T                                       # (C, n)
     if x.dtype.kind in "iu":
-        x = (x - 128.0 * (x.dtype.kind == "u")) / 2.0 ** (8 * x.itemsize - 1)               # 8-bit sound is unsigned
+        x = (x - 128.0 * (x.dtype.kind == "u")) / 2.0 ** (8 * x.itemsize - 1)        # 8-bit sound is unsigned
     with np.errstate(over="ignore"):
         return x.astype(np.float32)
 
 
 def decode_audio(path):
-    """Sound of a file, in blocks: yields ((channels, n) float32, rate). Raises InputError, at the end at the latest.
+    """Sound of a file, in blocks: yields ((channels, n) float32, rate). Raises InputError, at the end at the
+    latest.
 
     In a video, silence fills what its timestamps leave open, so that sample 0 belongs to the first picture.
     """
@@ -57,14 +59,16 @@ def decode_audio(path):
         if stream is None:
             raise InputError(f"{path} has no sound that can be decoded; give {SOUND_WANTED}")
         zero = picture.start_time * picture.time_base if picture and picture.start_time is not None else None
-        given, drop, seconds = 0, None, 0.0                       # samples yielded; those before time zero, to drop
+        given, drop, seconds = 0, None, 0.0                 # samples yielded; those before time zero, to drop
         for frame in decode_stream(container, stream):
             x, rate = samples_to_float(frame), frame.sample_rate
             if not np.isfinite(x).all():
                 raise InputError(f"{path} holds NaN or infinite samples; export it again as 16-bit wav")
-            late = 0 if zero is None or frame.time is None else round((frame.time - float(zero)) * rate) - given
+            late = 0 if zero is None or frame.time is None else round((frame.time - float(zero))
+                                                                      * rate) - given
             drop = max(0, -late) if drop is None else drop
-            if 0 < late < MAX_GAP * rate and (given == 0 or late > 0.1 * rate):   # less is jitter of the timestamps
+            # less is jitter of the timestamps
+            if 0 < late < MAX_GAP * rate and (given == 0 or late > 0.1 * rate):
                 yield np.zeros((len(x), late), np.float32), rate
                 given += late
             cut = min(drop, x.shape[1])
@@ -77,18 +81,19 @@ def decode_audio(path):
 
 
 def resample(blocks, rate, channels):
-    """Blocks of ((C, n), their rate) -> tensors (m, channels) at `rate`; other channel counts become their mean."""
+    """Blocks of ((C, n), their rate) -> tensors (m, channels) at `rate`; other channel counts become their
+    mean."""
     source, resampler = None, None
     for x, new in chain(blocks, [(None, None)]):
         frames = []
-        if resampler and new != source:                           # at the end, or where a chained file changes its rate
+        if resampler and new != source:                 # at the end, or where a chained file changes its rate
             frames += resampler.resample(None)
         if new != source:
             source, resampler = new, av.AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
         if x is not None:
-            x = x if len(x) == channels else np.repeat(x.mean(0, keepdims=True), channels, 0)           # (channels, n)
+            x = x if len(x) == channels else np.repeat(x.mean(0, keepdims=True), channels, 0)  # (channels, n)
             frames += resampler.resample(sound_frame(x, new))
-        yield from (torch.from_numpy(frame.to_ndarray().T.copy()) for frame in frames)                  # (m, channels)
+        yield from (torch.from_numpy(frame.to_ndarray().T.copy()) for frame in frames)         # (m, channels)
 
 
 def sound_frame(x, rate, pts=None):
@@ -99,7 +104,8 @@ def sound_frame(x, rate, pts=None):
 
 
 def rechunk(blocks, n):
-    """Iterable of tensors (any, ...) -> iterator of (n, ...), cut and joined in order; the last is shorter."""
+    """Iterable of tensors (any, ...) -> iterator of (n, ...), cut and joined in order; the last is
+    shorter."""
     held = None
     for block in blocks:
         held = block if held is None else torch.cat([held, block])
@@ -111,14 +117,16 @@ def rechunk(blocks, n):
 
 
 def audio_chunks(path, seconds=1.0):
-    """Sound of a file as (S,) float32 pieces of `seconds` (the last is shorter), 16 kHz mono; memory does not grow."""
+    """Sound of a file as (S,) float32 pieces of `seconds` (the last is shorter), 16 kHz mono; memory does not
+    grow."""
     for chunk in rechunk(resample(decode_audio(path), SAMPLE_RATE, 1), round(seconds * SAMPLE_RATE)):
         yield chunk[:, 0].clone()                                                                       # (S,)
 
 
 def pcm_chunks(pipe, name="stdin"):
-    """Raw sound, 16-bit little-endian mono at 16 kHz, as it arrives on an open binary file -> (S,) float32 pieces of any
-    size; a read waits for no more than there is. Raises InputError, at the end of the sound, for half a sample or under 0.1 s."""
+    """Raw sound, 16-bit little-endian mono at 16 kHz, as it arrives on an open binary file -> (S,) float32
+    pieces of any size; a read waits for no more than there is. Raises InputError, at the end of the sound,
+    for half a sample or under 0.1 s."""
     wanted, given, half = "signed 16-bit little-endian PCM, mono, 16 kHz, 0.1 s or more", 0, b""
     while data := pipe.read1(SAMPLE_RATE):                                                  # 0.5 s at most
         given, data = given + len(data), half + data
@@ -135,15 +143,17 @@ def pcm_chunks(pipe, name="stdin"):
 
 
 def load_audio(path):
-    """A whole sound file -> (S,) float32, 16 kHz mono (the mean of the channels, not levelled). Raises InputError."""
+    """A whole sound file -> (S,) float32, 16 kHz mono (the mean of the channels, not levelled). Raises
+    InputError."""
     return torch.cat(list(audio_chunks(path)))
 
 
 def probe_audio(path):
-    """One pass over a sound file, nothing kept -> rate, channels, gain. Raises InputError for what is unusable.
+    """One pass over a sound file, nothing kept -> rate, channels, gain. Raises InputError for what is
+    unusable.
 
-    gain: what the written sound is multiplied by. Peaks above full scale are brought down to it; the mean of more than
-    two channels is brought up to the peak of the loudest of them.
+    gain: what the written sound is multiplied by. Peaks above full scale are brought down to it; the mean of
+    more than two channels is brought up to the peak of the loudest of them.
     """
     rate, channels, peak, mixed = 0, 0, 1e-9, 1e-9
     for x, here in decode_audio(path):

@@ -30,7 +30,8 @@ def test_every_variant_differs_from_the_base_in_one_thing_and_can_be_built():
             motion = encoder(picture)
             count, width = motion.shape[1:]
             if table == "count":
-                assert count * width == 64 and decoder.config.tokens_per_motion * count == 8          # both budgets are fixed
+                # both budgets are fixed
+                assert count * width == 64 and decoder.config.tokens_per_motion * count == 8
             if table in ("width", "count"):
                 assert f"{count} x {width}" == row
             v = decoder(picture, torch.ones(2), motion, decoder.encode_reference(picture, motion))
@@ -65,7 +66,8 @@ def quick(monkeypatch, tmp_path):
     """Runs of two steps, measured on little."""
     monkeypatch.setattr(ablate, "CLIPS", {"reconstruct": 1, "probe": 10, "talk": 1})
     monkeypatch.setattr(evaluate, "FRAMES", {"reconstruct": 3, "probe": 2, "talk": 5})
-    monkeypatch.setattr(evaluate, "training_frames", lambda *given, few=evaluate.training_frames: few(*given, count=10))
+    monkeypatch.setattr(evaluate, "training_frames", lambda *given,
+                        few=evaluate.training_frames: few(*given, count=10))
     monkeypatch.setattr(ablate, "BASE", {**ablate.BASE, "persons": 2, "targets": 1})
     monkeypatch.setattr(ablate, "PAST", {**ablate.PAST, "windows": 2, "clips": 1, "seconds": 2})
     yield tmp_path
@@ -74,7 +76,8 @@ def quick(monkeypatch, tmp_path):
 
 def test_the_tables_hold_what_the_runs_measured(quick, capsys):
     pytest.importorskip("matplotlib")
-    words = ["--out", str(quick / "runs"), "--only", "prediction", "past", "--seeds", "0", "1", "--steps", "2", "--device", "cpu"]
+    words = ["--out", str(quick / "runs"), "--only", "prediction", "past", "--seeds", "0", "1", "--steps",
+             "2", "--device", "cpu"]
     assert ablate.main([*words, "--json", str(quick / "all.json"), "--png", str(quick / "curves.png")]) == 0
     said, found = capsys.readouterr().out, json.loads((quick / "all.json").read_text())
     assert sorted(found) == ["base", "past-0to20", "past-none", "prediction-v"]
@@ -82,13 +85,14 @@ def test_the_tables_hold_what_the_runs_measured(quick, capsys):
     measured = json.loads((quick / "runs/base-1/reconstruct.json").read_text())
     assert found["base"][1]["PSNR"] == measured["rows"]["ours, 1 step"]["psnr"]["mean"]
     a, b = sorted(numbers["B as A"] for numbers in found["prediction-v"])
-    assert f"{(a + b) / 2:.2f} [{a:.2f} {b:.2f}]" in next(line for line in said.splitlines() if line.startswith("| v |"))
+    assert f"{(a + b) / 2:.2f} [{a:.2f} {b:.2f}]" in next(line for line in said.splitlines()
+                                                          if line.startswith("| v |"))
     picture = Image.open(quick / "curves.png")
     assert picture.size == (4 * 290, 220) and len(picture.getcolors(10**6)) > 10
     _, meta = load_models(quick / "runs/base-0/semo.safetensors")
     assert meta["trained_steps"] == 2
     before = os.stat(quick / "runs/base-0/reconstruct.json").st_mtime_ns
-    assert ablate.main(words) == 0 and capsys.readouterr().out == said                    # again: nothing is done twice
+    assert ablate.main(words) == 0 and capsys.readouterr().out == said          # again: nothing is done twice
     assert os.stat(quick / "runs/base-0/reconstruct.json").st_mtime_ns == before
 
 
@@ -98,7 +102,8 @@ def test_each_chart_shows_every_seed_and_the_means():
     results = {name: [{m: 10 * i + k + seed / 2 for k, m in enumerate(measures)} for seed in (0, 1)]
                for i, name in enumerate(["base", "prediction-v", "label-knownmotion-fading"])}
     fig = ablate.plot(results, ["prediction", "label"])
-    assert [axes.get_title() for axes in fig.axes] == [f"{m} by {t}" for t in ("prediction", "label") for m in measures]
+    assert [axes.get_title() for axes in fig.axes] == [f"{m} by {t}" for t in ("prediction", "label")
+                                                       for m in measures]
     for k, axes in enumerate(fig.axes):
         base, changed = k % 4, 10 * (1 + k // 4) + k % 4
         means, *seeds = (list(line.get_ydata()) for line in axes.lines)
@@ -120,5 +125,6 @@ def test_what_cannot_be_used_is_refused(quick, capsys):
         ablate.main(["--seeds", "-1"])
     with pytest.raises(SystemExit):
         ablate.main(["--only", "past", "--png", "none.png"])                # only tables of stage 1 are drawn
-    assert ablate.main(["--out", str(quick), "--ckpt", "none.safetensors", "--seeds", "0", "--steps", "1"]) == 2
+    assert ablate.main(["--out", str(quick), "--ckpt", "none.safetensors", "--seeds", "0", "--steps",
+                        "1"]) == 2
     assert "none.safetensors: not a readable" in capsys.readouterr().err and os.listdir(quick) == []

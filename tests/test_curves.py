@@ -11,7 +11,7 @@ from media.curves import main, panels_of, read_log, save_curves
 @pytest.fixture
 def log(tmp_path):
     rows = [{"step": s, "loss": 1 / s, "psnr": 20 + s, "psnr_copy": 20, "note": "x"} for s in (100, 200, 300)]
-    rows.insert(2, {"step": 200, "loss": 9.0, "psnr": float("nan")})           # a crash: step 200 is logged twice
+    rows.insert(2, {"step": 200, "loss": 9.0, "psnr": float("nan")})       # a crash: step 200 is logged twice
     path = tmp_path / "log.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 400, "lo')
     return path
@@ -24,7 +24,8 @@ def test_the_later_of_two_lines_counts_and_what_is_no_number_is_left_out(log):
 
 
 def test_names_share_panels():
-    assert panels_of(["loss", "psnr", "psnr_copy", "loss_held_out"]) == [["loss", "loss_held_out"], ["psnr", "psnr_copy"]]
+    assert panels_of(["loss", "psnr", "psnr_copy", "loss_held_out"]) == [["loss", "loss_held_out"],
+        ["psnr", "psnr_copy"]]
 
 
 def test_curves_are_drawn(log, tmp_path):

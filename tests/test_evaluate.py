@@ -33,9 +33,11 @@ def given(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
     torch.manual_seed(0)
     shape = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 1, "token_dim": 8}
-    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape, tokens_per_motion=2))}
+    models = {"encoder": MotionEncoder(EncoderConfig(**shape)),
+              "decoder": Decoder(DecoderConfig(**shape, tokens_per_motion=2))}
     save_weights(folder / "ae.safetensors", models, META)
-    models["generator"] = Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=8, past=4, lookahead=1))
+    models["generator"] = Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=8, past=4,
+                                                    lookahead=1))
     save_weights(folder / "w.safetensors", models, META)
     reader.save_regressor(folder / "r.safetensors", reader.FactorRegressor())
     return folder
@@ -43,7 +45,8 @@ def given(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(evaluate, "FRAMES", {"reconstruct": 5, "probe": 2, "masked": 5, "talk": 12, "steps": 16})
+    monkeypatch.setattr(evaluate, "FRAMES",
+                        {"reconstruct": 5, "probe": 2, "masked": 5, "talk": 12, "steps": 16})
     bank = evaluate.training_frames
     monkeypatch.setattr(evaluate, "training_frames", lambda args, size, count=10: bank(args, size, count))
 
@@ -60,27 +63,29 @@ def refused(capsys, status, *words):
     assert all(word in said for word in words), said
 
 
-# -------------------------------------------------------------------------------------------------------- the commands
+# ----------------------------------------------------------------------------------------------- the commands
 def test_a_perfect_decoder_is_measured_as_perfect(given, monkeypatch, capsys):
-    shown = []                                                              # A's frames, then B's photo and B moved as A
-    monkeypatch.setattr(evaluate, "render_batched", lambda *a, real=evaluate.render_batched: shown.append(real(*a)) or shown[-1])
+    shown = []                                                   # A's frames, then B's photo and B moved as A
+    monkeypatch.setattr(evaluate, "render_batched", lambda *a,
+                        real=evaluate.render_batched: shown.append(real(*a)) or shown[-1])
     monkeypatch.setattr(evaluate, "decode_clip", lambda *_: shown[-1])
     assert run(given, "reconstruct", "--clips", "2", "--json", str(given / "o.json")) == 0
     found = json.loads((given / "o.json").read_text())
     for name in ("true frames", "ours, 1 step", "ours, 4 steps", "the same with frame 0", "B as A, 1 step"):
         row = {k: v["mean"] for k, v in found["rows"][name].items()}
-        assert row == pytest.approx({"psnr": 100, "ssim": 1, "l1": 0, "face_psnr": 100, "face_ssim": 1, "face_l1": 0,
-                                     "sharpness": 1, "blockiness": 1}, abs=1e-4)
+        assert row == pytest.approx({"psnr": 100, "ssim": 1, "l1": 0, "face_psnr": 100, "face_ssim": 1,
+                                     "face_l1": 0, "sharpness": 1, "blockiness": 1}, abs=1e-4)
     assert found["motion_correlation"]["ours, 1 step"] == found["motion_correlation"]["true frames"]
     assert found["rows"]["copy the photo"]["psnr"]["mean"] < 50 and found["ids"] == [HELD_OUT, HELD_OUT + 1]
 
 
 def test_copying_is_measured_as_copying(given, monkeypatch):
-    monkeypatch.setattr(evaluate, "decode_clip", lambda release, photo, tokens, *_: photo.expand(len(tokens), -1, -1, -1))
+    monkeypatch.setattr(evaluate, "decode_clip", lambda release, photo, tokens,
+                        *_: photo.expand(len(tokens), -1, -1, -1))
     assert run(given, "reconstruct", "--clips", "2", "--steps", "4", "--json", str(given / "o.json")) == 0
     rows = json.loads((given / "o.json").read_text())["rows"]
-    assert list(rows) == ["true frames", "ours, 4 steps", "the same with frame 0", "copy the photo", "nearest training frame",
-                          "B as A, 4 steps", "copy B's photo"]
+    assert list(rows) == ["true frames", "ours, 4 steps", "the same with frame 0", "copy the photo",
+                          "nearest training frame", "B as A, 4 steps", "copy B's photo"]
     assert rows["ours, 4 steps"] == rows["copy the photo"] and rows["B as A, 4 steps"] == rows["copy B's photo"]
     psnr = {name: row["psnr"]["mean"] for name, row in rows.items()}
     assert psnr["the same with frame 0"] == pytest.approx((4 * psnr["copy the photo"] + 100) / 5, abs=1e-3)
@@ -93,8 +98,10 @@ def test_the_nearest_training_frame_is_the_nearest(monkeypatch):
     bank = ((pictures(20, 32) + 1) * 127.5).round().byte()
     true = (bank[[7, 3]] / 127.5 - 1) + 0.05 * pictures(2, 32, seed=1)
     nearest, shrunk = evaluate.nearest_in(bank), []
-    monkeypatch.setattr(evaluate.F, "interpolate", lambda x, *a, real=F.interpolate, **k: shrunk.append(len(x)) or real(x, *a, **k))
-    assert torch.equal(nearest(true), bank[[7, 3]] / 127.5 - 1) and shrunk == [2]         # the bank is shrunk once, before
+    monkeypatch.setattr(evaluate.F, "interpolate", lambda x, *a, real=F.interpolate,
+                        **k: shrunk.append(len(x)) or real(x, *a, **k))
+    # the bank is shrunk once, before
+    assert torch.equal(nearest(true), bank[[7, 3]] / 127.5 - 1) and shrunk == [2]
     drawn = evaluate.training_frames(evaluate.parse(["reconstruct"]), 32, count=10)
     again = render(random_identity(torch.arange(10)), random_motion(torch.arange(10)), 32)
     assert (drawn / 127.5 - 1 - again).abs().max() < 0.005                  # people of the training part
@@ -102,55 +109,67 @@ def test_the_nearest_training_frame_is_the_nearest(monkeypatch):
 
 def test_masks_take_from_the_token_what_they_hide(given, monkeypatch):
     seen = []
-    monkeypatch.setattr(checkpoint, "random_masking", lambda n, count, ratio, draw: seen.append(ratio) or torch.arange(count)[None]
+    monkeypatch.setattr(checkpoint, "random_masking", lambda n, count, ratio,
+                        draw: seen.append(ratio) or torch.arange(count)[None]
                         .expand(n, -1)[:, : round(count * (1 - ratio))])
     assert run(given, "masked", "--clips", "1", "--json", str(given / "m.json")) == 0
     rows = json.loads((given / "m.json").read_text())["rows"]
-    assert seen == [0.3, 0.5, 0.7, 0.9] and list(rows) == [*(f"{r}% masked" for r in (0, 30, 50, 70, 90)), "copy the photo"]
+    assert seen == [0.3, 0.5, 0.7, 0.9] and list(rows) == [*(f"{r}% masked" for r in (0, 30, 50, 70, 90)),
+                                                           "copy the photo"]
 
 
 @pytest.fixture
 def grey(tmp_path):
-    """A folder as data.py prepare makes it: a train person and two test people, grey, all frames but the first brighter."""
+    """A folder as data.py prepare makes it: a train person and two test people, grey, all frames but the
+    first brighter."""
     (tmp_path / "clips").mkdir()
     rows = []
-    for k, (who, split, step) in enumerate([("a", "train", 90), ("b", "test", 10), ("b", "test", 20), ("c", "test", 40)]):
+    for k, (who, split, step) in enumerate([("a", "train", 90), ("b", "test", 10), ("b", "test", 20),
+                                            ("c", "test", 40)]):
         with VideoWriter(tmp_path / f"clips/{k}.mp4", 40, sound=0.1 * torch.randn(8 * 640)) as video:
             for n in range(8):
                 video.write(np.full((40, 40, 3), 100 + step * (n > 0), np.uint8))
-        rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": True, "margin": 1.25,
-                     "face": [0, 0, 0.5, 0.5]})
+        rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": True,
+                     "margin": 1.25, "face": [0, 0, 0.5, 0.5]})
     write_lines(tmp_path / "manifest.jsonl", rows)
     return tmp_path
 
 
 def test_real_people_are_the_test_split_averaged_by_person(given, grey, monkeypatch):
-    monkeypatch.setattr(evaluate, "decode_clip", lambda release, photo, tokens, *_: photo.expand(len(tokens), -1, -1, -1) + 0.1)
+    monkeypatch.setattr(evaluate, "decode_clip", lambda release, photo, tokens,
+                        *_: photo.expand(len(tokens), -1, -1, -1) + 0.1)
     assert run(given, "reconstruct", "--data", str(grey), "--json", str(grey / "out.json")) == 0
     found = json.loads((grey / "out.json").read_text())
-    assert found["ids"] == ["clips/1.mp4", "clips/2.mp4", "clips/3.mp4"] and "B as A, 1 step" not in found["rows"]
+    assert found["ids"] == ["clips/1.mp4", "clips/2.mp4",
+                            "clips/3.mp4"] and "B as A, 1 step" not in found["rows"]
     copy, ours = found["rows"]["copy the photo"], found["rows"]["ours, 1 step"]
     assert copy["l1"]["mean"] == pytest.approx((15 + 40) / 2 / 255, abs=1.5 / 255)
-    assert copy["psnr"]["mean"] == pytest.approx(-10 * (math.log10(10 * 20 / 255**2) + math.log10(40**2 / 255**2)) / 2, abs=0.5)
+    assert copy["psnr"]["mean"] == pytest.approx(-10
+                                                 * (math.log10(10 * 20 / 255**2) + math.log10(40**2 / 255**2))
+                                                 / 2, abs=0.5)
     assert ours["l1"]["mean"] == pytest.approx(((2.75 + 7.25) / 2 + 27.25) / 2 / 255, abs=1.5 / 255)
     assert copy["face_l1"]["mean"] == pytest.approx(copy["l1"]["mean"], abs=1e-3)
-    nearest = found["rows"]["nearest training frame"]["l1"]["mean"]         # of a: 100, 190 against 110, 120 and 140
+    nearest = found["rows"]["nearest training frame"]["l1"]["mean"]  # of a: 100, 190 against 110, 120 and 140
     assert nearest == pytest.approx(((10 + 20) / 2 + 40) / 2 / 255, abs=1.5 / 255)
 
 
 def test_real_people_speak_with_their_own_and_with_another_sound(given, grey, monkeypatch):
     heard = []
-    monkeypatch.setattr(evaluate, "animate", lambda release, photo, wave, *_: heard.append(wave) or photo.expand(6, -1, -1, -1))
+    monkeypatch.setattr(evaluate, "animate", lambda release, photo, wave,
+                        *_: heard.append(wave) or photo.expand(6, -1, -1, -1))
     assert run(given, "talk", "--data", str(grey), "--json", str(grey / "out.json")) == 0
     rows = json.loads((grey / "out.json").read_text())["pictures"]
     assert [wave.shape for wave in heard] == 5 * [(1, 8 * 640)]             # the first clip has no other
-    assert torch.equal(heard[0], heard[2]) and torch.equal(heard[1], heard[4]) and not torch.equal(heard[0], heard[1])
+    assert torch.equal(heard[0], heard[2]) and torch.equal(heard[1], heard[4]) and not torch.equal(heard[0],
+        heard[1])
     assert rows["true frames"]["psnr"]["mean"] == 100 and list(rows)[:2] == ["true frames", "ours"]
-    assert rows["ours"]["l1"]["mean"] == pytest.approx((15 + 40) / 2 * 5 / 6 / 255, abs=1.5 / 255)         # 6 frames were made
+    # 6 frames were made
+    assert rows["ours"]["l1"]["mean"] == pytest.approx((15 + 40) / 2 * 5 / 6 / 255, abs=1.5 / 255)
 
 
 def test_faces_are_read_beside_ceiling_and_floor(given, grey, monkeypatch, capsys):
-    """A stand-in for the face mesh, to which brightness is the opening of the mouth; decoded frames follow at 0.1 of it."""
+    """A stand-in for the face mesh, to which brightness is the opening of the mouth; decoded frames follow at
+    0.1 of it."""
     asked = []
 
     def read(frames, python):
@@ -171,11 +190,13 @@ def test_faces_are_read_beside_ceiling_and_floor(given, grey, monkeypatch, capsy
     out = ["--json", str(grey / "out.json")]
     assert run(given, "reconstruct", "--data", str(grey), "--landmarks", "python-of-the-mesh", *out) == 0
     rows = json.loads((grey / "out.json").read_text())["landmarks"]
-    assert [shape[0] for shape, _ in asked] == [5 * 11, 5 * 11, 6 * 11]     # only the last has another person before it
+    # only the last has another person before it
+    assert [shape[0] for shape, _ in asked] == [5 * 11, 5 * 11, 6 * 11]
     assert {python for _, python in asked} == {"python-of-the-mesh"}
-    want = {"true frames": [1, 1], "ours, 1 step": [1, 0.1], "ours, 4 steps": [1, 0.1], "another person": [1, 0.1],
-            "copy the photo": [0, 0]}
-    found = {name: [row["opening_" + k]["value"] for k in ("correlation", "amplitude")] for name, row in rows.items()}
+    want = {"true frames": [1, 1], "ours, 1 step": [1, 0.1], "ours, 4 steps": [1, 0.1],
+            "another person": [1, 0.1], "copy the photo": [0, 0]}
+    found = {name: [row["opening_" + k]["value"] for k in ("correlation", "amplitude")] for name,
+             row in rows.items()}
     assert found == {name: pytest.approx(x, abs=0.03) for name, x in want.items()}
     monkeypatch.setattr(evaluate, "animate", lambda checkpoint, photo, *_: photo.expand(12, -1, -1, -1))
     assert run(given, "talk", "--data", str(grey), "--landmarks", *out) == 0
@@ -191,7 +212,8 @@ def test_faces_are_read_of_real_clips_alone(given, grey, capsys):
         with pytest.raises(SystemExit):
             run(given, bad[0], "--landmarks", *bad[1:])
     nobody = str(grey / "no-python")
-    refused(capsys, run(given, "reconstruct", "--data", str(grey), "--landmarks", nobody), nobody, "cannot be run")
+    refused(capsys, run(given, "reconstruct", "--data", str(grey), "--landmarks", nobody), nobody,
+            "cannot be run")
 
 
 def test_networks_are_asked_about_every_row(given, monkeypatch, capsys):
@@ -203,14 +225,17 @@ def test_networks_are_asked_about_every_row(given, monkeypatch, capsys):
         return torch.stack([x.mean((1, 2, 3)), x.amax((1, 2, 3))], 1)
 
     nets = {"lpips": lambda made, true: (made - true).abs().mean((1, 2, 3)), "inception": inception,
-            "syncnet": lambda frames, wave, face: {"sync_c": frames.mean(), "sync_d": wave.abs().max(), "offset": 0}}
+            "syncnet": lambda frames, wave,
+            face: {"sync_c": frames.mean(), "sync_d": wave.abs().max(), "offset": 0}}
     monkeypatch.setattr(perceptual, "load", lambda folder, device: (nets, ["no FVD: get it there"]))
-    assert run(given, "reconstruct", "--clips", "3", "--networks", str(given), "--json", str(given / "o.json")) == 0
+    assert run(given, "reconstruct", "--clips", "3", "--networks", str(given), "--json",
+               str(given / "o.json")) == 0
     said, rows = capsys.readouterr().out, json.loads((given / "o.json").read_text())["rows"]
     assert "no FVD: get it there" in said and "(n=3 clips: few)" in said and "(n=1 clips: few)" in said and "sync" not in said
-    assert all(row["lpips"]["mean"] == pytest.approx(2 * row["l1"]["mean"], abs=1e-4) for row in rows.values())
-    assert rows["copy the photo"]["fid"] > 0 and rows["true frames"]["fid"] > 0          # the latter: other clips
-    assert len(asked) == 3 * 10                                             # 7 rows made, frames 1.., 0.., and B's: each once
+    assert all(row["lpips"]["mean"] == pytest.approx(2 * row["l1"]["mean"], abs=1e-4)
+               for row in rows.values())
+    assert rows["copy the photo"]["fid"] > 0 and rows["true frames"]["fid"] > 0      # the latter: other clips
+    assert len(asked) == 3 * 10                             # 7 rows made, frames 1.., 0.., and B's: each once
     assert run(given, "talk", "--clips", "2", "--networks", str(given), "--json", str(given / "o.json")) == 0
     row = json.loads((given / "o.json").read_text())["pictures"]["ours"]
     assert row["sync_d"]["mean"] > 0 and row["fid"] > 0
@@ -220,7 +245,8 @@ def test_networks_are_asked_about_every_row(given, monkeypatch, capsys):
     ("reconstruct", 1, ("PSNR", "copy the photo", "B as A, 1 step", "lip_corner")),
     ("masked", 1, ("90% masked", "copy the photo", "jaw")),
     ("probe", 20, ("brow_furrow", "back_dir", "90% masked")),
-    ("talk", 1, ("nearest training frame", "Sync-C", "lip width", "other sound", "digital silence", "blinks_per_minute")),
+    ("talk", 1, ("nearest training frame", "Sync-C", "lip width", "other sound", "digital silence",
+                 "blinks_per_minute")),
     ("steps", 1, ("decoder: PSNR", "blinks/min", "straightness of the paths"))])
 def test_commands_on_an_untrained_release(given, capsys, command, clips, words):
     assert run(given, command, "--clips", str(clips), "--json", str(given / f"{command}.json")) == 0
@@ -241,22 +267,27 @@ def test_steps_are_those_of_the_sampler(given, monkeypatch, capsys):
     found = json.loads((given / "o.json").read_text())
     assert asked == [1, 4, 1, 4] and list(found["rows"]) == ["1", "4"]
     assert found["rows"]["1"]["psnr"]["mean"] < found["rows"]["4"]["psnr"]["mean"] - 3
-    assert found["straightness"]["decoder"] == pytest.approx(0, abs=1e-3)            # untrained: one picture from everywhere
+    # untrained: one picture from everywhere
+    assert found["straightness"]["decoder"] == pytest.approx(0, abs=1e-3)
 
 
 def test_the_mouth_is_judged_against_its_own_truth(given, monkeypatch):
-    """A reader that knows the truth, told through the frames: full marks for the true frames, none for a still photo."""
+    """A reader that knows the truth, told through the frames: full marks for the true frames, none for a
+    still photo."""
     def frames(people, motion, size):
         return motion.view(-1, 1, 1, 17).expand(-1, 3, 17, 17).clone()
 
     monkeypatch.setattr(evaluate, "FRAMES", {"talk": 40})
-    monkeypatch.setattr(evaluate, "face_box", lambda person, motion, size: torch.ones(len(motion), 17, 17, dtype=torch.bool))
+    monkeypatch.setattr(evaluate, "face_box", lambda person, motion,
+                        size: torch.ones(len(motion), 17, 17, dtype=torch.bool))
     monkeypatch.setattr(evaluate, "render_batched", frames)
     monkeypatch.setattr(reader, "load_regressor", lambda path: lambda x: x[:, 0, 0])
-    monkeypatch.setattr(evaluate, "animate", lambda release, photo, wave, *more: photo.expand(wave.shape[1] // 640, -1, -1, -1))
+    monkeypatch.setattr(evaluate, "animate", lambda release, photo, wave,
+                        *more: photo.expand(wave.shape[1] // 640, -1, -1, -1))
     assert run(given, "talk", "--clips", "2", "--json", str(given / "o.json")) == 0
     rows = json.loads((given / "o.json").read_text())["rows"]
-    assert rows["true frames"]["jaw"]["mean"] == pytest.approx(1, abs=1e-4) and rows["true frames"]["jaw_lag"]["mean"] == 0
+    assert rows["true frames"]["jaw"]["mean"] == pytest.approx(1,
+                                                               abs=1e-4) and rows["true frames"]["jaw_lag"]["mean"] == 0
     assert rows["ours"]["jaw"]["mean"] == 0 and rows["ours"]["yaw_std"]["mean"] < 1e-4
     motion = random_clip(torch.tensor([HELD_OUT, HELD_OUT + 1]), 40)["motion"]
     assert rows["true frames"]["yaw_std"]["mean"] == pytest.approx(math.degrees(motion[:, :, 0].std(1).mean()), rel=1e-4)
@@ -266,7 +297,8 @@ def test_what_cannot_be_used_is_refused(given, tmp_path, capsys):
     refused(capsys, run(given, "talk", ckpt="ae.safetensors"), "ae.safetensors", "generator")
     refused(capsys, run(given, "probe", ckpt="none.safetensors"), "none.safetensors", "not a readable")
     refused(capsys, run(given, "probe", ckpt="r.safetensors"), "r.safetensors", "not SeMo weights")
-    refused(capsys, run(given, "reconstruct", "--reader", str(given / "w.safetensors")), "w.safetensors", "not a motion reader")
+    refused(capsys, run(given, "reconstruct", "--reader", str(given / "w.safetensors")), "w.safetensors",
+            "not a motion reader")
     refused(capsys, run(given, "reconstruct", "--reader", str(tmp_path / "no")), "measure.reader")
     refused(capsys, run(given, "probe", "--device", "abacus"), "abacus")
     refused(capsys, run(given, "reconstruct", "--networks", str(tmp_path / "no")), "no folder")
@@ -276,7 +308,7 @@ def test_what_cannot_be_used_is_refused(given, tmp_path, capsys):
     refused(capsys, run(given, "reconstruct", "--data", str(tmp_path)), "manifest.jsonl", "data.py prepare")
 
 
-# ----------------------------------------------------------------------------------------------------------- emotions
+# --------------------------------------------------------------------------------------------------- emotions
 @pytest.fixture(scope="module")
 def feeling(given):
     """Weights with experts."""
@@ -291,11 +323,136 @@ def test_emotions_are_read_off_frames(feeling, tmp_path, monkeypatch, capsys):
     """The world's own factors are at the ceiling; fresh experts change nothing."""
     monkeypatch.setattr(emotions, "INTENSITIES", (0, 1))
     monkeypatch.setattr(emotions, "STRIDE", 25)
-    assert run(feeling, "emotion", "--clips", "1", "--json", str(tmp_path / "e.json"), ckpt="e.safetensors") == 0
+    assert run(feeling, "emotion", "--clips", "1", "--json", str(tmp_path / "e.json"),
+               ckpt="e.safetensors") == 0
     report = json.loads((tmp_path / "e.json").read_text())
     truth, ours = (report["rows"][name] for name in ("true factors", "ours"))
     assert truth["accuracy"] > 0.8 and truth["gain_corner"] == truth["lids_sad"] == truth["yaw_std"] == pytest.approx(1)
-    assert ours["accuracy"] == pytest.approx(1 / 7) and abs(ours["gain_corner"]) < 1e-6 and ours["crosstalk"] < 1e-6
+    assert ours["accuracy"] == pytest.approx(1
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+                                             / 7) and abs(ours["gain_corner"]) < 1e-6 and ours["crosstalk"] < 1e-6
     assert report["rows"]["other label"]["accuracy"] == pytest.approx(1 / 7) and report["voice_ceiling"] > 0.5
     assert report["compounds_true_size"] == pytest.approx(0.64, abs=0.1)
     assert "voice of another emotion" in capsys.readouterr().out

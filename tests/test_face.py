@@ -112,7 +112,7 @@ def test_a_cascades_box_gives_a_square_below_its_centre_along_the_face():
     assert (tilted.cx, tilted.cy) == pytest.approx((125 - 4 * np.sin(0.2), 125 + 4 * np.cos(0.2)))
 
 
-# ---- cutting ------------------------------------------------------------------------------------------------
+# ---- cutting -----------------------------------------------------------------------------------------------
 
 def test_a_whole_square_is_cut_pixel_by_pixel():
     pixels = np.random.default_rng(1).integers(0, 255, (40, 50, 3), np.uint8)

@@ -1,5 +1,5 @@
-"""Every command: a user's mistake is one sentence and status 2; a fault of ours keeps its traceback. A full disk, odd paths and
-odd environments cost no file."""
+"""Every command: a user's mistake is one sentence and status 2; a fault of ours keeps its traceback. A full
+disk, odd paths and odd environments cost no file."""
 import os
 import resource
 import subprocess
@@ -27,9 +27,10 @@ from world import people
 torch.set_num_threads(1)
 
 COMMANDS = [  # module, what of it is made to fail, arguments
-    (sample, "run", ["--img", "x.png", "--wav", "y.wav"]), (evaluate.COMMANDS, "talk", ["talk"]), (bench.PARTS, "train", ["train"]),
-    (ablate, "run", ["--seeds", "0", "--only", "prediction"]), (pictures, "open_checkpoint", []), (reader, "train_regressor", []),
-    (people, "random_clip", ["--out", "made"])]
+    (sample, "run", ["--img", "x.png", "--wav", "y.wav"]), (evaluate.COMMANDS, "talk", ["talk"]),
+    (bench.PARTS, "train", ["train"]),
+    (ablate, "run", ["--seeds", "0", "--only", "prediction"]), (pictures, "open_checkpoint", []),
+    (reader, "train_regressor", []), (people, "random_clip", ["--out", "made"])]
 MAIN = {id(evaluate.COMMANDS): evaluate, id(bench.PARTS): bench}
 
 
@@ -56,7 +57,7 @@ def test_a_fault_of_ours_does_not_look_like_bad_input(place, name, words, monkey
         run(monkeypatch, place, name, words, ValueError("not enough values to unpack"))
 
 
-# ---- a full disk ----------------------------------------------------------------------------------------------------
+# ---- a full disk -------------------------------------------------------------------------------------------
 
 @contextmanager
 def disk_ends_after(size):
@@ -89,7 +90,8 @@ WRITERS = {
 def test_a_full_disk_leaves_the_older_file(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(b"older")
-    with disk_ends_after(20_000), pytest.raises(OutputError, match=f"{name} cannot be written: File too large"):
+    with disk_ends_after(20_000), pytest.raises(OutputError,
+                                                match=f"{name} cannot be written: File too large"):
         WRITERS[name](path)
     assert path.read_bytes() == b"older" and os.listdir(tmp_path) == [name]
     WRITERS[name](path)
@@ -104,28 +106,32 @@ def test_a_full_disk_ends_the_synthetic_data_set_in_a_sentence(tmp_path, capsys)
 
 def test_a_full_disk_is_no_fault_of_a_video(tmp_path):
     """It ends the run; the video is not put down as dropped."""
-    make_video(tmp_path / "a.mp4", 30, paint=lambda k: np.random.default_rng(k).integers(0, 255, (64, 96, 3), dtype=np.uint8))
+    make_video(tmp_path / "a.mp4", 30, paint=lambda k: np.random.default_rng(k).integers(0, 255, (64, 96, 3),
+        dtype=np.uint8))
     (tmp_path / "clips").mkdir()
     with disk_ends_after(10_000), pytest.raises(OutputError, match="cannot be written"):
-        prepare.prepare_one(str(tmp_path / "a.mp4"), "in/a.mp4", {"identity": "a", "split": "train"}, tmp_path, 64, "centre")
+        prepare.prepare_one(str(tmp_path / "a.mp4"), "in/a.mp4", {"identity": "a", "split": "train"},
+                            tmp_path, 64, "centre")
     assert os.listdir(tmp_path / "clips") == []
 
 
-# ---- odd paths and environments -------------------------------------------------------------------------------------
+# ---- odd paths and environments ----------------------------------------------------------------------------
 
 @pytest.fixture
 def odd(tmp_path):
-    """Linux alone takes any bytes as a name. A folder with an odd name that holds a photo, a sound, and the words of a command."""
+    """Linux alone takes any bytes as a name. A folder with an odd name that holds a photo, a sound, and the
+    words of a command."""
     if sys.platform != "linux":
         pytest.skip("names are UTF-8 here")
     folder = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"a 'b' \"c\" $(d) %s\n\xff#?:")))
     folder.mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(folder / "x.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(folder
+        / "x.png")
     soundfile.write(str(tmp_path / "y.wav"), 0.1 * np.ones(8000), 16000)
     os.rename(tmp_path / "y.wav", folder / "y.wav")
     save_weights(tmp_path / "w.safetensors", small_models(), META)
-    return folder, ["--img", str(folder / "x.png"), "--wav", str(folder / "y.wav"), "--out", str(folder / "o.mp4"),
-                    "--ckpt", str(tmp_path / "w.safetensors"), "--device", "cpu"]
+    return folder, ["--img", str(folder / "x.png"), "--wav", str(folder / "y.wav"), "--out",
+                    str(folder / "o.mp4"), "--ckpt", str(tmp_path / "w.safetensors"), "--device", "cpu"]
 
 
 def test_paths_with_odd_characters(odd, capfd):
@@ -140,9 +146,10 @@ def test_paths_with_odd_characters(odd, capfd):
 def test_no_home_and_one_that_nobody_can_write(odd, home):
     """Strict output, too: a name that cannot be printed as it is must not end a finished job."""
     folder, words = odd
-    env = {**{k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}, "PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run([sys.executable, "sample.py", *words], cwd=Path(__file__).parent.parent, capture_output=True,
-                          env=env if home is None else {**env, "HOME": home})
+    env = {**{k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")},
+           "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, "sample.py", *words], cwd=Path(__file__).parent.parent,
+                          capture_output=True, env=env if home is None else {**env, "HOME": home})
     assert done.returncode == 0 and b"frames" in done.stdout, done.stderr
     assert sorted(os.listdir(folder)) == ["o.mp4", "x.png", "y.wav"]
 
@@ -150,7 +157,7 @@ def test_no_home_and_one_that_nobody_can_write(odd, home):
 def test_a_pipe_to_a_full_disk_is_told(odd):
     _, words = odd
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, "sample.py", *words[:4], "--out", "-", *words[6:]], cwd=Path(__file__).parent.parent,
-                              stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run([sys.executable, "sample.py", *words[:4], "--out", "-", *words[6:]],
+                              cwd=Path(__file__).parent.parent, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2 and b"Traceback" not in done.stderr
     assert b"No space left" in done.stderr.splitlines()[-1]

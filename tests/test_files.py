@@ -11,7 +11,7 @@ from media.files import atomic_write
 torch.set_num_threads(1)
 
 
-# ---- state ----------------------------------------------------------------------------------------------------------
+# ---- state -------------------------------------------------------------------------------------------------
 
 def write(path, text, error=None):
     with atomic_write(path, make_folder=True) as temporary:

@@ -13,7 +13,7 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ---- path and loss --------------------------------------------------------------------------------------------------
+# ---- path and loss -----------------------------------------------------------------------------------------
 
 def test_path_goes_from_data_to_noise():
     z, eps = draw(3, 2, 4), draw(3, 2, 4, seed=1)
@@ -48,11 +48,12 @@ def test_loss_equals_hand_computation():
     assert torch.equal(seen[0][1], t) and seen[0][2] == "condition"
     weight = torch.tensor([3.0, 0.5])
     assert flow.flow_loss(model, z, eps, t, weight, extra=0) == pytest.approx((3 * 2.5 + 0.5 * 10) / 2)
-    assert flow.flow_loss(lambda z_t, t: z - eps, z, eps, t) == 0            # a straight field: nothing left to learn
+    assert flow.flow_loss(lambda z_t, t: z - eps, z, eps, t) == 0    # a straight field: nothing left to learn
 
 
 def test_loss_is_fp32_and_has_a_gradient():
-    z, eps, scale = torch.randn(4, 3).bfloat16(), torch.randn(4, 3).bfloat16(), torch.ones((), requires_grad=True)
+    z, eps, scale = torch.randn(4, 3).bfloat16(), torch.randn(4, 3).bfloat16(), torch.ones((),
+        requires_grad=True)
     loss = flow.flow_loss(lambda z_t, t: scale * z_t, z, eps, torch.rand(4))
     assert loss.dtype == torch.float32
     loss.backward()
@@ -70,12 +71,13 @@ def test_training_times():
     assert (flow.sample_timesteps(1000, p_pure_noise=1) == 1).all()
 
 
-# ---- samplers -------------------------------------------------------------------------------------------------------
+# ---- samplers ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method", ["euler", "heun"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
 def test_a_point_is_found_in_any_number_of_steps(steps, method):
-    """The true field of data that is one point a is (a - z) / t: straight lines, so every step count is exact."""
+    """The true field of data that is one point a is (a - z) / t: straight lines, so every step count is
+    exact."""
     point = draw(4, 3, 2)
     def field(z, t):
         return flow.x_to_v(point, z, t, t_min=1e-6)
@@ -111,7 +113,7 @@ def test_noise_becomes_the_gaussian_of_the_data(method, steps):
 
 def test_halving_the_step_halves_eulers_error_and_quarters_heuns():
     noise = draw(500, 1)
-    exact = MEAN + DEVIATION * noise                                         # the flow keeps the order of the points
+    exact = MEAN + DEVIATION * noise                                  # the flow keeps the order of the points
     error = {(method, steps): (flow.integrate(gaussian, noise, steps, method) - exact).abs().mean()
              for method in ("euler", "heun") for steps in (40, 80, 160)}
     for steps in (40, 80):
@@ -124,7 +126,8 @@ def test_steps_left_to_take():
     """skip_last=1 of 4 steps ends at t = 1/4, from which one more step is the whole walk."""
     noise = draw(5, 3)
     z = flow.integrate(gaussian, noise, 4, skip_last=1)
-    torch.testing.assert_close(z + gaussian(z, torch.full((5,), 0.25)) / 4, flow.integrate(gaussian, noise, 4))
+    torch.testing.assert_close(z + gaussian(z, torch.full((5,), 0.25)) / 4,
+                               flow.integrate(gaussian, noise, 4))
     assert torch.equal(flow.integrate(gaussian, noise, 1, skip_last=1), noise)
 
 
@@ -166,7 +169,7 @@ def test_bad_walks_are_refused(steps, method):
         flow.integrate(gaussian, draw(2, 1), steps, method)
 
 
-# ---- guidance -------------------------------------------------------------------------------------------------------
+# ---- guidance ----------------------------------------------------------------------------------------------
 
 def conditional(z, t, audio, past):
     return z * t[:, None] + past + (0 if audio is None else audio)
@@ -176,7 +179,7 @@ def test_guidance_formula():
     z, t = draw(3, 2), torch.rand(3, dtype=torch.float64)
     cond = {"audio": draw(3, 2, seed=1), "past": draw(3, 2, seed=2)}
     assert flow.with_cfg(conditional, 1, {"audio": None}) is conditional
-    free = conditional(z, t, None, cond["past"])                             # only what null names is replaced
+    free = conditional(z, t, None, cond["past"])                            # only what null names is replaced
     for s in (0, 0.5, 2.5):
         want = free + s * (conditional(z, t, **cond) - free)
         torch.testing.assert_close(flow.with_cfg(conditional, s, {"audio": None})(z, t, **cond), want)
@@ -191,7 +194,8 @@ def test_guidance_nearly_one_is_nearly_the_model():
 
 
 def test_straightness_of_known_paths():
-    """Velocity 3 in the first half of the walk and 1 in the second: mean square 5 against a chord of 2. Straight: 0."""
+    """Velocity 3 in the first half of the walk and 1 in the second: mean square 5 against a chord of 2.
+    Straight: 0."""
     noise = draw(4, 3)
     two = flow.straightness(lambda z, t: torch.where(t[:, None] > 0.525, 3.0, 1.0).expand_as(z), noise, 20)
     torch.testing.assert_close(two, torch.full((4,), 0.25))

@@ -1,4 +1,5 @@
-"""Files damaged at random: every one ends in a complete result or in one sentence, in time, in memory, and leaves nothing.
+"""Files damaged at random: every one ends in a complete result or in one sentence, in time, in memory, and
+leaves nothing.
 
     pytest tests/test_fuzz.py -m long          1,000 of each kind, but for those of the fast run
     FUZZ=100 pytest tests/test_fuzz.py         as many of each
@@ -38,7 +39,7 @@ ABSURD = [0, -1, 1, 2, 3, 7, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**
           float("inf"), float("nan"), None, True, "", "x" * 10000, [], {}, [[]], "\ud800", "../../etc/passwd"]
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------------------
 
 def place(rng, length):
     """Anywhere, half of the time in the first 200 bytes."""
@@ -73,21 +74,24 @@ def size(rng, x, others):
     """A number of 2, 4 or 8 bytes becomes absurd."""
     form = rng.choice("<>") + rng.choice("HIQ")
     n, at = struct.calcsize(form), place(rng, len(x))
-    x[at:at + n] = struct.pack(form, rng.choice((0, 1, 2**15, 2**31 - 1, 2**32 - 2, 2**63 - 1, 2**64 - 1)) % 256**n)
+    x[at:at + n] = struct.pack(form, rng.choice((0, 1, 2**15, 2**31 - 1, 2**32 - 2, 2**63 - 1,
+                                                 2**64 - 1)) % 256**n)
 
 
 def text(rng, x):
     """A value or the structure of JSON text changes."""
     how = rng.randrange(4)
     if how == 0:
-        x = re.sub(r'(?<=[:\[,])\s*(-?[\d.]+|"[^"]*"|true|false|null)', lambda m: absurd(rng) if rng.random() < 0.1 else m[0], x)
+        x = re.sub(r'(?<=[:\[,])\s*(-?[\d.]+|"[^"]*"|true|false|null)',
+                   lambda m: absurd(rng) if rng.random() < 0.1 else m[0], x)
     elif how == 1:
         found = list(re.finditer(r'-?[\d.]+|"[^"]*"|true|false|null', x))
         if found:
             m = rng.choice(found)
             x = x[:m.start()] + absurd(rng) + x[m.end():]
     elif how == 2:
-        x = rng.choice(("[" * 100000, "null", "[]", "{}", "3", '"x"', "{" * 1000, "\x00" * 10, "{}\n" * 3, ""))
+        x = rng.choice(("[" * 100000, "null", "[]", "{}", "3", '"x"', "{" * 1000, "\x00" * 10, "{}\n" * 3,
+                        ""))
     else:
         m = rng.choice(list(re.finditer(r'"[^"]*"\s*:', x)) or [re.match("", x)])
         x = x[:m.start()] + rng.choice(("", '"other":', '"identity":')) + x[m.end():]
@@ -103,7 +107,7 @@ def damage(kind, k, whole, others, json_text=False):
     rng, x = random.Random(f"{kind} {k}"), bytearray(whole)
     if json_text and rng.random() < 0.7:
         return text(rng, bytes(x).decode()).encode(errors="surrogatepass")
-    if whole[8:9] == b"{" and rng.random() < 0.5:                              # safetensors: its header is JSON
+    if whole[8:9] == b"{" and rng.random() < 0.5:                            # safetensors: its header is JSON
         n, = struct.unpack("<Q", whole[:8])
         header = json.loads(whole[8:8 + n])
         header["__metadata__"]["semo"] = text(rng, header["__metadata__"]["semo"])
@@ -115,7 +119,7 @@ def damage(kind, k, whole, others, json_text=False):
     return bytes(x)
 
 
-# ---- limits ---------------------------------------------------------------------------------------------------------
+# ---- limits ------------------------------------------------------------------------------------------------
 
 class Late(BaseException):
     """Not an Exception, so that nothing takes it for damage."""
@@ -148,7 +152,7 @@ def limits(what):
     assert peak() - before < MEGABYTES, f"{what}: {peak() - before:.0f} MB"
 
 
-# ---- good files -----------------------------------------------------------------------------------------------------
+# ---- good files --------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
@@ -156,21 +160,23 @@ def good(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("good"), np.random.default_rng(0)
     names = {"photo": [], "sound": [], "video": [], "checkpoint": ["w.safetensors"]}
     picture = Image.fromarray(rng.integers(0, 255, (50, 40, 3), dtype=np.uint8))
-    for ending, options in (("png", {}), ("jpg", {}), ("webp", {}), ("bmp", {}), ("gif", {}), ("tif", {"compression": "tiff_lzw"}),
-                            ("ppm", {})):
+    for ending, options in (("png", {}), ("jpg", {}), ("webp", {}), ("bmp", {}), ("gif", {}),
+                            ("tif", {"compression": "tiff_lzw"}), ("ppm", {})):
         picture.save(folder / f"x.{ending}", **options)
         names["photo"].append(f"x.{ending}")
     wave = speech(0.4)
     for ending in ("wav", "flac", "ogg", "mp3"):
         soundfile.write(folder / f"y.{ending}", wave, 16000)
         names["sound"].append(f"y.{ending}")
-    for name, kind, codec in (("d.mp4", "mp4", "libx264"), ("d.mkv", "matroska", "mpeg4"), ("d.avi", "avi", "mpeg4"),
+    for name, kind, codec in (("d.mp4", "mp4", "libx264"), ("d.mkv", "matroska", "mpeg4"),
+                              ("d.avi", "avi", "mpeg4"),
                               ("d.webm", "webm", "libvpx"), ("d.ts", "mpegts", "mpeg2video")):
         with av.open(str(folder / name), "w", format=kind) as out:
             stream = out.add_stream(codec, rate=25)
             stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
             for k in range(10):
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 20 * k, np.uint8), format="rgb24")))
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 20 * k, np.uint8),
+                                                                 format="rgb24")))
             out.mux(stream.encode(None))
         names["video"].append(name)
     with VideoWriter(folder / "e.mp4", 32, torch.from_numpy(wave)) as video:
@@ -198,9 +204,12 @@ def prepared(tmp_path_factory):
     return folder, words
 
 
-# ---- the cases ------------------------------------------------------------------------------------------------------
+# ---- the cases ---------------------------------------------------------------------------------------------
 
-several = pytest.mark.parametrize("cases", [range(FEW), pytest.param(range(FEW, MANY), marks=[pytest.mark.slow, pytest.mark.long])],
+several = pytest.mark.parametrize("cases",
+                                  [range(FEW),
+                                   pytest.param(range(FEW, MANY),
+                                                marks=[pytest.mark.slow, pytest.mark.long])],
                                   ids=["few", "many"])
 
 
@@ -215,12 +224,14 @@ def test_sample_survives_damage(kind, cases, good, tmp_path, capsys):
         (tmp_path / name).write_bytes(damage(kind, k, (folder / name).read_bytes(), others))
         paths = {what: folder / file for what, file in given.items()} | {kind: tmp_path / name}
         drive = ["--video", paths["video"]] if kind == "video" else ["--wav", paths["sound"]]
-        words = ["--img", paths["photo"], *drive, "--ckpt", paths["checkpoint"], "--out", tmp_path / "o.mp4", "--device", "cpu"]
+        words = ["--img", paths["photo"], *drive, "--ckpt", paths["checkpoint"], "--out", tmp_path / "o.mp4",
+                 "--device", "cpu"]
         with limits(f"{kind} {k}"):
             status = sample.main(list(map(str, words)))
         said = capsys.readouterr().err.splitlines()
         if status:
-            assert status == 2 and said[-1].startswith("sample.py: ") and os.listdir(tmp_path) == [name], (k, said)
+            assert status == 2 and said[-1].startswith("sample.py: ") and os.listdir(tmp_path) == [name], (k,
+                said)
         else:
             with av.open(str(tmp_path / "o.mp4")) as made:
                 assert made.streams.video[0].frames > 0, k
@@ -231,7 +242,8 @@ def test_sample_survives_damage(kind, cases, good, tmp_path, capsys):
 @several
 @pytest.mark.parametrize("name", ["settings.jsonl", "people.jsonl"])
 def test_prepare_survives_damage(name, cases, prepared, capsys):
-    """Of what an earlier run left, or of the list of people: the set is whole, or it is refused and as it was."""
+    """Of what an earlier run left, or of the list of people: the set is whole, or it is refused and as it
+    was."""
     folder, words = prepared
     path = {"settings.jsonl": folder / "out" / name, "people.jsonl": folder / name}[name]
     whole, manifest = path.read_bytes(), (folder / "out" / "manifest.jsonl").read_bytes()
@@ -257,7 +269,8 @@ def test_a_damaged_outcome_of_a_video_is_not_read(cases, prepared, tmp_path):
     folder, _ = prepared
     whole = next((folder / "out" / "parts").iterdir()).read_bytes()
     for k in cases:
-        (tmp_path / "x.jsonl").write_bytes(damage("parts", k, whole, [b"\x00\x00\x00\x18ftyp" * 8], json_text=True))
+        (tmp_path / "x.jsonl").write_bytes(damage("parts", k, whole, [b"\x00\x00\x00\x18ftyp" * 8],
+                                                  json_text=True))
         with limits(f"parts {k}"):
             part = prepare.read_part(tmp_path / "x.jsonl", folder / "out")
         if part is not None:

@@ -1,4 +1,5 @@
-"""The motion generator: each condition reaches the new frames, speech is heard in time, windows follow each other."""
+"""The motion generator: each condition reaches the new frames, speech is heard in time, windows follow each
+other."""
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import flow
 from generator import CrossAttention, Generator, GeneratorBlock, GeneratorConfig, generate_motion
 
 torch.set_num_threads(1)
-SMALL = {"token_dim": 6, "audio_dim": 5, "width": 24, "depth": 2, "heads": 2, "window": 4, "past": 3, "lookahead": 2}
+SMALL = {"token_dim": 6, "audio_dim": 5, "width": 24, "depth": 2, "heads": 2, "window": 4, "past": 3,
+         "lookahead": 2}
 ROWS = 3 + 4 + 2                                                             # of speech in one pass of SMALL
 
 
@@ -36,14 +38,15 @@ def differ(a, b, by=1e-4):
     return ((a - b).abs().amax(2) > by).all()
 
 
-# ---- layers and start -----------------------------------------------------------------------------------------------
+# ---- layers and start --------------------------------------------------------------------------------------
 
 def test_cross_attention_equals_torch():
     torch.manual_seed(0)
     ours, width, heads = CrossAttention(24, 3), 24, 3
     x, context = torch.randn(2, 4, width), torch.randn(2, 7, width)
     q, (k, v) = ours.q(x), ours.kv(context).chunk(2, -1)
-    q, k = (F.rms_norm(part.unflatten(-1, (heads, -1)), (width // heads,), eps=1e-6).flatten(-2) for part in (q, k))
+    q, k = (F.rms_norm(part.unflatten(-1, (heads, -1)), (width // heads,), eps=1e-6).flatten(-2)
+            for part in (q, k))
     theirs = torch.nn.MultiheadAttention(width, heads, batch_first=True)
     with torch.no_grad():                                                    # q, k, v are projected already
         theirs.in_proj_weight.copy_(torch.eye(width).repeat(3, 1))
@@ -69,7 +72,7 @@ def test_every_parameter_learns():
     assert "clock" not in model.state_dict()
 
 
-# ---- conditions -----------------------------------------------------------------------------------------------------
+# ---- conditions --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("which", range(5), ids=["m_t", "t", "past", "reference", "audio"])
 def test_new_frames_depend_on(which):
@@ -114,7 +117,8 @@ def test_past_and_new_frames_are_told_apart():
     m_t, t, past, reference, audio = inputs()
     plain = model(m_t, t, past, reference, audio)[:, 1:]
     first, last = m_t[:, :1], past[:, -1:]
-    swapped = model(torch.cat([last, m_t[:, 1:]], 1), t, torch.cat([past[:, :-1], first], 1), reference, audio)[:, 1:]
+    swapped = model(torch.cat([last, m_t[:, 1:]], 1), t, torch.cat([past[:, :-1], first], 1), reference,
+                    audio)[:, 1:]
     assert differ(plain, swapped, 1e-5)
 
 
@@ -122,10 +126,11 @@ def test_samples_are_independent():
     model, given = generator(), inputs(3)
     plain = model(*given)
     for k in range(3):
-        torch.testing.assert_close(model(*(part[k:k + 1] for part in given)), plain[k:k + 1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(*(part[k:k + 1] for part in given)), plain[k:k + 1], atol=1e-5,
+                                   rtol=1e-5)
 
 
-# ---- speech left out ------------------------------------------------------------------------------------------------
+# ---- speech left out ---------------------------------------------------------------------------------------
 
 def test_no_audio_is_all_rows_dropped():
     model, (*given, audio) = generator(), inputs()
@@ -143,7 +148,7 @@ def test_drop_is_of_each_sample():
     torch.testing.assert_close(some[1], model(*given, None)[1])
 
 
-# ---- shapes ---------------------------------------------------------------------------------------------------------
+# ---- shapes ------------------------------------------------------------------------------------------------
 
 def test_two_tokens_a_frame():
     model, given = generator(num_tokens=2), inputs(motion=12)
@@ -161,7 +166,8 @@ def test_output_is_fp32_under_autocast():
         assert generator()(*inputs(), drop=torch.tensor([True, False])).dtype == torch.float32
 
 
-@pytest.mark.parametrize("which, words", [(0, "not 3, 3 and 9"), (2, "not 4, 2 and 9"), (4, "not 4, 3 and 8")])
+@pytest.mark.parametrize("which, words",
+                         [(0, "not 3, 3 and 9"), (2, "not 4, 2 and 9"), (4, "not 4, 3 and 8")])
 def test_lengths_that_disagree_are_refused(which, words):
     given = inputs()
     given[which] = given[which][:, 1:]
@@ -170,17 +176,19 @@ def test_lengths_that_disagree_are_refused(which, words):
 
 
 @pytest.mark.parametrize("wrong, words", [({"heads": 5}, "24.*5"), ({"width": 9, "heads": 3}, "9"),
-                                          ({"window": 0}, "0"), ({"past": 0}, "0"), ({"lookahead": -1}, "-1")])
+                                          ({"window": 0}, "0"), ({"past": 0}, "0"),
+                                          ({"lookahead": -1}, "-1")])
 def test_config_errors_name_the_numbers(wrong, words):
     with pytest.raises(ValueError, match=words):
         GeneratorConfig(**{**SMALL, **wrong})
 
 
-# ---- learning -------------------------------------------------------------------------------------------------------
+# ---- learning ----------------------------------------------------------------------------------------------
 
 def learn(model, batches, steps, rate=5e-3):
     """-> the losses of training on batches() of (z, t, cond)."""
-    optimiser, losses, draw = torch.optim.Adam(model.parameters(), lr=rate), [], torch.Generator().manual_seed(0)
+    optimiser, losses, draw = torch.optim.Adam(model.parameters(),
+                                               lr=rate), [], torch.Generator().manual_seed(0)
     for _ in range(steps):
         z, t, cond = batches(draw)
         loss = flow.flow_loss(model, z, torch.randn(z.shape, generator=draw), t, **cond)
@@ -203,7 +211,8 @@ def test_a_frame_learns_to_hear_its_own_row():
     def batches(draw):
         audio = torch.randn(64, ROWS, 5, generator=draw)
         z = F.pad(audio, (0, 1))[:, 3:7]                                     # (B, K, L*D)
-        return z, torch.ones(64), {"past": torch.zeros(64, 3, 6), "reference": torch.zeros(64, 6), "audio": audio}
+        return z, torch.ones(64), {"past": torch.zeros(64, 3, 6), "reference": torch.zeros(64, 6),
+                                   "audio": audio}
 
     model = generator(lively=False, depth=1).train()
     learn(model, batches, 200, 1e-2)
@@ -211,10 +220,10 @@ def test_a_frame_learns_to_hear_its_own_row():
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         error = (flow.integrate(model.eval(), noise, 1, **cond) - z)[..., :5].square().mean()
-    assert error < 0.3                                                       # 1 without hearing, 2 with the wrong row
+    assert error < 0.3                                               # 1 without hearing, 2 with the wrong row
 
 
-# ---- dream ----------------------------------------------------------------------------------------------------------
+# ---- dream -------------------------------------------------------------------------------------------------
 
 SILENCE = torch.linspace(-1, 1, 5)
 
@@ -254,7 +263,8 @@ def test_dream_writes_a_row_for_every_row_heard(count, past):
 @pytest.mark.parametrize("sizes", [1, 3, 9, [5, 0, 4], [8, 1]])
 def test_dream_does_not_care_how_speech_arrives(sizes):
     model, rows = generator(), speech(9)
-    torch.testing.assert_close(torch.cat(dreamed(model, iter(rows.split(sizes)))), torch.cat(dreamed(model, [rows])))
+    torch.testing.assert_close(torch.cat(dreamed(model, iter(rows.split(sizes)))),
+                               torch.cat(dreamed(model, [rows])))
 
 
 def test_dream_answers_as_soon_as_it_can():
@@ -268,7 +278,7 @@ def test_dream_answers_as_soon_as_it_can():
     motions = generate_motion(generator(), torch.zeros(1, 6), source(), torch.Generator(), SILENCE)
     for k in range(3):
         next(motions)
-        assert len(given) == 4 * (k + 1) + 2                                 # the window and what is ahead of it
+        assert len(given) == 4 * (k + 1) + 2                              # the window and what is ahead of it
 
 
 def test_dream_starts_from_the_photo():
@@ -283,16 +293,17 @@ def test_dream_of_nothing_is_nothing():
     assert dreamed(generator(), []) == [] and dreamed(generator(), [speech(0)]) == []
 
 
-# ---- experts --------------------------------------------------------------------------------------------------------
+# ---- experts -----------------------------------------------------------------------------------------------
 
-MOOD = torch.rand(2, 7, 7, generator=torch.Generator().manual_seed(7)) / 7                           # (B, P+K, 7)
+MOOD = torch.rand(2, 7, 7, generator=torch.Generator().manual_seed(7)) / 7                       # (B, P+K, 7)
 
 
 def test_no_mood_is_a_mood_of_zeros_and_the_generator_without_experts():
     plain, model = generator(), generator(experts=3)
     model.load_state_dict(plain.state_dict(), strict=False)                  # all but the experts
     want = plain(*inputs())
-    assert torch.equal(model(*inputs()), want) and torch.equal(model(*inputs(), mood=torch.zeros(2, 7, 7)), want)
+    assert torch.equal(model(*inputs()), want) and torch.equal(model(*inputs(), mood=torch.zeros(2, 7, 7)),
+                                                               want)
     assert differ(model(*inputs(), mood=MOOD), want)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(*inputs(), mood=torch.zeros(2, 7, 7)), plain(*inputs()))
@@ -303,7 +314,8 @@ def test_fresh_experts_change_nothing():
     block = GeneratorBlock(24, 2, experts=3)
     torch.nn.init.normal_(block.modulation[1].weight)
     torch.nn.init.zeros_(block.experts.down.weight)
-    given = torch.randn(2, 7, 24), torch.randn(2, 24), torch.randn(7, 24), torch.randn(2, ROWS, 24), torch.randn(2, 1, 24)
+    given = torch.randn(2, 7, 24), torch.randn(2, 24), torch.randn(7, 24), torch.randn(2, ROWS,
+        24), torch.randn(2, 1, 24)
     assert torch.equal(block(*given, MOOD), block(*given))
     assert not any(b.experts.down.weight.any() for b in generator(lively=False, experts=3).blocks)
 
@@ -353,9 +365,10 @@ class Numbered:
 @pytest.mark.parametrize("count, sizes", [(9, 9), (9, 1), (9, [5, 0, 4]), (2, 2), (12, [11, 1])])
 def test_moods_keep_step_with_speech(count, sizes):
     model, seen = generator(experts=3), []
-    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["mood"][0, :, 0]), with_kwargs=True)
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["mood"][0, :, 0]),
+                                    with_kwargs=True)
     motion = torch.cat(dreamed(model, iter(speech(count).split(sizes)), steps=1, emotion=Numbered()))
-    for k, mood in enumerate(seen):                                          # P=3 frames before, K=4 new; ends repeated
+    for k, mood in enumerate(seen):                                # P=3 frames before, K=4 new; ends repeated
         torch.testing.assert_close(mood, torch.arange(4 * k - 3, 4 * k + 4).clamp(0, count - 1) / 100)
     assert len(seen) == -(-count // 4) and len(motion) == count
 
@@ -363,7 +376,9 @@ def test_moods_keep_step_with_speech(count, sizes):
 def test_dream_in_a_mood_does_not_care_how_speech_arrives():
     model, rows = generator(experts=3), speech(9)
     whole = torch.cat(dreamed(model, [rows], emotion=Numbered(), guidance=1.5))
-    torch.testing.assert_close(torch.cat(dreamed(model, iter(rows.split(2)), emotion=Numbered(), guidance=1.5)), whole)
+    torch.testing.assert_close(torch.cat(dreamed(model, iter(rows.split(2)), emotion=Numbered(),
+                                                 guidance=1.5)), whole)
     assert not torch.equal(whole, torch.cat(dreamed(model, [rows], guidance=1.5)))
-    torch.testing.assert_close(torch.cat(dreamed(model, [rows], emotion=lambda rows: torch.zeros(len(rows), 7))),
+    torch.testing.assert_close(torch.cat(dreamed(model, [rows],
+                                                 emotion=lambda rows: torch.zeros(len(rows), 7))),
                                torch.cat(dreamed(model, [rows])), atol=0, rtol=0)

@@ -29,7 +29,8 @@ def cache(tmp_path, monkeypatch):
     return base
 
 
-@pytest.mark.parametrize("name, commit", [("owner/face", "a"), ("owner/face@v1", "b"), ("owner/face@" + "b" * 40, "b")])
+@pytest.mark.parametrize("name, commit",
+                         [("owner/face", "a"), ("owner/face@v1", "b"), ("owner/face@" + "b" * 40, "b")])
 def test_weights_are_loaded_by_name(cache, name, commit):
     path = resolve(name)
     assert Path(path).parent.name == commit * 40
@@ -50,9 +51,12 @@ def test_paths_are_left_alone(tmp_path):
 
 
 def test_sample_refuses_an_unknown_name_with_status_2(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--img", ROOT / "examples" / "portrait.png", "--wav",
-                           ROOT / "examples" / "speech.wav", "--ckpt", "owner/none", "--out", tmp_path / "x.mp4"],
-                          env={"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"},
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--img", ROOT / "examples" / "portrait.png",
+                           "--wav",
+                           ROOT / "examples" / "speech.wav", "--ckpt", "owner/none", "--out",
+                           tmp_path / "x.mp4"],
+                          env={"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PATH": "",
+                               "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "owner/none" in done.stderr
 

@@ -1,4 +1,5 @@
-"""media/image.py: pictures as people have them come out as known values; what cannot be used is refused in a sentence."""
+"""media/image.py: pictures as people have them come out as known values; what cannot be used is refused in a
+sentence."""
 import io
 import struct
 import zlib
@@ -29,7 +30,7 @@ def refused(action, *words):
     assert "\n" not in sentence and all(word in sentence for word in words), sentence
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- pictures
 @pytest.mark.parametrize("name, mode, tolerance", [
     ("a.png", "RGB", 0), ("a.jpg", "RGB", 3), ("a.webp", "RGB", 4), ("a.bmp", "RGB", 0), ("a.tif", "RGB", 0),
     ("a.gif", "P", 2), ("a.png", "P", 2), ("a.jpg", "CMYK", 3), ("a.tif", "CMYK", 0), ("a.png", "RGBA", 0),
@@ -44,7 +45,8 @@ def test_colour_survives_every_mode(tmp_path, name, mode, tolerance):
 
 
 @pytest.mark.parametrize("mode, value, grey", [
-    ("L", 77, 77), ("1", 1, 255), ("LA", (77, 255), 77), ("I;16", 77 * 257, 77), ("I", 77 * 257, 77), ("F", 77.0, 77)])
+    ("L", 77, 77), ("1", 1, 255), ("LA", (77, 255), 77), ("I;16", 77 * 257, 77), ("I", 77 * 257, 77),
+    ("F", 77.0, 77)])
 def test_grey_modes(tmp_path, mode, value, grey):
     path = tmp_path / ("a.tif" if mode in ("F", "I") else "a.png")
     Image.new(mode, (40, 40), value).save(path)
@@ -84,7 +86,8 @@ def test_half_transparent_is_half_backdrop(tmp_path):
 def test_exif_orientation_is_undone(tmp_path, orientation):
     upright = np.zeros((64, 64, 3), np.uint8)
     upright[:32, :32], upright[:32, 32:], upright[32:, :32] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    undo = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,  # the inverse of a viewer's
+    # the inverse of a viewer's
+    undo = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
             4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
             7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}[orientation]
     image = Image.fromarray(upright)
@@ -110,11 +113,13 @@ def test_wide_keeps_its_middle_and_tall_its_upper_part(tmp_path):
 def test_shrinking_averages(tmp_path):
     checks = np.indices((512, 512)).sum(0) % 2 * 255
     Image.fromarray(checks.astype(np.uint8)).save(tmp_path / "a.png")
-    assert load_image(tmp_path / "a.png", 64).abs().max() < 0.05   # nearest would give -1 and 1, and moire between
+    # nearest would give -1 and 1, and moire between
+    assert load_image(tmp_path / "a.png", 64).abs().max() < 0.05
 
 
 def test_colour_profile_is_applied(tmp_path):
-    """A profile whose red and blue primaries are exchanged must exchange red and blue; a broken one must do nothing."""
+    """A profile whose red and blue primaries are exchanged must exchange red and blue; a broken one must do
+    nothing."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     red, blue = profile.index(b"rXYZ"), profile.index(b"bXYZ")        # the first are entries of the tag table
     profile[red:red + 4], profile[blue:blue + 4] = b"bXYZ", b"rXYZ"
@@ -140,7 +145,8 @@ def bomb():
 
 @pytest.mark.parametrize("name, content, words", [
     ("empty.png", b"", ("empty",)), ("text.jpg", b"hello, I am no picture", ("not a picture",)),
-    ("cut.png", picture_bytes()[:2000], ("cut-off",)), ("cut.jpg", picture_bytes("JPEG")[:2000], ("cut-off",)),
+    ("cut.png", picture_bytes()[:2000], ("cut-off",)),
+    ("cut.jpg", picture_bytes("JPEG")[:2000], ("cut-off",)),
     ("cut.webp", picture_bytes("WEBP")[:500], ("picture",)), ("bomb.png", bomb(), ("megapixels",)),
     ("head.png", picture_bytes()[:20], ("picture",))])
 def test_bad_pictures_are_refused(tmp_path, name, content, words):

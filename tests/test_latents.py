@@ -1,4 +1,5 @@
-"""The spaces: pixels are themselves, Stable Diffusion's autoencoder is diffusers' own, its failures are explained."""
+"""The spaces: pixels are themselves, Stable Diffusion's autoencoder is diffusers' own, its failures are
+explained."""
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -13,7 +14,8 @@ IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 
 def folder(tmp_path_factory):
     """A tiny random autoencoder in the hub's own format, with factor 8 and 4 channels as the real one."""
     torch.manual_seed(1)
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4,
                         block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, sample_size=32,
                         scaling_factor=0.18215)
     path = tmp_path_factory.mktemp("vae")
@@ -25,7 +27,8 @@ def test_pixels_are_their_own_latents():
     space = load_latents("pixel")
     assert (space.channels, space.factor) == (3, 1)
     assert torch.equal(space.encode(IMAGES), IMAGES) and torch.equal(space.decode(IMAGES), IMAGES)
-    assert torch.equal(space.decode(3 * IMAGES), (3 * IMAGES).clamp(-1, 1))  # what a model paints may be too bright
+    # what a model paints may be too bright
+    assert torch.equal(space.decode(3 * IMAGES), (3 * IMAGES).clamp(-1, 1))
 
 
 def test_sd_latents_equal_diffusers(folder):
@@ -62,7 +65,8 @@ def test_the_tiny_twin_is_a_drop_in(tmp_path):
         latents = twin.encode(IMAGES).latents
         torch.testing.assert_close(space.encode(IMAGES), latents, atol=1e-5, rtol=0)
         assert latents.shape == (3, space.channels, 32 // space.factor, 32 // space.factor)
-        torch.testing.assert_close(space.decode(latents), twin.decode(latents).sample.clamp(-1, 1), atol=1e-5, rtol=0)
+        torch.testing.assert_close(space.decode(latents), twin.decode(latents).sample.clamp(-1, 1), atol=1e-5,
+                                   rtol=0)
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["no folder", "an empty folder"])

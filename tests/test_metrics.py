@@ -16,7 +16,7 @@ def pictures(n=3, size=24, seed=0):
     return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-# --------------------------------------------------------------------------------------------------- picture measures
+# ------------------------------------------------------------------------------------------- picture measures
 def test_psnr_and_l1_are_on_the_unit_scale():
     true = pictures()
     made = true + torch.tensor([0.2, 0.02, 0.0]).view(3, 1, 1, 1)           # 0.1 and 0.01 of [0, 1]
@@ -34,7 +34,8 @@ def test_a_box_counts_its_pixels_alone():
 
 
 def direct_ssim(a, b):
-    """The definition, one window and one channel at a time, in double precision -> map (H-10, W-10) for one picture."""
+    """The definition, one window and one channel at a time, in double precision -> map (H-10, W-10) for one
+    picture."""
     line = torch.tensor([math.exp(-((i - 5) ** 2) / 4.5) for i in range(11)], dtype=torch.float64)
     window = torch.outer(line, line) / line.sum() ** 2
     a, b = (a.double() + 1) / 2, (b.double() + 1) / 2
@@ -44,7 +45,8 @@ def direct_ssim(a, b):
             for x in range(size):
                 p, q = a[c, y: y + 11, x: x + 11], b[c, y: y + 11, x: x + 11]
                 mp, mq = (window * p).sum(), (window * q).sum()
-                vp, vq, vpq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum(), (window * (p - mp) * (q - mq)).sum()
+                vp, vq, vpq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum(), (window
+                    * (p - mp) * (q - mq)).sum()
                 total[y, x] += ((2 * mp * mq + 0.01**2) * (2 * vpq + 0.03**2)
                                 / ((mp**2 + mq**2 + 0.01**2) * (vp + vq + 0.03**2))) / 3
     return total
@@ -57,7 +59,7 @@ def test_ssim_is_its_definition():
     assert torch.allclose(metrics.ssim(made, true), maps, atol=1e-4)
     assert torch.allclose(metrics.ssim(true, true), torch.ones(2, 6, 6), atol=1e-5)
     box = torch.zeros(2, 16, 16, dtype=torch.bool)
-    box[:, 6:9, 5:11] = True                                                # centres 6..8, 5..10 are map rows 1..3, 0..5
+    box[:, 6:9, 5:11] = True                                     # centres 6..8, 5..10 are map rows 1..3, 0..5
     found = metrics.compare(made, true, box, 8)
     assert found["ssim"] == pytest.approx(maps.mean().item(), abs=1e-4)
     assert found["face_ssim"] == pytest.approx(maps[:, 1:4, 0:6].mean().item(), abs=1e-4)
@@ -88,43 +90,48 @@ def test_seams_are_found_at_patch_borders_only():
     assert metrics.blockiness(true + tiles, true, 8).item() > 3
     assert metrics.blockiness(true + tiles.roll((4, 4), (0, 1)), true, 8).item() < 0.6
     smooth = torch.arange(16.0).expand(1, 3, 16, 16).clone()
-    smooth[..., 8:] += 3                                                    # steps of 1 inside, 4 at the border of 8
+    smooth[..., 8:] += 3                                             # steps of 1 inside, 4 at the border of 8
     smooth += smooth.transpose(2, 3).clone()
     assert metrics.border_ratio(smooth, 8).item() == pytest.approx(4)
 
 
-# ---------------------------------------------------------------------------------------------------- signal measures
+# -------------------------------------------------------------------------------------------- signal measures
 def test_a_shifted_signal_is_found_with_its_lag():
     x = torch.randn(80, generator=torch.Generator().manual_seed(0))
     for lag in (-4, 0, 3):
         made = x.roll(lag)                                                  # positive: late
         best, found, now = metrics.lag_correlation(2 * made[10:70] + 1, x[10:70])
         assert found == lag and best == pytest.approx(1, abs=1e-5)
-        assert now == pytest.approx(torch.corrcoef(torch.stack([made[10:70], x[10:70]]))[0, 1].item(), abs=1e-5)
+        assert now == pytest.approx(torch.corrcoef(torch.stack([made[10:70], x[10:70]]))[0, 1].item(),
+                                    abs=1e-5)
 
 
 def test_correlation_by_column():
     a, b = torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(0))
     b[:, 1], b[:, 2] = -3 * a[:, 1] + 2, 7.0
     found = metrics.correlation(a, b)
-    assert found[0].item() == pytest.approx(torch.corrcoef(torch.stack([a[:, 0], b[:, 0]]))[0, 1].item(), abs=1e-5)
+    assert found[0].item() == pytest.approx(torch.corrcoef(torch.stack([a[:, 0], b[:, 0]]))[0, 1].item(),
+                                            abs=1e-5)
     assert found[1].item() == pytest.approx(-1, abs=1e-5) and found[2] == 0
-    clips = [torch.randn(20, 2) + 100 * k for k in range(3)]                # what differs between clips does not count
+    clips = [torch.randn(20, 2) + 100 * k for k in range(3)]       # what differs between clips does not count
     assert metrics.motion_correlation(clips, [x.roll(7, 0) for x in clips])[0] < 0.6
-    assert metrics.motion_correlation(clips, [2 * x - 50 * k for k, x in enumerate(clips)]) == pytest.approx([1, 1], abs=1e-4)
+    assert metrics.motion_correlation(clips,
+                                      [2 * x - 50 * k for k, x in enumerate(clips)]) == pytest.approx([1, 1],
+                                          abs=1e-4)
 
 
 def test_blinks_are_counted_once():
     signal = torch.zeros(60)
     signal[5:9], signal[20:22], signal[22], signal[23], signal[40] = 0.9, 0.6, 0.4, 0.6, 0.45
-    assert metrics.count_events(signal) == 2                                      # the dip to 0.4 is no new one, 0.45 none at all
+    assert metrics.count_events(signal) == 2                  # the dip to 0.4 is no new one, 0.45 none at all
 
 
 def test_interval_is_about_two_standard_errors():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
     found = metrics.interval(values)
     assert found["mean"] == pytest.approx(sum(values) / 400)
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * torch.tensor(values).std().item() / 20, rel=0.1)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * torch.tensor(values).std().item() / 20,
+                                                         rel=0.1)
     assert metrics.interval([3.0]) == {"mean": 3.0, "low": 3.0, "high": 3.0}
 
 
@@ -138,5 +145,6 @@ def test_the_probe_reads_what_is_there_and_nothing_else():
     assert min(m.values()) > 0.99 and abs(sum(i.values()) / len(i)) < 0.1
     m, i = metrics.probe_tokens(noise, motion, people, number)
     assert all(abs(x) < 0.1 for x in m.values()) and abs(sum(i.values()) / len(i)) < 0.1
-    m, _ = metrics.probe_tokens(motion[:, :1] + 0.5 * motion[:, :1].std() * noise[:, :1], motion, people, number)
+    m, _ = metrics.probe_tokens(motion[:, :1] + 0.5 * motion[:, :1].std() * noise[:, :1], motion, people,
+                                number)
     assert m["yaw"] == pytest.approx(0.8, abs=0.06)                         # signal 1, noise 1/4

@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 LOW, HIGH = torch.tensor(list(MOTION.values())).unbind(1)
 
 
-# ---- factors --------------------------------------------------------------------------------------------------------
+# ---- factors -----------------------------------------------------------------------------------------------
 
 def test_identities_are_spread_over_their_range():
     people = random_identity(torch.arange(4000))
@@ -39,10 +39,12 @@ def test_motions_fill_their_ranges():
     assert ((column["blink_l"] == 0) == (column["blink_r"] == 0)).all()
     assert (column["blink_l"] == column["blink_r"]).float().mean() == pytest.approx(0.5 + 0.5 * 0.7, abs=0.03)
     for name in POSE:                                                        # the sum of two dice, not one
-        assert (column[name].std() / (MOTION[name][1] - MOTION[name][0])).item() == pytest.approx(24**-0.5, abs=0.01)
+        assert (column[name].std() / (MOTION[name][1] - MOTION[name][0])).item() == pytest.approx(24**-0.5,
+            abs=0.01)
 
 
-@pytest.mark.parametrize("make", [random_identity, random_motion, lambda seeds: random_clip(seeds, 7)["motion"]])
+@pytest.mark.parametrize("make", [random_identity, random_motion,
+                                  lambda seeds: random_clip(seeds, 7)["motion"]])
 def test_draws_depend_on_the_seed_alone(make):
     seeds = torch.tensor([3, HELD_OUT + 3, 123_456, 0])
     whole = make(seeds)
@@ -52,11 +54,11 @@ def test_draws_depend_on_the_seed_alone(make):
     assert all((whole[i] - whole[j]).abs().max() > 0.1 for i in range(4) for j in range(i))
 
 
-# ---- pairs ----------------------------------------------------------------------------------------------------------
+# ---- pairs -------------------------------------------------------------------------------------------------
 
 def drawn(seeds, targets, near, **more):
-    """What random_pairs asks to be drawn, in turn: people (R, 1+T, I), motion (R, 1+T, M); and what it returns, with
-    pictures that are numbers."""
+    """What random_pairs asks to be drawn, in turn: people (R, 1+T, I), motion (R, 1+T, M); and what it
+    returns, with pictures that are numbers."""
     asked = []
 
     def draw(people, motion, size):
@@ -105,7 +107,8 @@ def test_consecutive_frames_are_of_one_clip():
 
 def test_references_of_the_video_stage_come_from_anywhere():
     seeds, clip = torch.arange(12), {}
-    _, motion, _ = consecutive_frames(seeds, 2, 8, lambda people, motion, size: torch.zeros(len(people), 3, 8, 8))
+    _, motion, _ = consecutive_frames(seeds, 2, 8, lambda people, motion,
+                                      size: torch.zeros(len(people), 3, 8, 8))
     made = random_clip(seeds, 8)["motion"]
     clip = [(made[k][:, None] == motion[k]).all(2).float().argmax(0) for k in range(12)]
     assert len({place[0].item() for place in clip}) > 4 and len({place[1].item() for place in clip}) > 4
@@ -120,7 +123,8 @@ def test_the_near_share_keeps_pose_and_light(near, count):
     assert kept.tolist() == [True] * count + [False] * (8 - count)
     moved = (motion[:, 1:] != motion[:, :1]).any(1)                          # (R, M)
     assert count == 8 or moved[count:].float().mean() > 0.9
-    assert count == 0 or 0.3 < moved[:count, ~still].float().mean() < 0.6    # a random half of the face, another for each
+    # a random half of the face, another for each
+    assert count == 0 or 0.3 < moved[:count, ~still].float().mean() < 0.6
     assert count == 0 or len(set(map(tuple, moved[:count].tolist()))) == count
     assert not torch.equal(motion[:, 1], motion[:, 2])
 
@@ -135,7 +139,7 @@ def test_training_pairs_never_show_a_held_out_person(seed, monkeypatch):
     assert len(used) == 3 and all(((part >= HELD_OUT) == (seed >= HELD_OUT)).all() for part in used)
 
 
-# ---- clips ----------------------------------------------------------------------------------------------------------
+# ---- clips -------------------------------------------------------------------------------------------------
 
 SEEDS = torch.tensor([1, 2, HELD_OUT, 77])
 LONG = random_clip(SEEDS, 30 * FPS)
@@ -190,7 +194,8 @@ def test_emotions_show_on_the_face():
 def moved(mood, frames=20 * FPS, count=24, movement=True):
     """Motion of people who say nothing, in one mood (7,) or (F, 7)."""
     mute = torch.zeros(count, frames)
-    return {"motion": people.perform(torch.arange(count), mute, mute, mood.expand(count, *mood.shape), movement)}
+    return {"motion": people.perform(torch.arange(count), mute, mute, mood.expand(count, *mood.shape),
+                                     movement)}
 
 
 def pace(made):
@@ -202,15 +207,17 @@ def pace(made):
 def test_emotions_show_in_movement_where_asked_for():
     eye = dict(zip(EMOTIONS, torch.eye(7), strict=True))
     calm, sad, afraid = (moved(eye[name]) for name in ("neutral", "sad", "afraid"))
-    assert factor(sad, "blink_l").median() == pytest.approx(factor(calm, "blink_l").median().item() + 0.2, abs=0.03)
+    assert factor(sad, "blink_l").median() == pytest.approx(factor(calm, "blink_l").median().item() + 0.2,
+                                                            abs=0.03)
     ratio = [(a / b).item() for a, b in zip(pace(sad), pace(calm), strict=True)]
-    assert ratio == pytest.approx([0.36, 0.6, 1], abs=0.06)                  # reach times tempo, reach, no haste
+    assert ratio == pytest.approx([0.36, 0.6, 1], abs=0.06)               # reach times tempo, reach, no haste
     ratio = [(a / b).item() for a, b in zip(pace(afraid), pace(calm), strict=True)]
-    assert ratio[2] == pytest.approx(2, abs=0.1) and ratio[0] > 1.5          # some turns end at the range's limit
-    for name in EMOTIONS:                                                    # without movement: the expression alone
+    assert ratio[2] == pytest.approx(2, abs=0.1) and ratio[0] > 1.5   # some turns end at the range's limit
+    for name in EMOTIONS:                                             # without movement: the expression alone
         plain = moved(eye[name], 50, 4, movement=False)
         assert torch.equal(factor(plain, "yaw"), factor(moved(eye["neutral"], 50, 4), "yaw"))
-    assert torch.equal(moved(eye["neutral"], 50)["motion"], moved(eye["neutral"], 50, movement=False)["motion"])
+    assert torch.equal(moved(eye["neutral"], 50)["motion"],
+                       moved(eye["neutral"], 50, movement=False)["motion"])
 
 
 def test_six_emotions_are_six_directions():
@@ -228,7 +235,7 @@ def test_moods_may_change_within_a_clip():
     torch.testing.assert_close(switched[:, :50], happy[:, :50])
     corner = list(MOTION).index("lip_corner")
     assert (switched[:, 50:, corner] < happy[:, 50:, corner] - 1).float().mean() > 0.9
-    assert torch.equal(moved(mood[:1].expand(100, -1), 100)["motion"], happy)                # (F, 7) that stays is (7,)
+    assert torch.equal(moved(mood[:1].expand(100, -1), 100)["motion"], happy)      # (F, 7) that stays is (7,)
 
 
 def test_voice_and_face_may_feel_apart():
@@ -239,7 +246,8 @@ def test_voice_and_face_may_feel_apart():
     assert torch.equal(factor(made, "jaw"), factor(plain, "jaw"))            # the voice moves the mouth
     assert (factor(made, "lip_corner").mean(1) > factor(plain, "lip_corner").mean(1) + 0.8).all()
     own = random_clip(seeds, 50, emotion=random_clip(seeds, 1)["emotion"])
-    assert torch.equal(own["wave"], random_clip(seeds, 50)["wave"]) and torch.equal(own["motion"], random_clip(seeds, 50)["motion"])
+    assert torch.equal(own["wave"], random_clip(seeds, 50)["wave"]) and torch.equal(own["motion"],
+        random_clip(seeds, 50)["motion"])
 
 
 def test_moods_of_training_clips():
@@ -249,24 +257,29 @@ def test_moods_of_training_clips():
         assert mood.min() >= 0
         torch.testing.assert_close(mood.sum(-1), torch.ones(mood.shape[:-1]))
     first, last = face[:, 0], face[:, -1]
-    assert (change < 100).float().mean() == pytest.approx(0.5, abs=0.03) and change.min() >= 25 and change[change < 100].max() < 75
+    assert (change < 100).float().mean() == pytest.approx(0.5,
+                                                          abs=0.03) and change.min() >= 25 and change[change < 100].max() < 75
     assert torch.equal(first[change == 100], last[change == 100])
     switched = face[change < 100]
     before = torch.arange(100) <= change[change < 100][:, None]              # the fade begins at the change
-    assert torch.equal(torch.where(before[..., None], switched, 0), torch.where(before[..., None], switched[:, :1], 0))
+    assert torch.equal(torch.where(before[..., None], switched, 0),
+                       torch.where(before[..., None], switched[:, :1], 0))
     assert (first == voice).all(1).float().mean() == pytest.approx(0.2, abs=0.05)
     one = first[:, 1:].amax(1) > 0
     assert (first[one][:, 1:] >= 0.39).any(1).float().mean() > 0.6
     own = people.random_mood(torch.arange(4000), 43)
-    seen = {tuple(EMOTIONS[1 + k] for k in mood[1:].nonzero()[:, 0].tolist()) for mood in own if (mood[1:] > 0).sum() == 2}
+    seen = {tuple(EMOTIONS[1 + k] for k in mood[1:].nonzero()[:, 0].tolist()) for mood in own
+            if (mood[1:] > 0).sum() == 2}
     assert len(seen) == 10 and not seen & set(people.UNSEEN_PAIRS)           # 15 pairs in all
 
 
 def test_a_clip_of_which_nothing_new_is_asked_is_as_ever():
     """Sums of numbers that weights and published results rest on."""
     made = random_clip(torch.tensor([5, HELD_OUT + 5]), 50)
-    found = [made[name].double().abs().sum((1, 2) if name == "motion" else 1).tolist() for name in ("motion", "wave", "emotion")]
-    assert found == [pytest.approx(row, rel=1e-5) for row in [[164.9775, 205.1789], [1698.0209, 350.6903], [1.0, 1.0]]]
+    found = [made[name].double().abs().sum((1, 2) if name == "motion" else 1).tolist()
+             for name in ("motion", "wave", "emotion")]
+    assert found == [pytest.approx(row, rel=1e-5)
+                     for row in [[164.9775, 205.1789], [1698.0209, 350.6903], [1.0, 1.0]]]
 
 
 def test_clip_frames_are_the_rendered_ones():
@@ -277,11 +290,12 @@ def test_clip_frames_are_the_rendered_ones():
     assert np.abs(frames - want.permute(0, 2, 3, 1).numpy()).max() <= 0.51
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 def test_the_command_writes_clips_and_their_factors(tmp_path):
     assert people.main(f"--out {tmp_path}/made --clips 1 --seconds 0.4 --size 32 --seed 5".split()) == 0
-    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["000005.mp4", "000005.npz", "000005.wav"]
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["000005.mp4", "000005.npz",
+        "000005.wav"]
     true, stem = random_clip(torch.tensor([5]), 10), str(tmp_path / "made" / "000005")
     with np.load(stem + ".npz") as kept:                                     # no pickle inside
         assert kept["identity_names"].tolist() == IDENTITY and kept["motion_names"].tolist() == list(MOTION)

@@ -1,4 +1,5 @@
-"""perceptual.py: every measure against a direct computation, on small random networks in the published files' formats."""
+"""perceptual.py: every measure against a direct computation, on small random networks in the published files'
+formats."""
 import copy
 import math
 import os
@@ -50,8 +51,10 @@ class TinyI3D(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(400))
 
-    def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False):
-        flags = torch.tensor([x.shape[3], x.shape[4], int(rescale), int(resize)], dtype=x.dtype).expand(len(x), 4)
+    def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = True,
+                return_features: bool = False):
+        flags = torch.tensor([x.shape[3], x.shape[4], int(rescale), int(resize)],
+                             dtype=x.dtype).expand(len(x), 4)
         said = torch.cat([x.mean((1, 3, 4)), flags], 1)
         return F.pad(said, (0, 380)) * self.weight if return_features else said
 
@@ -73,7 +76,8 @@ def field(number, value):
         return bytes([n]) if n < 128 else bytes([n % 128 + 128]) + varint(n // 128)
     if isinstance(value, int):
         return varint(number << 3) + varint(value)
-    value = b"".join(value) if isinstance(value, list) else value.encode() if isinstance(value, str) else value
+    value = b"".join(value) if isinstance(value, list) else value.encode() if isinstance(value,
+        str) else value
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
@@ -107,11 +111,13 @@ def nets(tmp_path_factory):
     weights = scatter(perceptual.Lpips()).state_dict()
     trunk = {name: x for name, x in weights.items() if name.startswith("features.")}
     torch.save(trunk | {"classifier.1.weight": torch.zeros(2, 2)}, folder / "alexnet-owt-7be5be79.pth")
-    with pytest.MonkeyPatch.context() as patch:                              # the published one was saved on a GPU
+    with pytest.MonkeyPatch.context() as patch:                         # the published one was saved on a GPU
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
-        torch.save({name: x.abs() for name, x in weights.items() if name.startswith("lin")}, folder / "alex.pth")
+        torch.save({name: x.abs() for name, x in weights.items() if name.startswith("lin")},
+                   folder / "alex.pth")
     weights = scatter(perceptual.SyncNet()).state_dict()
-    torch.save({name: x for name, x in weights.items() if "num_batches" not in name}, folder / "syncnet_v2.model")
+    torch.save({name: x for name, x in weights.items() if "num_batches" not in name},
+               folder / "syncnet_v2.model")
     save_onnx(folder / "MobileFaceNet.onnx")
     return folder
 
@@ -120,22 +126,23 @@ def nets(tmp_path_factory):
 def measures(nets):
     """Loaded from it; CSIM only where OpenCV is installed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")                                      # TorchScript's deprecation is not the user's
+        warnings.simplefilter("error")                           # TorchScript's deprecation is not the user's
         found, absent = perceptual.load(nets)
     assert list(found) + ["csim"] * len(absent) == ["lpips", "inception", "i3d", "syncnet", "csim"]
     return found
 
 
-# ----------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 @pytest.mark.parametrize("x, word", [
-    ((pictures() + 1).mul(127.5).byte(), "uint8"), ((pictures() + 1) * 127.5, "from"), (pictures() + 0.08, "from"),
+    ((pictures() + 1).mul(127.5).byte(), "uint8"), ((pictures() + 1) * 127.5, "from"),
+    (pictures() + 0.08, "from"),
     (pictures() - 0.08, "from"), (pictures() / 2 + 0.5, "[0, 1]"), (pictures() * float("nan"), "nan"),
     (pictures()[0], "shape"), (pictures()[:, :1], "shape"), (pictures()[:0], "shape")])
 def test_other_ranges_and_shapes_are_refused_by_every_measure(x, word):
     for call in (perceptual.check, lambda x: perceptual.inception(None, x), lambda x: perceptual.i3d(None, x),
                  lambda x: perceptual.lpips(None, x, x), lambda x: perceptual.lpips(None, pictures(), x),
-                 lambda x: perceptual.syncnet(None, x, torch.zeros(1, 9600)), lambda x: perceptual.csim(None, x, x),
-                 lambda x: perceptual.csim(None, pictures(), x)):
+                 lambda x: perceptual.syncnet(None, x, torch.zeros(1, 9600)),
+                 lambda x: perceptual.csim(None, x, x), lambda x: perceptual.csim(None, pictures(), x)):
         with pytest.raises(ValueError) as error:
             call(x)
         assert word in str(error.value) and "give" in str(error.value) and "\n" not in str(error.value)
@@ -143,13 +150,13 @@ def test_other_ranges_and_shapes_are_refused_by_every_measure(x, word):
 
 def test_what_is_in_range_passes():
     perceptual.check(pictures())
-    perceptual.check(pictures() * 1.05)                                     # filters ring a little
-    perceptual.check(pictures(2) / 2 + 0.5)                                 # two light pictures may be just that
+    perceptual.check(pictures() * 1.05)                                  # filters ring a little
+    perceptual.check(pictures(2) / 2 + 0.5)                              # two light pictures may be just that
     perceptual.check(-torch.ones(3, 3, 8, 8))
     perceptual.check(pictures().half())
 
 
-# ---------------------------------------------------------------------------------------------------- Frechet distance
+# ------------------------------------------------------------------------------------------- Frechet distance
 def exactly(mean, covariance, n, seed=0):
     """n samples whose own mean (d,) and covariance (d, d) are those given."""
     x = draws(n, len(mean), seed=seed).double()
@@ -170,7 +177,8 @@ def by_eigenvalues(a, b):
 def test_frechet_distance_of_known_gaussians():
     d = torch.float64
     a = exactly(torch.tensor([1.0, 0, 2], dtype=d), torch.diag(torch.tensor([1.0, 4, 9], dtype=d)), 20)
-    b = exactly(torch.tensor([0.0, 0, 0], dtype=d), torch.diag(torch.tensor([4.0, 4, 1], dtype=d)), 31, seed=1)
+    b = exactly(torch.tensor([0.0, 0, 0], dtype=d), torch.diag(torch.tensor([4.0, 4, 1], dtype=d)), 31,
+                seed=1)
     assert frechet(a, b) == pytest.approx(5 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2, abs=1e-9)
     turn = torch.linalg.qr(draws(3, 3).double()).Q                          # no change in a turned frame
     assert frechet(a @ turn, b @ turn) == pytest.approx(10, abs=1e-9)
@@ -182,7 +190,8 @@ def test_frechet_distance_of_known_gaussians():
 def test_frechet_distance_by_eigenvalues(n, m, d):
     mix = draws(d, d, seed=2)
     a, b = draws(n, d) @ mix, draws(m, d, seed=1) + 0.3
-    assert frechet(a, b) == pytest.approx(by_eigenvalues(a, b), rel=1e-6)   # of singular covariances the roots are less exact
+    # of singular covariances the roots are less exact
+    assert frechet(a, b) == pytest.approx(by_eigenvalues(a, b), rel=1e-6)
     assert frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-12)
     assert frechet(a, a) == pytest.approx(0, abs=1e-9)
 
@@ -211,8 +220,10 @@ def test_frechet_distance_is_torchmetrics():
 
 
 @pytest.mark.parametrize("a, b, word", [
-    (draws(1, 4), draws(5, 4), "at least 2"), (draws(5, 4), draws(0, 4), "at least 2"), (draws(5, 4), draws(5, 3), "shapes"),
-    (draws(5, 4) / 0, draws(5, 4), "finite"), (draws(5, 4), draws(5, 4) * float("nan"), "finite"), (draws(5), draws(5), "shapes")])
+    (draws(1, 4), draws(5, 4), "at least 2"), (draws(5, 4), draws(0, 4), "at least 2"),
+    (draws(5, 4), draws(5, 3), "shapes"),
+    (draws(5, 4) / 0, draws(5, 4), "finite"), (draws(5, 4), draws(5, 4) * float("nan"), "finite"),
+    (draws(5), draws(5), "shapes")])
 def test_features_without_a_distance_are_refused(a, b, word):
     with pytest.raises(ValueError, match=word):
         frechet(a, b)
@@ -227,7 +238,7 @@ def test_the_text_of_a_distance_holds_the_number_of_clips():
             perceptual.frechet_text(a, b, clips)
 
 
-# ----------------------------------------------------------------------------------------------- features of FID and FVD
+# ------------------------------------------------------------------------------------ features of FID and FVD
 def test_inception_is_given_rounded_bytes(measures):
     x = pictures(40, 16)                                                    # more than one part
     x[0, 0, 0, 0], x[0, 0, 0, 1] = -1.04, 1.04
@@ -250,7 +261,8 @@ def test_i3d_is_given_the_clip_as_it_is(measures):
     frames = pictures(35, 16)
     found = measures["i3d"](frames)
     assert found.shape == (2, 400)
-    assert torch.allclose(found[:, :16].flatten(), frames[:32].mean((1, 2, 3)), atol=1e-3)     # in [-1, 1], in order
+    # in [-1, 1], in order
+    assert torch.allclose(found[:, :16].flatten(), frames[:32].mean((1, 2, 3)), atol=1e-3)
     assert found[0, 16:20].tolist() == [224, 224, 0, 0]
     assert measures["i3d"](frames[:15]).shape == (0, 400)
 
@@ -262,17 +274,20 @@ def test_features_of_another_width_are_refused(tmp_path):
         found["inception"](pictures())
 
 
-# --------------------------------------------------------------------------------------------------------------- LPIPS
+# ------------------------------------------------------------------------------------------------------ LPIPS
 def direct_lpips(a, b, weights):
     """The definition, in double precision, layer by layer."""
     w, total = {name: x.double() for name, x in weights.items()}, 0
     stages = []
     for x in (a.double(), b.double()):
-        x = (x - x.new_tensor([-.030, -.088, -.188]).view(3, 1, 1)) / x.new_tensor([.458, .448, .450]).view(3, 1, 1)
+        x = (x - x.new_tensor([-.030, -.088, -.188]).view(3, 1, 1)) / x.new_tensor([.458, .448, .450]).view(3,
+            1, 1)
         out = []
-        for k, (place, stride, padding) in enumerate([(0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1)]):
+        for k, (place, stride, padding) in enumerate([(0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1),
+                                                      (10, 1, 1)]):
             x = F.max_pool2d(x, 3, 2) if k in (1, 2) else x
-            x = F.conv2d(x, w[f"features.{place}.weight"], w[f"features.{place}.bias"], stride, padding).relu()
+            x = F.conv2d(x, w[f"features.{place}.weight"], w[f"features.{place}.bias"], stride,
+                         padding).relu()
             out.append(x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-10))
         stages.append(out)
     for k, (x, y) in enumerate(zip(*stages, strict=True)):
@@ -284,7 +299,8 @@ def test_lpips_is_its_definition(measures, nets):
     true = pictures(20)                                                     # more than one part
     made = (true + 0.2 * draws(20, 3, 64, 64)).clamp(-1, 1)
     made[3] = true[3]
-    weights = torch.load(nets / "alexnet-owt-7be5be79.pth") | torch.load(nets / "alex.pth", map_location="cpu")
+    weights = torch.load(nets / "alexnet-owt-7be5be79.pth") | torch.load(nets / "alex.pth",
+        map_location="cpu")
     found = measures["lpips"](made, true)
     assert torch.allclose(found.double(), direct_lpips(made, true, weights), rtol=1e-4)
     assert found[3] == 0 and (found[4:] > 0).all() and found.shape == (20,)
@@ -303,7 +319,7 @@ def test_lpips_weights_are_named_as_published():
     assert shapes == want
 
 
-# ------------------------------------------------------------------------------------------------------------ lip sync
+# --------------------------------------------------------------------------------------------------- lip sync
 def test_syncnet_weights_are_named_as_published():
     want = {}
 
@@ -313,11 +329,11 @@ def test_syncnet_weights_are_named_as_published():
             for part in ("weight", "bias", "running_mean", "running_var"):
                 want[f"{name}.{place + 1}.{part}"] = shape[:1]
 
-    for place, shape in {0: (64, 1, 3, 3), 4: (192, 64, 3, 3), 8: (384, 192, 3, 3), 11: (256, 384, 3, 3), 14: (256, 256, 3, 3),
-                         18: (512, 256, 5, 4)}.items():
+    for place, shape in {0: (64, 1, 3, 3), 4: (192, 64, 3, 3), 8: (384, 192, 3, 3), 11: (256, 384, 3, 3),
+                         14: (256, 256, 3, 3), 18: (512, 256, 5, 4)}.items():
         layer("netcnnaud", place, *shape)
-    for place, shape in {0: (96, 3, 5, 7, 7), 4: (256, 96, 1, 5, 5), 8: (256, 256, 1, 3, 3), 11: (256, 256, 1, 3, 3),
-                         14: (256, 256, 1, 3, 3), 18: (512, 256, 1, 6, 6)}.items():
+    for place, shape in {0: (96, 3, 5, 7, 7), 4: (256, 96, 1, 5, 5), 8: (256, 256, 1, 3, 3),
+                         11: (256, 256, 1, 3, 3), 14: (256, 256, 1, 3, 3), 18: (512, 256, 1, 6, 6)}.items():
         layer("netcnnlip", place, *shape)
     for name in ("netfcaud", "netfclip"):
         layer(name, 0, 512, 512)
@@ -342,7 +358,8 @@ def direct_mfcc(samples):
             logs.append(math.log(energy or np.finfo(float).eps))
         row = [math.log(power.sum() or np.finfo(float).eps)]
         for k in range(1, 13):
-            value = sum(value * math.cos(math.pi * k * (2 * n + 1) / 52) for n, value in enumerate(logs)) * math.sqrt(2 / 26)
+            value = sum(value * math.cos(math.pi * k * (2 * n + 1) / 52) for n,
+                        value in enumerate(logs)) * math.sqrt(2 / 26)
             row.append(value * (1 + 11 * math.sin(math.pi * k / 22)))
         rows.append(row)
     return np.array(rows)
@@ -360,14 +377,15 @@ def test_mfcc_is_its_definition(length):
 def test_mfcc_is_python_speech_features():
     speech = pytest.importorskip("python_speech_features")
     samples = (draws(6400) * 3000).round().clamp(-32768, 32767)
-    assert np.allclose(perceptual.mfcc(samples / 32768), speech.mfcc(samples.numpy().astype(np.int16), 16000), atol=1e-6)
+    assert np.allclose(perceptual.mfcc(samples / 32768), speech.mfcc(samples.numpy().astype(np.int16), 16000),
+                       atol=1e-6)
     assert perceptual.mfcc(samples / 32768).shape == (39, 13)
 
 
 def test_sync_of_shifted_embeddings():
     lips = draws(80, 16)
     for late in (3, 0, -7):
-        heard = lips.roll(-late, 0) + 0.1 * draws(80, 16, seed=1)           # lips at i say what was heard at i - late
+        heard = lips.roll(-late, 0) + 0.1 * draws(80, 16, seed=1)   # lips at i say what was heard at i - late
         found = perceptual.match(lips, heard)
         assert found["offset"] == late and found["sync_c"] > 2
         padded, means = torch.cat([torch.zeros(15, 16), heard, torch.zeros(15, 16)]), []
@@ -387,7 +405,8 @@ class Flashes(nn.Module):
 
     def sound(self, x):
         assert x.shape[1:] == (1, 13, 20)
-        return (x[:, 0, 0].unflatten(1, (5, 4))[..., :2].mean(2) > 21).float()      # those that end in the same frame
+        # those that end in the same frame
+        return (x[:, 0, 0].unflatten(1, (5, 4))[..., :2].mean(2) > 21).float()
 
 
 @pytest.mark.parametrize("late", [0, 3, -4])
@@ -419,24 +438,27 @@ def test_sync_of_the_real_shape(measures):
     assert math.isfinite(found["sync_d"]) and found["sync_d"] > 0 and found["sync_c"] >= 0
 
 
-@pytest.mark.parametrize("frames, wave", [(5, torch.zeros(9600)), (9, torch.zeros(3000)), (9, torch.zeros(2, 9600)),
-                                          (9, torch.zeros(9600).short()), (9, torch.full((9600,), 300.0)), (9, torch.zeros(1, 0))])
+@pytest.mark.parametrize("frames, wave",
+                         [(5, torch.zeros(9600)), (9, torch.zeros(3000)), (9, torch.zeros(2, 9600)),
+                                          (9, torch.zeros(9600).short()), (9, torch.full((9600,), 300.0)),
+                          (9, torch.zeros(1, 0))])
 def test_sound_that_cannot_be_used_is_refused(frames, wave):
     with pytest.raises(ValueError, match="give"):
         perceptual.syncnet(None, pictures(frames), wave)
 
 
-# ------------------------------------------------------------------------------------------------------- faces, identity
+# -------------------------------------------------------------------------------------------- faces, identity
 def test_the_square_over_a_face():
     x = pictures(2, 100)
-    inside = perceptual.crop(x, (0.3, 0.2, 0.5, 0.6), 40)                   # 20 wide, 40 high: 40 square round its middle
+    inside = perceptual.crop(x, (0.3, 0.2, 0.5, 0.6), 40)       # 20 wide, 40 high: 40 square round its middle
     assert torch.equal(inside, x[:, :, 20:60, 20:60])
-    wide = perceptual.crop(x, (0.3, 0.2, 0.5, 0.6), 56, 1.4)                # the published square: same top, 1.4 as large
+    wide = perceptual.crop(x, (0.3, 0.2, 0.5, 0.6), 56, 1.4)    # the published square: same top, 1.4 as large
     assert torch.equal(wide, x[:, :, 20:76, 12:68])
     beyond = perceptual.crop(x, (0.8, 0.8, 1.0, 1.0), 28, 1.4)
     assert torch.equal(beyond[:, :, :20, :24], x[:, :, 80:, 76:])
     assert torch.allclose(to_uint8(beyond[:, :, 20:]).float(), torch.tensor(110.0))
-    assert torch.equal(perceptual.crop(x, (0, 0, 1, 1), 50), F.interpolate(x, (50, 50), mode="bilinear", align_corners=False))
+    assert torch.equal(perceptual.crop(x, (0, 0, 1, 1), 50),
+                       F.interpolate(x, (50, 50), mode="bilinear", align_corners=False))
     for face in ((0.5, 0.5, 0.5, 0.5), (1.1, 0.2, 1.4, 0.5), (0.2, -0.5, 0.4, -0.1)):
         with pytest.raises(ValueError, match="holds no pixel"):
             perceptual.crop(x, face, 40)
@@ -446,7 +468,8 @@ def test_csim_is_the_cosine_of_embeddings(measures):
     pytest.importorskip("cv2")
     a, b = pictures(4, 112), pictures(4, 112, seed=1) * 0.5 + 0.2 * draws(4, 3, 1, 1).clamp(-2, 2)
     mean, std = torch.tensor([[.485, .456, .406]]), torch.tensor([[.229, .224, .225]])
-    ea, eb = (((x + 1) / 2).mean((2, 3)).sub(mean).div(std) for x in (a, b))             # the network's: means of colours
+    # the network's: means of colours
+    ea, eb = (((x + 1) / 2).mean((2, 3)).sub(mean).div(std) for x in (a, b))
     want = (ea * eb).sum(1) / ea.norm(dim=1) / eb.norm(dim=1)
     assert torch.allclose(measures["csim"](a, b, (0, 0, 1, 1)), want, atol=1e-4)
     assert torch.allclose(measures["csim"](a[:1], b, (0, 0, 1, 1))[0], want[0], atol=1e-4)
@@ -455,13 +478,14 @@ def test_csim_is_the_cosine_of_embeddings(measures):
         measures["csim"](a[:2], b)
 
 
-# ---------------------------------------------------------------------------------------------------------- the files
+# -------------------------------------------------------------------------------------------------- the files
 def test_every_absent_network_has_its_sentence(tmp_path, nets):
     found, absent = perceptual.load(tmp_path / "nowhere")
     assert found == {} and len(absent) == 5
     for text, measure, file, site in zip(
             absent, ("LPIPS", "FID", "FVD", "Sync-C", "CSIM"),
-            ("alex.pth", "inception-2015-12-05.pt", "i3d_torchscript.pt", "syncnet_v2.model", "MobileFaceNet.onnx"),
+            ("alex.pth", "inception-2015-12-05.pt", "i3d_torchscript.pt", "syncnet_v2.model",
+             "MobileFaceNet.onnx"),
             ("PerceptualSimilarity", "nvlabs", "dropbox", "robots.ox.ac.uk", "foamliu"), strict=True):
         assert all(word in text for word in (measure, file, site, "nowhere")) and "\n" not in text
     (tmp_path / "alex.pth").write_bytes((nets / "alex.pth").read_bytes())
@@ -517,4 +541,5 @@ def test_what_is_loaded_is_what_was_saved(measures, nets):
     assert all(torch.equal(net.state_dict()[name], x) for name, x in saved.items())
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     again = copy.deepcopy(net).train()
-    assert not torch.allclose(again.sound(draws(4, 1, 13, 20)), net.sound(draws(4, 1, 13, 20)))     # statistics are used
+    # statistics are used
+    assert not torch.allclose(again.sound(draws(4, 1, 13, 20)), net.sound(draws(4, 1, 13, 20)))

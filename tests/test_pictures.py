@@ -1,4 +1,5 @@
-"""pictures.py: directions, names, attention and errors against planted cases whose answer is known; the command."""
+"""pictures.py: directions, names, attention and errors against planted cases whose answer is known; the
+command."""
 import os
 from types import SimpleNamespace
 
@@ -44,7 +45,8 @@ def short(monkeypatch):
 def sheets(monkeypatch):
     """What pictures.sheet was given."""
     asked = []
-    monkeypatch.setattr(pictures, "sheet", lambda *args, real=pictures.sheet: asked.append(args) or real(*args))
+    monkeypatch.setattr(pictures, "sheet", lambda *args,
+                        real=pictures.sheet: asked.append(args) or real(*args))
     return asked
 
 
@@ -54,7 +56,8 @@ def pixels(image):
 
 def test_principal_directions_are_the_eigenvectors_of_the_covariance():
     draw = torch.Generator().manual_seed(0)
-    tokens = (torch.randn(500, 10, generator=draw) * torch.arange(1, 11)) @ torch.randn(10, 10, generator=draw) + 7
+    tokens = (torch.randn(500, 10, generator=draw) * torch.arange(1, 11)) @ torch.randn(10, 10,
+        generator=draw) + 7
     mean, axes, deviations, shares = pictures.principal(tokens, 6)
     assert torch.allclose(axes @ axes.T, torch.eye(6), atol=1e-5) and torch.allclose(mean, tokens.mean(0))
     values, vectors = torch.linalg.eigh(torch.cov(tokens.T))
@@ -66,10 +69,11 @@ def test_principal_directions_are_the_eigenvectors_of_the_covariance():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_planted_factor_names_its_direction_and_moves_the_token(monkeypatch, sheets, sign):
-    """The token is the jaw along one line, and a little noise; direction 1 must be that line, towards an open jaw, whichever
-    way the decomposition points."""
+    """The token is the jaw along one line, and a little noise; direction 1 must be that line, towards an open
+    jaw, whichever way the decomposition points."""
     draw = torch.Generator().manual_seed(0)
-    line, moves, jaw = torch.nn.functional.normalize(torch.randn(12, generator=draw), dim=0), [], NAMES.index("jaw")
+    line, moves, jaw = torch.nn.functional.normalize(torch.randn(12, generator=draw),
+                                                     dim=0), [], NAMES.index("jaw")
     monkeypatch.setattr(pictures, "render_batched", lambda people, motion, size: motion)
 
     def either(tokens, count, real=pictures.principal):
@@ -88,7 +92,8 @@ def test_a_planted_factor_names_its_direction_and_moves_the_token(monkeypatch, s
 
     monkeypatch.setattr(pictures, "encode", lambda release, x: torch.full((1, 12), 3.0))
     monkeypatch.setattr(pictures, "decode_clip",
-                        lambda checkpoint, photo, tokens, *_: moves.append(tokens) or photo.expand(5, -1, -1, -1))
+                        lambda checkpoint, photo, tokens,
+                        *_: moves.append(tokens) or photo.expand(5, -1, -1, -1))
     pictures.directions(RELEASE, torch.zeros(3, 32, 32), found)
     (_, head, rows, side), = sheets
     assert "jaw +1.00" in side[0] and "100.0% of variance" in side[0] and "jaw +1.00" not in side[1]
@@ -101,14 +106,14 @@ def test_recomputed_attention_is_that_of_the_layer():
     torch.manual_seed(1)
     encoder = MotionEncoder(EncoderConfig(**SHAPE, depth=3, num_tokens=2)).eval()
     with torch.inference_mode():
-        for block in encoder.blocks:                                                # far from uniform, and heads unlike
+        for block in encoder.blocks:                                      # far from uniform, and heads unlike
             block.attention.qkv.weight *= 6
         layer, x = encoder.blocks[0].attention, torch.randn(2, 18, 32)
         weights, (_, _, v) = pictures.attention_weights(layer, x), layer.project(x)
         assert torch.allclose(weights.sum(-1), torch.ones(2, 2, 18), atol=1e-5) and weights.amax() > 0.3
         assert torch.allclose(layer.out((weights @ v).transpose(1, 2).flatten(2)), layer(x), atol=1e-5)
 
-        inputs = []                                                                 # the layers' inputs, seen from outside
+        inputs = []                                                    # the layers' inputs, seen from outside
         for block in encoder.blocks:
             block.norm1.register_forward_hook(lambda module, given, out: inputs.append(out))
         z = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -122,10 +127,10 @@ def test_recomputed_attention_is_that_of_the_layer():
 
 def test_the_overlay_glows_where_the_token_looks(monkeypatch, sheets):
     planted = torch.full((1, 2, 17), 0.01)
-    planted[0, 0, 1 * 4 + 3], planted[0, 1, 16] = 0.5, 0.9                          # row 1, column 3; layer 2: the token itself
+    planted[0, 0, 1 * 4 + 3], planted[0, 1, 16] = 0.5, 0.9        # row 1, column 3; layer 2: the token itself
     monkeypatch.setattr(pictures, "token_attention", lambda *given: planted)
-    release = SimpleNamespace(encoder=MotionEncoder(EncoderConfig(**SHAPE, depth=2)), space=SimpleNamespace(encode=lambda x: x),
-                              device=torch.device("cpu"))
+    release = SimpleNamespace(encoder=MotionEncoder(EncoderConfig(**SHAPE, depth=2)),
+                              space=SimpleNamespace(encode=lambda x: x), device=torch.device("cpu"))
     pictures.attention(release, torch.zeros(1, 3, 32, 32))
     frame, layer, even = (pixels(x).sum(2).float() for x in sheets[0][2][0])
     layer[-24:, :48] = even[-24:, :48] = 0                                          # the notes
@@ -135,21 +140,26 @@ def test_the_overlay_glows_where_the_token_looks(monkeypatch, sheets):
 
 
 def test_errors_are_those_of_the_frame_least_like_the_photo(monkeypatch, sheets):
-    """Grey clips: frame 2 differs most and drives. A decoder that paints 0.2 too bright: x 4 is 40% of the scale."""
+    """Grey clips: frame 2 differs most and drives. A decoder that paints 0.2 too bright: x 4 is 40% of the
+    scale."""
     grey = torch.tensor([0.0, 0.1, 0.7, -0.3]).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
     clips = [(grey - shift, torch.tensor([0, 0, 0.9, 0])[:, None], torch.zeros(32)) for shift in (0, 0.1)]
     monkeypatch.setattr(pictures, "encode", lambda release, x: x[:, :1, 0, 0])
-    monkeypatch.setattr(pictures, "decode_clip", lambda release, photo, tokens, *_: tokens.view(1, 1, 1, 1).expand(1, 3, 32, 32) + 0.2)
-    monkeypatch.setattr(pictures, "render_batched", lambda who, motion, size: motion.view(1, 1, 1, 1).expand(1, 3, 32, 32))
+    monkeypatch.setattr(pictures, "decode_clip", lambda release, photo, tokens,
+                        *_: tokens.view(1, 1, 1, 1).expand(1, 3, 32, 32) + 0.2)
+    monkeypatch.setattr(pictures, "render_batched", lambda who, motion,
+                        size: motion.view(1, 1, 1, 1).expand(1, 3, 32, 32))
     noted = []
-    monkeypatch.setattr(pictures, "tile", lambda x, note="", real=pictures.tile: noted.append(note) or real(x, note))
+    monkeypatch.setattr(pictures, "tile", lambda x, note="",
+                        real=pictures.tile: noted.append(note) or real(x, note))
     pictures.errors(RELEASE, clips)
     first, second = sheets[0][2]
 
     def level(tile):
         return (pixels(tile)[:64].float().mean((0, 1)) / 127.5 - 1).tolist()
 
-    assert [level(first[k])[0] for k in (0, 1, 2, 4, 5, 6)] == pytest.approx([0, 0.7, 0.9, -0.1, 0.9, 0.9], abs=0.01)
+    assert [level(first[k])[0] for k in (0, 1, 2, 4, 5, 6)] == pytest.approx([0, 0.7, 0.9, -0.1, 0.9, 0.9],
+        abs=0.01)
     assert level(first[3]) == pytest.approx([1, -0.6, -1], abs=0.02)               # 0.4: red, a little yellow
     assert level(first[7]) == pytest.approx([-1, -1, -1]) and level(second[7])[0] > -0.5
     assert noted[3] == "20.0 dB"
@@ -167,8 +177,9 @@ def test_trajectories_follow_where_the_token_is_the_factor(monkeypatch):
     def drawn(sign):
         found = SimpleNamespace(mean=torch.zeros(17), axes=sign * eye, deviations=torch.full((n,), 0.5),
                                 correlations=sign * eye, scores=scores, motion=motion)
-        *left, right, colours = (axes for part in pictures.trajectories(RELEASE, found).subfigs for axes in part.axes)
-        curves = [[line.get_ydata() for line in axes.lines] for axes in left]                         # n x (true, token)
+        *left, right, colours = (axes for part in pictures.trajectories(RELEASE, found).subfigs
+                                 for axes in part.axes)
+        curves = [[line.get_ydata() for line in axes.lines] for axes in left]              # n x (true, token)
         return torch.tensor(np.array(curves)), left, right, colours
 
     for sign in (1, -1):
@@ -179,7 +190,8 @@ def test_trajectories_follow_where_the_token_is_the_factor(monkeypatch):
         assert left[0].get_title("right") == "correlation 1.00"
         assert left[0].lines[0].get_xdata()[-1] == pytest.approx(19 / 25)
         points = right.collections[0]
-        assert np.allclose(points.get_offsets(), scores) and np.allclose(points.get_array(), [-11.459, 11.459, 0], atol=1e-2)
+        assert np.allclose(points.get_offsets(), scores) and np.allclose(points.get_array(),
+            [-11.459, 11.459, 0], atol=1e-2)
         path = np.array(right.lines[0].get_xydata())
         assert np.allclose(path, sign * 2 * clip[:2].T, atol=1e-4) and colours.get_ylabel() == "yaw (degrees)"
     noise = torch.Generator().manual_seed(0)
@@ -190,8 +202,8 @@ def test_trajectories_follow_where_the_token_is_the_factor(monkeypatch):
 
 def test_no_label_is_cut_off_or_hidden():
     """All ink of the texts on a sheet is there, and none within its margins."""
-    texts = ("a long title, longer than the single picture under it is wide,\nand then a second line of it", "head\nof two lines",
-             "a label at its left")
+    texts = ("a long title, longer than the single picture under it is wide,\nand then a second line of it",
+             "head\nof two lines", "a label at its left")
     image = pictures.sheet(texts[0], [texts[1]], [[Image.new("RGB", (128, 128), "red")]], [texts[2]])
     wide = Image.new("RGB", (2000, 200), "white")
     for k, text in enumerate(texts):
@@ -204,12 +216,15 @@ def test_no_label_is_cut_off_or_hidden():
 
 def test_the_command_draws_four_pictures(given, tmp_path, capsys, sheets):
     pytest.importorskip("matplotlib")
-    assert pictures.main(["--ckpt", str(given / "w.safetensors"), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["attention.png", "directions.png", "errors.png", "trajectories.png"]
+    assert pictures.main(["--ckpt", str(given / "w.safetensors"), "--out", str(tmp_path / "out"), "--device",
+                          "cpu"]) == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["attention.png", "directions.png", "errors.png",
+                                                    "trajectories.png"]
     sizes = {name[:-4]: Image.open(tmp_path / "out" / name).size for name in os.listdir(tmp_path / "out")}
     assert sizes["trajectories"] == (1200, 640)
     assert len(Image.open(tmp_path / "out" / "trajectories.png").getcolors(10**6)) > 10
-    for name, asked, columns, rows in zip(("errors", "directions", "attention"), sheets, (8, 6, 3), (5, 8, 5), strict=True):
+    for name, asked, columns, rows in zip(("errors", "directions", "attention"), sheets, (8, 6, 3), (5, 8, 5),
+                                          strict=True):
         assert len(asked[1]) == columns and len(asked[2]) == rows
         assert sizes[name][0] >= 130 * columns and 0 < sizes[name][1] - 130 * rows < 100
     assert "errors.png" in capsys.readouterr().out
@@ -226,12 +241,14 @@ def test_of_real_people_only_what_is_known_is_shown(given, tmp_path, capsys, she
         rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": False,
                      "margin": 1.25})
     write_lines(tmp_path / "manifest.jsonl", rows)
-    args = ["--ckpt", str(given / "w.safetensors"), "--device", "cpu", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    args = ["--ckpt", str(given / "w.safetensors"), "--device", "cpu", "--data", str(tmp_path), "--out",
+            str(tmp_path / "out")]
     assert pictures.main(args) == 0 and len(os.listdir(tmp_path / "out")) == 4
     errors = sheets[0]
-    assert len(errors[1]) == 6 and [len(row) for row in errors[2]] == [6, 6] and not any("true" in text for text in errors[1])
+    assert len(errors[1]) == 6 and [len(row) for row in errors[2]] == [6,
+        6] and not any("true" in text for text in errors[1])
     shown = [[pixels(row[k])[64, 64, 0].item() for k in (0, 1, 4)] for row in errors[2]]
-    assert np.abs(np.array(shown) - [[80, 110, 160], [160, 190, 80]]).max() < 6     # of 6 frames the last drives
+    assert np.abs(np.array(shown) - [[80, 110, 160], [160, 190, 80]]).max() < 6  # of 6 frames the last drives
     write_lines(tmp_path / "manifest.jsonl", rows[:2])
     refused(capsys, pictures.main(args), "one person")
 

@@ -35,13 +35,15 @@ def speech(seconds):
 
 
 def video(path, frames, rate=25, size=(64, 96), paint=None, wave=None, lead=0.0, codec="libx264", aspect=1):
-    """A video of `frames` at `rate` (height, width); its sound starts `lead` seconds after the first picture."""
+    """A video of `frames` at `rate` (height, width); its sound starts `lead` seconds after the first
+    picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=rate)
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.sample_aspect_ratio = Fraction(aspect)
-        sound = out.add_stream("aac" if codec == "libx264" else "mp3", rate=16000, layout="mono") if wave is not None else None
+        sound = out.add_stream("aac" if codec == "libx264" else "mp3", rate=16000,
+                               layout="mono") if wave is not None else None
         if sound:
             frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
             frame.sample_rate = 16000
@@ -60,22 +62,27 @@ def video(path, frames, rate=25, size=(64, 96), paint=None, wave=None, lead=0.0,
 
 
 def prepare(*words):
-    return prepare_module.main(["prepare", "--crop", "centre", "--size", "32", "--jobs", "1", *map(str, words)])
+    return prepare_module.main(["prepare", "--crop", "centre", "--size", "32", "--jobs", "1",
+                                *map(str, words)])
 
 
 def rows(folder, name="manifest"):
     return read_lines(folder / f"{name}.jsonl")
 
 
-# ---- who is who -----------------------------------------------------------------------------------------------------
+# ---- who is who --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("path, identity", [
-    ("M003/video/front/angry/level_2/001.mp4", "MEAD/M003"), ("W011_left_30_neutral_level_1_040.mp4", "MEAD/W011"),
-    ("id10283/0cM943TyKcM/00001.mp4", "VoxCeleb/id10283"), ("train/id00012#21Uxsk56VDQ#00001#00110.mp4", "VoxCeleb/id00012"),
-    ("WDA_KatieHill_000.mp4", "HDTF/WDA_KatieHill"), ("x/WRA_JebHensarling2_001.mp4", "HDTF/WRA_JebHensarling"),
+    ("M003/video/front/angry/level_2/001.mp4", "MEAD/M003"),
+    ("W011_left_30_neutral_level_1_040.mp4", "MEAD/W011"),
+    ("id10283/0cM943TyKcM/00001.mp4", "VoxCeleb/id10283"),
+    ("train/id00012#21Uxsk56VDQ#00001#00110.mp4", "VoxCeleb/id00012"),
+    ("WDA_KatieHill_000.mp4", "HDTF/WDA_KatieHill"),
+    ("x/WRA_JebHensarling2_001.mp4", "HDTF/WRA_JebHensarling"),
     ("RD_Radio34_001.mp4", "HDTF/RD_Radio34"), ("RD_Radio3.mp4", "HDTF/RD_Radio3"),
     ("001_happy_038.mp4", "DH-FaceEmoVid/001"), ("x/018_fear_51.mp4", "DH-FaceEmoVid/018"),
-    ("celebv-hq/_Yu-EWF7Fxc_5.mp4", "CelebV-HQ/_Yu-EWF7Fxc"), ("CelebV/35666/M2Ohb0FAaJU_11_0.mp4", "CelebV-HQ/M2Ohb0FAaJU"),
+    ("celebv-hq/_Yu-EWF7Fxc_5.mp4", "CelebV-HQ/_Yu-EWF7Fxc"),
+    ("CelebV/35666/M2Ohb0FAaJU_11_0.mp4", "CelebV-HQ/M2Ohb0FAaJU"),
     ("alice/interview_a_01.mp4", "alice"), ("bob/interview_a_02.mp4", "bob"),
     ("anna/holiday 1.mp4", "anna"), ("a/b/c.mp4", "a/b"), ("lonely.mp4", "."),
 ])
@@ -95,17 +102,19 @@ def test_mead_names_tell_emotion_level_and_camera():
 
 @pytest.mark.parametrize("emotion", ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"])
 def test_dh_faceemovid_names_tell_the_emotion(emotion):
-    assert parse_identity(f"part/006_{emotion}_031.mp4") == {"identity": "DH-FaceEmoVid/006", "emotion": emotion}
+    assert parse_identity(f"part/006_{emotion}_031.mp4") == {"identity": "DH-FaceEmoVid/006",
+                                                             "emotion": emotion}
 
 
 def test_the_split_depends_on_the_name_alone():
     names = [f"person {k}" for k in range(4000)]
     splits = [split_of(name) for name in names]
-    assert splits.count("test") / 4000 == pytest.approx(TEST_SHARE, abs=0.012) and set(splits) == {"train", "test"}
+    assert splits.count("test") / 4000 == pytest.approx(TEST_SHARE, abs=0.012) and set(splits) == {"train",
+        "test"}
     assert [split_of(name) for name in names[:5]] == splits[:5]
 
 
-# ---- prepare --------------------------------------------------------------------------------------------------------
+# ---- prepare -----------------------------------------------------------------------------------------------
 
 def test_pieces_are_equal_parts_of_scenes():
     assert split_scenes(100, []) == [(0, 100)]
@@ -114,12 +123,14 @@ def test_pieces_are_equal_parts_of_scenes():
 
 
 def test_a_mixed_folder(tmp_path):
-    """Good, 30 fps, other containers, two scenes; too short, silent, clipped, noisy, broken, empty, and what is no video."""
+    """Good, 30 fps, other containers, two scenes; too short, silent, clipped, noisy, broken, empty, and what
+    is no video."""
     tree = tmp_path / "in"
     video(tree / "anna" / "good.mp4", 50, wave=speech(2))
     video(tree / "anna" / "fast.mkv", 60, rate=30)
     video(tree / "ben" / "old.avi", 30, codec="mpeg4")
-    video(tree / "ben" / "scenes.mp4", 70, paint=lambda k: np.full((64, 96, 3), 40 if k < 40 else 200, np.uint8))
+    video(tree / "ben" / "scenes.mp4", 70,
+          paint=lambda k: np.full((64, 96, 3), 40 if k < 40 else 200, np.uint8))
     video(tree / "ben" / "short.mp4", 20)
     video(tree / "ben" / "silent.mp4", 30, wave=np.zeros(19200, np.float32))
     video(tree / "ben" / "clipped.mp4", 30, wave=np.sign(speech(1.2)).astype(np.float32))
@@ -135,8 +146,10 @@ def test_a_mixed_folder(tmp_path):
     assert {row["identity"] for row in kept.values()} == {"in/anna", "in/ben"}
     assert [row["sound"] for row in kept.values()].count(True) == 1 and kept["in/anna/good.mp4", 0]["sound"]
     reasons = {row["source"]: row["reason"] for row in rows(tmp_path / "out", "dropped")}
-    for name, word in (("ben/short.mp4", "shorter"), ("ben/silent.mp4", "silent"), ("ben/clipped.mp4", "clipped"),
-                       ("ben/noisy.mp4", "noisy"), ("broken.mp4", "not a sound or video"), ("empty.mov", "empty")):
+    for name, word in (("ben/short.mp4", "shorter"), ("ben/silent.mp4", "silent"),
+                       ("ben/clipped.mp4", "clipped"),
+                       ("ben/noisy.mp4", "noisy"), ("broken.mp4", "not a sound or video"),
+                       ("empty.mov", "empty")):
         assert word in reasons.pop(f"in/{name}")
     assert not reasons
     for row in kept.values():
@@ -147,7 +160,7 @@ def test_a_mixed_folder(tmp_path):
 def test_flash_and_click_stay_together(tmp_path):
     """30 fps, the sound starting 0.3 s late, a square that lights up at 1.3 s just as a click is heard."""
     wave = 0.01 * speech(2)
-    wave[16000:16160] = 0.9                                                  # one second after the sound's own start
+    wave[16000:16160] = 0.9                                           # one second after the sound's own start
 
     def paint(k):
         picture = np.full((64, 64, 3), 60, np.uint8)
@@ -170,11 +183,13 @@ def test_pixels_that_are_not_square_become_so(tmp_path):
     assert prepare("--videos", tmp_path / "in", "--out", tmp_path / "out", "--size", "64") == 0
     for row in rows(tmp_path / "out"):
         frames, _ = data.read_clip(str(tmp_path / "out" / row["file"]), 64)
-        assert (frames[0, 0, 32] > 0.3).sum().item() == pytest.approx({"in/a.mp4": 16, "in/b.mp4": 32}[row["source"]], abs=2)
+        assert (frames[0, 0, 32] > 0.3).sum().item() == pytest.approx({"in/a.mp4": 16,
+            "in/b.mp4": 32}[row["source"]], abs=2)
 
 
 def tree_of(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file()}
 
 
 @pytest.mark.parametrize("how", ["killed", "told to stop"])
@@ -184,8 +199,10 @@ def test_ended_midway_and_started_again_gives_the_same_bytes(tmp_path, how):
               paint=lambda n, k=k: np.full((256, 256, 3), 30 * k + n % 30, np.uint8))
     words = [sys.executable, ROOT / "data.py", "prepare", "--crop", "centre", "--size", "64", "--jobs", "1",
              "--videos", tmp_path / "in"]
-    assert subprocess.run([*words, "--out", tmp_path / "whole"], capture_output=True, cwd=tmp_path).returncode == 0
-    run = subprocess.Popen([*words, "--out", tmp_path / "cut"], stderr=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True)
+    assert subprocess.run([*words, "--out", tmp_path / "whole"], capture_output=True,
+                          cwd=tmp_path).returncode == 0
+    run = subprocess.Popen([*words, "--out", tmp_path / "cut"], stderr=subprocess.DEVNULL, cwd=tmp_path,
+                           start_new_session=True)
     until = time.time() + 60
     while not list((tmp_path / "cut").glob("parts/*.jsonl")) and time.time() < until:
         time.sleep(0.01)
@@ -196,9 +213,12 @@ def test_ended_midway_and_started_again_gives_the_same_bytes(tmp_path, how):
         run.terminate()
         assert run.wait(60) == 130
         assert not list((tmp_path / "cut").rglob(".*"))
-    assert not (tmp_path / "cut" / "manifest.jsonl").exists() and list((tmp_path / "cut").glob("parts/*.jsonl"))
-    (tmp_path / "cut" / "clips" / ".half.mp4.1.part").write_bytes(b"what a kill in the middle of writing leaves")
-    assert subprocess.run([*words, "--out", tmp_path / "cut"], capture_output=True, cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "cut" / "manifest.jsonl").exists() and list((tmp_path
+        / "cut").glob("parts/*.jsonl"))
+    (tmp_path / "cut" / "clips" / ".half.mp4.1.part").write_bytes(b"what a kill in the middle of writing "
+                                                                  b"leaves")
+    assert subprocess.run([*words, "--out", tmp_path / "cut"], capture_output=True,
+                          cwd=tmp_path).returncode == 0
     assert tree_of(tmp_path / "cut") == tree_of(tmp_path / "whole")
 
 
@@ -206,15 +226,20 @@ def test_a_list_of_people_decides_identity_and_split(tmp_path):
     for name in ("a", "b", "c"):
         video(tmp_path / "set" / "in" / f"{name}.mp4", 30)
     (tmp_path / "set" / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
-        {"file": "in/a.mp4", "ident": "m1", "split": "test"}, {"file": "in/b.mp4", "identity": "m2", "split": "train"})))
-    assert prepare("--videos", tmp_path / "set" / "in", "--out", tmp_path / "out", "--people", tmp_path / "set" / "list.jsonl") == 0
+        {"file": "in/a.mp4", "ident": "m1", "split": "test"},
+        {"file": "in/b.mp4", "identity": "m2", "split": "train"})))
+    assert prepare("--videos", tmp_path / "set" / "in", "--out", tmp_path / "out", "--people",
+                   tmp_path / "set" / "list.jsonl") == 0
     found = {row["source"]: (row["identity"], row["split"]) for row in rows(tmp_path / "out")}
-    assert found["in/a.mp4"] == ("m1", "test") and found["in/b.mp4"] == ("m2", "train") and found["in/c.mp4"][0] == "in/."
+    assert found["in/a.mp4"] == ("m1", "test") and found["in/b.mp4"] == ("m2",
+        "train") and found["in/c.mp4"][0] == "in/."
 
 
 @pytest.mark.parametrize("words, told", [
-    (["--videos", "none", "--out", "out"], "none is not a folder"), (["--videos", "bare", "--out", "out"], "no video file"),
-    (["--videos", "in", "--out", "file"], "cannot be made"), (["--videos", "in", "--out", "other"], "another --size or --crop"),
+    (["--videos", "none", "--out", "out"], "none is not a folder"),
+    (["--videos", "bare", "--out", "out"], "no video file"),
+    (["--videos", "in", "--out", "file"], "cannot be made"),
+    (["--videos", "in", "--out", "other"], "another --size or --crop"),
     (["--videos", "in", "--out", "out", "--people", "bad.jsonl"], "bad.jsonl"),
     (["--videos", "in", "in", "--out", "out"], "two folders"),
     (["--videos", "in", "--out", "out", "--crop", "face", "--detector", "none.onnx"], "OpenCV|none.onnx"),
@@ -227,7 +252,8 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys, 
     Path("other/settings.jsonl").write_text('{"size": 64, "crop": "centre"}\n')
     assert prepare(*words) == 2
     said = capsys.readouterr().err.strip()
-    assert said.startswith("data.py: ") and any(word in said for word in told.split("|")) and "\n" not in said and "Trace" not in said
+    assert said.startswith("data.py: ") and any(word in said
+                                                for word in told.split("|")) and "\n" not in said and "Trace" not in said
 
 
 def test_nothing_to_keep_is_said(tmp_path, capsys):
@@ -237,7 +263,7 @@ def test_nothing_to_keep_is_said(tmp_path, capsys):
     assert "no clip could be made" in capsys.readouterr().err and rows(tmp_path / "out", "dropped")
 
 
-# ---- faults ---------------------------------------------------------------------------------------------------------
+# ---- faults ------------------------------------------------------------------------------------------------
 
 CRASHING = """
 import os, sys
@@ -258,9 +284,10 @@ def test_a_crashing_worker_costs_one_video(tmp_path):
     for name in ("a", "b crash", "c once"):
         video(tmp_path / "in" / f"{name}.mp4", 30)
     (tmp_path / "run.py").write_text(CRASHING)                   # its workers import it, too
-    words = [sys.executable, tmp_path / "run.py", "prepare", "--crop", "centre", "--size", "32", "--jobs", "2",
-             "--videos", tmp_path / "in", "--out", tmp_path / "out"]
-    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    words = [sys.executable, tmp_path / "run.py", "prepare", "--crop", "centre", "--size", "32", "--jobs",
+             "2", "--videos", tmp_path / "in", "--out", tmp_path / "out"]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert run.returncode == 0 and "Traceback" not in run.stderr
     assert [row["source"] for row in rows(tmp_path / "out")] == ["in/a.mp4", "in/c once.mp4"]
     assert [(row["source"], row["reason"]) for row in rows(tmp_path / "out", "dropped")] == [
@@ -292,7 +319,8 @@ def test_sound_is_held_a_scene_at_a_time(monkeypatch):
     scenes = split_scenes(3601 * 25 + 10, [130])
     for (start, count), wave in zip(scenes, prepare_module.split_audio("x", scenes), strict=True):
         assert len(wave) == count * 640 and len(taken) <= (start + count) / 25 + 1
-        assert wave[0] == start // 25 and wave[-1] == ((start + count - 1) // 25 if start + count <= 90000 else 0)
+        assert wave[0] == start // 25 and wave[-1] == ((start + count - 1) // 25 if start + count <= 90000
+                                                       else 0)
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -302,10 +330,11 @@ def test_names_that_are_not_utf8(tmp_path):
     os.rename(tmp_path / "a.mp4", os.path.join(folder, b"\xfe.mp4"))
     assert prepare("--videos", os.fsdecode(folder), "--out", tmp_path / "out") == 0
     row, = rows(tmp_path / "out")
-    assert os.fsencode(row["source"]) == b"in\xff 'x'\n/\xfe.mp4" and (tmp_path / "out" / row["file"]).exists()
+    assert os.fsencode(row["source"]) == b"in\xff 'x'\n/\xfe.mp4" and (tmp_path / "out"
+        / row["file"]).exists()
 
 
-# ---- faces ----------------------------------------------------------------------------------------------------------
+# ---- faces -------------------------------------------------------------------------------------------------
 
 FACE = Square(130, 80, 100, 0.1)
 
@@ -314,7 +343,8 @@ def test_the_square_is_that_of_the_median_face():
     assert clip_square([FACE] * 4 + [None], 400, 300, 100) == FACE
     stray = Square(150, 90, 120, 0.3)
     assert clip_square([FACE] * 3 + [stray] * 2, 400, 300, 100) == FACE
-    assert clip_square([Square(45, 40, 100)] * 3, 400, 300, 100) == Square(45, 40, 100)      # may leave the picture a little
+    # may leave the picture a little
+    assert clip_square([Square(45, 40, 100)] * 3, 400, 300, 100) == Square(45, 40, 100)
 
 
 @pytest.mark.parametrize("faces, word", [
@@ -326,8 +356,10 @@ def test_faces_that_do_not_do_are_told(faces, word):
 
 
 def test_prepare_cuts_the_square_of_the_face(tmp_path):
-    """A video that shows a face smaller and off the middle becomes a clip that shows what a photo's square does."""
-    portrait = Image.open(ROOT / "examples" / "portrait.png").convert("RGB").resize((160, 160), Image.Resampling.LANCZOS)
+    """A video that shows a face smaller and off the middle becomes a clip that shows what a photo's square
+    does."""
+    portrait = Image.open(ROOT / "examples" / "portrait.png").convert("RGB").resize((160, 160),
+        Image.Resampling.LANCZOS)
     frame = Image.new("RGB", (320, 240), (90, 110, 130))
     frame.paste(portrait, (140, 40))
     video(tmp_path / "a.mp4", 30, size=(240, 320), paint=lambda k: np.asarray(frame))
@@ -336,7 +368,8 @@ def test_prepare_cuts_the_square_of_the_face(tmp_path):
     row, = prepare_module.prepare_one(str(tmp_path / "a.mp4"), "in/a.mp4", about, tmp_path, 96)["kept"]
     square = Square(*row["square"])
     alone = largest(find_faces(load_detector(), portrait))
-    assert (square.cx - 140, square.cy - 40, square.side) == pytest.approx((alone.cx, alone.cy, alone.side), abs=6)
+    assert (square.cx - 140, square.cy - 40, square.side) == pytest.approx((alone.cx, alone.cy, alone.side),
+        abs=6)
     assert row["face"] == FACE_BOX and row["margin"] == 1.25
     wide = data.read_at(str(tmp_path / row["file"]), [7], 96, margin=True)
     around = crop_square(frame, replace(square, side=1.25 * square.side), 120)

@@ -25,7 +25,7 @@ def changed(people, a, b, size=64):
     return (render(people, a, size) - render(people, b, size)).abs().amax(1)
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- pictures ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_pictures_are_pictures(size):
@@ -68,7 +68,8 @@ def test_every_identity_factor_shows(name):
 
 
 def test_a_shift_moves_the_face():
-    """At 200 pixels, shift_x = 1 is 5 pixels to the right and shift_y = 1 is 4 down: the same face, elsewhere."""
+    """At 200 pixels, shift_x = 1 is 5 pixels to the right and shift_y = 1 is 4 down: the same face,
+    elsewhere."""
     face = (slice(None), slice(None), slice(60, 140), slice(60, 140))
     plain, right, down = (render(PEOPLE, rest(**m), 200) for m in ({}, {"shift_x": 1}, {"shift_y": 1}))
     torch.testing.assert_close(right.roll(-5, 3)[face], plain[face], atol=2e-3, rtol=0)
@@ -93,16 +94,18 @@ def test_an_eye_blinks_on_its_side_of_the_picture(eye, columns):
 
 @pytest.mark.parametrize("gaze, axis", [("gaze_x", 2), ("gaze_y", 1)])
 def test_the_dark_of_the_eye_goes_where_it_looks(gaze, axis):
-    change = (render(PEOPLE, rest(**{gaze: 1}), 64) - render(PEOPLE, rest(**{gaze: -1}), 64)).mean(1)   # (B, H, W)
+    # (B, H, W)
+    change = (render(PEOPLE, rest(**{gaze: 1}), 64) - render(PEOPLE, rest(**{gaze: -1}), 64)).mean(1)
     place = torch.arange(64.0).view(*((1, 1, 64) if axis == 2 else (1, 64, 1)))
-    darker, lighter = (part / part.sum((1, 2), keepdim=True) for part in ((-change).clamp(min=0), change.clamp(min=0)))
+    darker, lighter = (part / part.sum((1, 2), keepdim=True)
+                       for part in ((-change).clamp(min=0), change.clamp(min=0)))
     assert ((darker * place).sum((1, 2)) > (lighter * place).sum((1, 2))).all()
 
 
 def test_light_comes_from_its_side():
     def cheeks(light_x):
         image = render(PEOPLE, rest(light=1, light_x=light_x), 64).mean(1)[:, 34:40]
-        return image[:, :, 22:27].mean((1, 2)) - image[:, :, 37:42].mean((1, 2))                        # left - right
+        return image[:, :, 22:27].mean((1, 2)) - image[:, :, 37:42].mean((1, 2))                # left - right
 
     assert (cheeks(1) < cheeks(-1) - 0.02).all()
 
@@ -111,9 +114,10 @@ def test_light_comes_from_its_side():
 def test_the_face_box_moves_as_far_as_the_head(name, axis):
     before, after = rest(1, **{name: -1}), rest(1, **{name: 1})
     a, b = (render(PEOPLE[:1], motion, 256) for motion in (before, after))
-    inside = (slice(None), slice(None), slice(80, 170), slice(90, 160))                  # of the face, all of which moves
+    inside = (slice(None), slice(None), slice(80, 170), slice(90, 160))      # of the face, all of which moves
     moved = min(range(30), key=lambda d: (a.roll(d, axis)[inside] - b[inside]).abs().mean())
-    middles = [face_box(PEOPLE[0], motion, 256)[0].nonzero()[:, axis - 2].float().mean() for motion in (before, after)]
+    middles = [face_box(PEOPLE[0], motion, 256)[0].nonzero()[:, axis - 2].float().mean()
+               for motion in (before, after)]
     assert (middles[1] - middles[0]).item() == pytest.approx(moved, abs=1)
 
 
@@ -121,8 +125,9 @@ def test_the_face_box_grows_as_the_head_does():
     before, after = rest(1, scale=-1), rest(1, scale=1)
     a, b = (render(PEOPLE[:1], motion, 256) for motion in (before, after))
 
-    def error(ratio):                                                                    # a enlarged about the neck, (0, 0.45)
-        grid = F.affine_grid(torch.tensor([[[1 / ratio, 0, 0], [0, 1 / ratio, 0.45 - 0.45 / ratio]]]), a.shape, align_corners=False)
+    def error(ratio):                                                   # a enlarged about the neck, (0, 0.45)
+        grid = F.affine_grid(torch.tensor([[[1 / ratio, 0, 0], [0, 1 / ratio, 0.45 - 0.45 / ratio]]]),
+                             a.shape, align_corners=False)
         return (F.grid_sample(a, grid, align_corners=False) - b)[:, :, 80:170, 90:160].abs().mean()
 
     grown = min((1 + k / 200 for k in range(60)), key=error)
@@ -155,7 +160,8 @@ def inside(ellipse, size):
     return ((axis - x) / a) ** 2 + ((axis[:, None] - y) / b) ** 2 < 1
 
 
-@pytest.mark.parametrize("pose", [{}, {"yaw": 0.3}, {"pitch": 0.2}, {"roll": 0.2}, {"shift_x": 1, "shift_y": -1, "scale": 1}])
+@pytest.mark.parametrize("pose", [{}, {"yaw": 0.3}, {"pitch": 0.2}, {"roll": 0.2},
+                                  {"shift_x": 1, "shift_y": -1, "scale": 1}])
 @pytest.mark.parametrize("number, factors", [(0, {"jaw": 1}), (1, {"blink_l": 1}), (2, {"blink_r": 1})])
 def test_mouth_and_eyes_move_within_their_ellipses(number, factors, pose):
     """Most of the change that the jaw and the lids make lies in the ellipse of that part."""

@@ -1,4 +1,5 @@
-"""sample.py: the whole job on a small untrained release; its frames, its sound, its promises, its refusals."""
+"""sample.py: the whole job on a small untrained release; its frames, its sound, its promises, its
+refusals."""
 import fcntl
 import io
 import os
@@ -42,7 +43,8 @@ def small_models(**decoder):
     """Untrained, but with no layer left at zero, so that every input reaches the output."""
     torch.manual_seed(0)
     shape = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 2, "token_dim": 8}
-    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape, **decoder)),
+    models = {"encoder": MotionEncoder(EncoderConfig(**shape)),
+              "decoder": Decoder(DecoderConfig(**shape, **decoder)),
               "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=2))}
     for model in models.values():
         for parameter in model.parameters():
@@ -69,7 +71,8 @@ def given(tmp_path_factory):
 
 def command(given, out, *more, img="x.png", wav="y.wav", ckpt="w.safetensors"):
     drive = ["--wav", str(given / wav)] if wav else []
-    return ["--img", str(given / img), *drive, "--ckpt", str(given / ckpt), "--out", str(out), "--device", "cpu", *more]
+    return ["--img", str(given / img), *drive, "--ckpt", str(given / ckpt), "--out", str(out), "--device",
+            "cpu", *more]
 
 
 def refused(capsys, arguments, *words):
@@ -80,22 +83,26 @@ def refused(capsys, arguments, *words):
     assert all(word in said for word in words), said
 
 
-# --------------------------------------------------------------------------------------------------------- whole jobs
+# ------------------------------------------------------------------------------------------------- whole jobs
 def test_photo_and_speech_make_a_video(given, tmp_path, capsys):
     assert sample.main(command(given, tmp_path / "o.mp4")) == 0
     assert "25 frames" in capsys.readouterr().out
     with av.open(str(tmp_path / "o.mp4")) as container:
         video, sound = container.streams.video[0], container.streams.audio[0]
-        assert (video.frames, video.width, video.height, sound.rate, sound.channels) == (25, 144, 128, 22050, 2)
+        assert (video.frames, video.width, video.height, sound.rate, sound.channels) == (25, 144, 128, 22050,
+            2)
     assert os.listdir(tmp_path) == ["o.mp4"]
 
 
 def images_and_frames(monkeypatch):
-    """Lists that fill with the photo's square as the models see it and with the frames as they are written."""
+    """Lists that fill with the photo's square as the models see it and with the frames as they are
+    written."""
     images, frames, prepare, write = [], [], sample.prepare_reference, VideoWriter.write
     monkeypatch.setattr(sample, "prepare_reference",
-                        lambda models, meta, image, seed: images.append(image) or prepare(models, meta, image, seed))
-    monkeypatch.setattr(VideoWriter, "write", lambda self, frame: frames.append(frame.copy()) or write(self, frame))
+                        lambda models, meta, image,
+                        seed: images.append(image) or prepare(models, meta, image, seed))
+    monkeypatch.setattr(VideoWriter, "write", lambda self,
+                        frame: frames.append(frame.copy()) or write(self, frame))
     return images, frames
 
 
@@ -145,7 +152,8 @@ def test_another_face_can_be_chosen(given, tmp_path, monkeypatch, capsys):
     photo.paste(portrait.resize((100, 100)), (200, 30))
     photo.save(tmp_path / "two.png")
     for more in ([], ["--face", "1"], ["--face", "2"]):
-        assert sample.main([*command(given, tmp_path / "o.mp4", *more), "--img", str(tmp_path / "two.png")]) == 0
+        assert sample.main([*command(given, tmp_path / "o.mp4", *more), "--img",
+                            str(tmp_path / "two.png")]) == 0
     assert "2 faces" in capsys.readouterr().err
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
     assert (images[2] - images[0]).abs().mean() < 0.1             # the same drawn face, smaller
@@ -163,7 +171,8 @@ def test_mute_driving_video_works(given, tmp_path):
     with VideoWriter(tmp_path / "mute.mp4", 32) as video:
         for k in range(3):
             video.write(np.full((32, 32, 3), 50 * k, np.uint8))
-    assert sample.main(command(given, tmp_path / "o.mp4", "--video", str(tmp_path / "mute.mp4"), wav=None)) == 0
+    assert sample.main(command(given, tmp_path / "o.mp4", "--video", str(tmp_path / "mute.mp4"),
+                               wav=None)) == 0
     assert not has_audio(tmp_path / "o.mp4") and len(list(read_video(tmp_path / "o.mp4", 32))) == 3
 
 
@@ -177,17 +186,19 @@ def test_frames_are_as_many_as_the_sound_lasts(given, tmp_path, seconds, frames)
 @pytest.mark.parametrize("seconds", [0.001, 0.05, 0.099])
 def test_less_than_a_tenth_of_a_second_is_refused_as_on_a_pipe(given, tmp_path, capsys, seconds):
     soundfile.write(tmp_path / "y.wav", 0.1 * np.ones(round(16000 * seconds)), 16000)
-    refused(capsys, command(given, tmp_path / "o.mp4", "--wav", str(tmp_path / "y.wav"), wav=None), "y.wav holds only", "0.1 s")
+    refused(capsys, command(given, tmp_path / "o.mp4", "--wav", str(tmp_path / "y.wav"), wav=None),
+            "y.wav holds only", "0.1 s")
     assert os.listdir(tmp_path) == ["y.wav"]
 
 
-@pytest.mark.parametrize("change", [{"size": 0}, {"size": "64"}, {"size": 64.0}, {"latents": "jpeg"}, {"latents": None},
-                                    {"audio": "mfcc"}, {"steps": 0}, {"gen_steps": 10**9},
+@pytest.mark.parametrize("change", [{"size": 0}, {"size": "64"}, {"size": 64.0}, {"latents": "jpeg"},
+                                    {"latents": None}, {"audio": "mfcc"}, {"steps": 0}, {"gen_steps": 10**9},
                                     {"guidance": float("nan")}, {"guidance": "much"}])
 def test_settings_that_cannot_be_are_refused_by_name(given, tmp_path, capsys, change):
     save_weights(tmp_path / "w.safetensors", small_models(), {**META, **change})
     name, = change
-    refused(capsys, command(given, tmp_path / "o.mp4", "--ckpt", str(tmp_path / "w.safetensors")), f"its {name} is")
+    refused(capsys, command(given, tmp_path / "o.mp4", "--ckpt", str(tmp_path / "w.safetensors")),
+            f"its {name} is")
 
 
 def test_same_seed_same_frames_other_seed_other_take(given, tmp_path, monkeypatch):
@@ -202,15 +213,16 @@ def test_same_seed_same_frames_other_seed_other_take(given, tmp_path, monkeypatc
 
 
 def test_it_runs_as_a_program(given, tmp_path):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), *command(given, "o.mp4")], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), *command(given, "o.mp4")],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "25 frames" in done.stdout and done.stderr == "" and os.listdir(tmp_path) == ["o.mp4"]
 
 
-# ---------------------------------------------------------------------------------------------------------- the parts
+# -------------------------------------------------------------------------------------------------- the parts
 def features(frames):
-    return torch.randn(frames, audio_features.FEATURE_DIM["mel"], generator=torch.Generator().manual_seed(frames))
+    return torch.randn(frames, audio_features.FEATURE_DIM["mel"],
+                       generator=torch.Generator().manual_seed(frames))
 
 
 @pytest.mark.parametrize("frames", [1, 8])
@@ -225,15 +237,19 @@ def test_pieces_of_the_sound_do_not_matter(frames):
 
 def test_frames_depend_on_photo_sound_and_guidance():
     models, image = small_models(), torch.rand(3, 32, 32) * 2 - 1
-    base, other = (np.stack(list(sample.animate_from_audio(models, META, image, iter([features(17) * k])))) for k in (1, -1))
+    base, other = (np.stack(list(sample.animate_from_audio(models, META, image, iter([features(17) * k]))))
+                   for k in (1, -1))
     assert not np.array_equal(base, other)
-    strong = np.stack(list(sample.animate_from_audio(models, META, image, iter([features(17)]), guidance=3.0)))
+    strong = np.stack(list(sample.animate_from_audio(models, META, image, iter([features(17)]),
+                                                     guidance=3.0)))
     assert not np.array_equal(base, strong)
-    assert not np.array_equal(base, np.stack(list(sample.animate_from_audio(models, META, -image, iter([features(17)])))))
+    assert not np.array_equal(base, np.stack(list(sample.animate_from_audio(models, META, -image,
+        iter([features(17)])))))
 
 
 def test_early_frames_do_not_wait_for_late_sound():
-    """Streaming: the first frames come when the first window and what it hears ahead are there; memory stays flat."""
+    """Streaming: the first frames come when the first window and what it hears ahead are there; memory stays
+    flat."""
     taken = []
 
     def rows():
@@ -262,7 +278,8 @@ def test_live_sound_gives_the_frames_of_the_file(size, monkeypatch):
 
 
 def test_live_frames_leave_when_their_window_is_heard():
-    """Window, what is heard ahead and the mel windows' reach: 20 frames of sound; then 16 more for every 16."""
+    """Window, what is heard ahead and the mel windows' reach: 20 frames of sound; then 16 more for every
+    16."""
     given = []
     live = sample.animate_live(small_models(), META, torch.zeros(3, 32, 32),
                          (given.append(1) or 0.1 * torch.randn(640) for _ in range(100)))
@@ -298,20 +315,22 @@ def test_reenactment_uses_the_motion_of_each_frame(monkeypatch):
 
 
 def test_reenactment_begins_as_the_photo_is(monkeypatch):
-    """Relative motion: what the video shows at first is where the photo stands; a photo that is the first frame moves as told."""
+    """Relative motion: what the video shows at first is where the photo stands; a photo that is the first
+    frame moves as told."""
     monkeypatch.setattr(device_module, "fast_bf16", lambda device: False)
     models, image, video = small_models(), torch.rand(3, 32, 32) * 2 - 1, torch.rand(20, 3, 32, 32) * 2 - 1
     first = next(sample.reenact(models, META, image, iter(video)))
     still = next(sample.reenact(models, META, image, iter([image]), absolute=True))
     assert np.abs(first.astype(int) - still.astype(int)).mean() < 0.1
     itself = torch.cat([image[None], video])
-    relative, absolute = (np.stack(list(sample.reenact(models, META, image, iter(itself), absolute=kind))) for kind in (False, True))
+    relative, absolute = (np.stack(list(sample.reenact(models, META, image, iter(itself), absolute=kind)))
+                          for kind in (False, True))
     assert np.abs(relative.astype(int) - absolute.astype(int)).mean() < 0.1
     other = np.stack(list(sample.reenact(models, META, image, iter(video), absolute=True)))
     assert np.abs(other[0].astype(int) - first.astype(int)).mean() > 1
 
 
-# ----------------------------------------------------------------------------------------------- encoding in a thread
+# --------------------------------------------------------------------------------------- encoding in a thread
 def test_no_more_than_a_batch_waits_for_the_encoder():
     made, go = [], threading.Event()
     video = SimpleNamespace(path="o.mp4", write=lambda frame: go.wait(20))
@@ -342,7 +361,7 @@ def test_an_error_of_the_encoder_reaches_the_caller(given, tmp_path, monkeypatch
     assert os.listdir(tmp_path) == []
 
 
-# --------------------------------------------------------------------------------------------------------------- live
+# ------------------------------------------------------------------------------------------------------- live
 def raw(seconds):
     """16-bit noise whose loudness goes up and down."""
     count = round(16000 * seconds)
@@ -352,7 +371,8 @@ def raw(seconds):
 
 def start(arguments, **pipes):
     return subprocess.Popen([sys.executable, os.path.join(ROOT, "sample.py"), *arguments],
-                            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes})
+                            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+                               **pipes})
 
 
 def frames_in(data):
@@ -365,12 +385,13 @@ def live(given, out, *more):
 
 
 def test_frames_leave_before_the_sound_has_ended(given):
-    """Three seconds in, stdin still open: at least two windows have left; stdout is an mp4 and nothing else."""
+    """Three seconds in, stdin still open: at least two windows have left; stdout is an mp4 and nothing
+    else."""
     work = start(live(given, "-"))
     work.stdin.write(raw(3))
     work.stdin.flush()
     early = b""
-    while len(early) < 1000 or frames_in(early) < 30:            # the test's own time-out ends what never comes
+    while len(early) < 1000 or frames_in(early) < 30:          # the test's own time-out ends what never comes
         early += os.read(work.stdout.fileno(), 65536)
         assert work.poll() is None
     rest, said = work.communicate(timeout=60)
@@ -402,20 +423,22 @@ def test_pieces_of_stdin_do_not_matter(given, tmp_path, monkeypatch):
 
 
 def test_a_file_may_be_streamed_and_a_stream_filed(given, tmp_path):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), *command(given, "-")], cwd=tmp_path,
-                          capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), *command(given, "-")],
+                          cwd=tmp_path, capture_output=True, timeout=60)
     assert done.returncode == 0 and b"25 frames" in done.stderr and frames_in(done.stdout) == 25, done.stderr
     with av.open(io.BytesIO(done.stdout)) as container:
         assert (container.streams.audio[0].rate, container.streams.audio[0].channels) == (22050, 2)
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("data, out, word", [(b"", "-", b"empty"), (b"", "o.mp4", b"empty"), (bytes(1600), "-", b"0.05 s"),
+@pytest.mark.parametrize("data, out, word",
+                         [(b"", "-", b"empty"), (b"", "o.mp4", b"empty"), (bytes(1600), "-", b"0.05 s"),
                                              (raw(1.2) + b"x", "o.mp4", b"within a sample")])
 def test_bad_sound_on_stdin_is_refused(given, tmp_path, data, out, word):
     work = start(live(given, out), cwd=tmp_path)
     got, said = work.communicate(data, timeout=60)
-    assert (work.returncode, got) == (2, b"") and word in said and said.count(b"\n") == 1 and os.listdir(tmp_path) == []
+    assert (work.returncode, got) == (2,
+                                      b"") and word in said and said.count(b"\n") == 1 and os.listdir(tmp_path) == []
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(given):
@@ -459,7 +482,7 @@ def test_terminals_are_refused(given, tmp_path, capsys, monkeypatch):
     refused(capsys, command(given, "-"), "--out -", "terminal")
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------- refusals
 def test_bad_inputs_end_in_a_sentence(given, tmp_path, capsys):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.wav").write_bytes(b"no sound at all, just text")
@@ -468,9 +491,11 @@ def test_bad_inputs_end_in_a_sentence(given, tmp_path, capsys):
     out = tmp_path / "o.mp4"
     for option, name, word in [
             ("--img", "empty.png", "empty"), ("--img", "no.png", "does not exist"), ("--img", "", "folder"),
-            ("--wav", "text.wav", "not a sound"), ("--wav", "nan.wav", "NaN"), ("--wav", "no.wav", "does not exist"),
+            ("--wav", "text.wav", "not a sound"), ("--wav", "nan.wav", "NaN"),
+            ("--wav", "no.wav", "does not exist"),
             ("--ckpt", "text.safetensors", "safetensors"), ("--ckpt", "no.safetensors", "does not exist"),
-            ("--out", "no/o.mp4", "no folder"), ("--out", "o.gif", ".mp4"), ("--device", "abacus", "cannot be used")]:
+            ("--out", "no/o.mp4", "no folder"), ("--out", "o.gif", ".mp4"),
+            ("--device", "abacus", "cannot be used")]:
         value = name if option == "--device" else str(tmp_path / name)
         refused(capsys, [*command(given, out), option, value], value, word)
         assert sorted(os.listdir(tmp_path)) == ["empty.png", "nan.wav", "text.safetensors", "text.wav"]
@@ -484,7 +509,8 @@ def test_weights_with_nan_and_without_generator_are_refused(given, tmp_path, cap
     refused(capsys, command(given, tmp_path / "o.mp4", ckpt=half), "half.safetensors", "--video")
     next(models["decoder"].parameters()).data.fill_(float("nan"))
     save_weights(tmp_path / "nan.safetensors", models, META)
-    refused(capsys, command(given, tmp_path / "o.mp4", ckpt=tmp_path / "nan.safetensors"), "nan.safetensors", "NaN")
+    refused(capsys, command(given, tmp_path / "o.mp4", ckpt=tmp_path / "nan.safetensors"), "nan.safetensors",
+            "NaN")
 
 
 def test_an_input_is_not_overwritten(given, capsys):
@@ -513,17 +539,18 @@ def test_interruption_leaves_no_file(given, tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("wrong", [["--wav", "y.wav"], ["--img", "x.png"], ["--img", "x", "--wav", "y", "--video", "z"],
+@pytest.mark.parametrize("wrong", [["--wav", "y.wav"], ["--img", "x.png"],
+                                   ["--img", "x", "--wav", "y", "--video", "z"],
                                    *(["--img", "x", "--wav", "y", *more] for more in (
-                                       ["--steps", "0"], ["--seed", "-1"], ["--seed", str(10**30)], ["--guidance", "nan"],
-                                       ["--size", "9"]))])
+                                       ["--steps", "0"], ["--seed", "-1"], ["--seed", str(10**30)],
+                                       ["--guidance", "nan"], ["--size", "9"]))])
 def test_wrong_usage_is_status_2(wrong, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main(wrong)
     assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------- emotions
+# --------------------------------------------------------------------------------------------------- emotions
 @pytest.fixture(scope="module")
 def feeling(given):
     """Weights with experts: e.safetensors, which also hear voices, and deaf.safetensors."""
@@ -547,8 +574,10 @@ def comment(path):
 
 def test_an_emotion_shows_and_is_written_down(feeling, tmp_path, capsys):
     videos = {}
-    for name, more in {"plain": [], "none": ["--emotion", "none"], "happy": ["--emotion", "happy:0.6+sad, angry@0.4"],
-                       "calm": ["--emotion", "happy", "--intensity", "0"], "auto": ["--emotion", "auto"]}.items():
+    for name, more in {"plain": [], "none": ["--emotion", "none"],
+                       "happy": ["--emotion", "happy:0.6+sad, angry@0.4"],
+                       "calm": ["--emotion", "happy", "--intensity", "0"],
+                       "auto": ["--emotion", "auto"]}.items():
         out = tmp_path / f"{name}.mp4"
         assert sample.main(command(feeling, out, *more, ckpt="e.safetensors")) == 0
         said = capsys.readouterr().out
@@ -575,18 +604,23 @@ def test_experts_cost_nothing_where_no_emotion_is_asked_for(feeling):
 
 
 def test_words_become_an_emotion(feeling, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "text_palette", lambda text, model: torch.tensor([0.1, 0, 0.46, 0.44, 0, 0, 0]))
-    assert sample.main(command(feeling, tmp_path / "o.mp4", "--emotion-text", "a bitter smile", ckpt="e.safetensors")) == 0
+    monkeypatch.setattr(sample, "text_palette", lambda text,
+                        model: torch.tensor([0.1, 0, 0.46, 0.44, 0, 0, 0]))
+    assert sample.main(command(feeling, tmp_path / "o.mp4", "--emotion-text", "a bitter smile",
+                               ckpt="e.safetensors")) == 0
     said = capsys.readouterr()
     assert "emotion: sad 0.46, angry 0.44, neutral 0.1" in said.out and "two emotions" in said.err
 
 
 def test_a_live_voice_may_tell_the_emotion(feeling, tmp_path, monkeypatch, capsys):
-    pipe = io.BytesIO((3000 * np.random.default_rng(0).normal(size=16000)).clip(-32000, 32000).astype("<i2").tobytes())
+    pipe = io.BytesIO((3000 * np.random.default_rng(0).normal(size=16000)).clip(-32000,
+        32000).astype("<i2").tobytes())
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe, isatty=lambda: False))
-    arguments = command(feeling, tmp_path / "o.mp4", "--wav", "-", "--emotion", "auto", wav=None, ckpt="e.safetensors")
+    arguments = command(feeling, tmp_path / "o.mp4", "--wav", "-", "--emotion", "auto", wav=None,
+                        ckpt="e.safetensors")
     assert sample.main(arguments) == 0
-    assert "emotion: from the voice: " in capsys.readouterr().out and comment(tmp_path / "o.mp4").endswith("Emotion: from the voice.")
+    assert "emotion: from the voice: " in capsys.readouterr().out and comment(tmp_path
+        / "o.mp4").endswith("Emotion: from the voice.")
 
 
 @pytest.mark.parametrize("more, words", [
@@ -601,14 +635,16 @@ def test_emotions_that_cannot_be_meant_are_refused(feeling, tmp_path, capsys, mo
 
 def test_weights_without_emotions_say_so(feeling, tmp_path, capsys):
     for emotion in ("happy", "auto"):
-        refused(capsys, command(feeling, tmp_path / "o.mp4", "--emotion", emotion), "w.safetensors", "train_gen.py")
+        refused(capsys, command(feeling, tmp_path / "o.mp4", "--emotion", emotion), "w.safetensors",
+                "train_gen.py")
     arguments = command(feeling, tmp_path / "o.mp4", "--emotion", "auto", ckpt="deaf.safetensors")
     refused(capsys, arguments, "deaf.safetensors", "train_gen.py")
 
 
 @pytest.mark.parametrize("more, word", [
     (["--emotion", "happy", "--emotion-text", "glad"], "not allowed"), (["--intensity", "1"], "--emotion"),
-    (["--emotion", "happy", "--intensity", "2"], "1.5"), (["--emotion", "happy", "--intensity", "nan"], "1.5"),
+    (["--emotion", "happy", "--intensity", "2"], "1.5"),
+    (["--emotion", "happy", "--intensity", "nan"], "1.5"),
     (["--emotion", "happy", "--intensity", "-0.1"], "1.5")])
 def test_options_of_emotion_that_exclude_each_other(given, tmp_path, capsys, more, word):
     with pytest.raises(SystemExit) as end:
@@ -618,5 +654,6 @@ def test_options_of_emotion_that_exclude_each_other(given, tmp_path, capsys, mor
 
 def test_a_driving_video_takes_no_emotion(given, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        sample.main(command(given, tmp_path / "o.mp4", "--video", str(given / "d.mp4"), "--emotion", "happy", wav=None))
+        sample.main(command(given, tmp_path / "o.mp4", "--video", str(given / "d.mp4"), "--emotion", "happy",
+                            wav=None))
     assert end.value.code == 2 and "--video" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""media/sound.py: sound of every format comes out as known values; what cannot be used is refused in a sentence."""
+"""media/sound.py: sound of every format comes out as known values; what cannot be used is refused in a
+sentence."""
 import io
 import math
 from fractions import Fraction
@@ -15,7 +16,7 @@ from media.sound import audio_chunks, load_audio, pcm_chunks
 torch.set_num_threads(1)
 
 
-# -------------------------------------------------------------------------------------------------------------- sound
+# ------------------------------------------------------------------------------------------------------ sound
 def sine(rate, seconds, channels, frequency=440.0):
     wave = 0.5 * np.sin(2 * np.pi * frequency * np.arange(round(rate * seconds)) / rate)
     return np.tile(wave[:, None], (1, channels)).astype(np.float32)
@@ -38,7 +39,8 @@ def check_sine(wave, seconds, frequency=440.0, slack=1.5e-3):
     spectrum = torch.fft.rfft(middle * torch.hann_window(len(middle))).abs()
     assert abs(spectrum.argmax().item() * 16000 / len(middle) - frequency) <= 16000 / len(middle)
     assert abs(middle.square().mean().sqrt().item() - 0.5 / math.sqrt(2)) < 0.01
-    assert spectrum.square().sort().values[:-8].sum() < 1e-3 * spectrum.square().sum()    # a pure tone and nothing else
+    # a pure tone and nothing else
+    assert spectrum.square().sort().values[:-8].sum() < 1e-3 * spectrum.square().sum()
 
 
 @pytest.mark.parametrize("name, rate, channels, subtype", [
@@ -59,7 +61,8 @@ def test_tone_from_every_container(tmp_path, name, rate, codec, layout):
     channels = {"mono": 1, "stereo": 2, "5.1": 6}[layout]
     save_with_libav(tmp_path / name, sine(rate, 1.0, channels), rate, codec, layout)
     wave = load_audio(tmp_path / name)
-    check_sine(wave * 6 / 5 if layout == "5.1" else wave, 1.0, slack=0.07)      # AAC's bass channel carries no 440 Hz
+    # AAC's bass channel carries no 440 Hz
+    check_sine(wave * 6 / 5 if layout == "5.1" else wave, 1.0, slack=0.07)
 
 
 def test_channels_are_averaged(tmp_path):
@@ -109,8 +112,10 @@ def test_sound_of_a_video_starts_with_its_first_picture(tmp_path, lead):
             picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
             picture.pts, picture.time_base = k + round(25 * base), Fraction(1, 25)
             container.mux(video.encode(picture))
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sine(16000, 1.0, 1).T), format="fltp", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = 16000, round((base + lead) * 16000), Fraction(1, 16000)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sine(16000, 1.0, 1).T), format="fltp",
+                                           layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = 16000, round((base + lead) * 16000), Fraction(1,
+            16000)
         container.mux(audio.encode(frame))
         container.mux(video.encode(None))
         container.mux(audio.encode(None))
@@ -128,15 +133,18 @@ def test_bad_sounds_are_refused(tmp_path):
     soundfile.write(tmp_path / "good.wav", sine(16000, 1, 1), 16000)
     soundfile.write(tmp_path / "good.flac", np.random.default_rng(0).normal(0, 0.1, 160000), 16000)
     save_with_libav(tmp_path / "good.m4a", sine(16000, 4, 1), 16000, "aac", "mono")
-    save_with_libav(tmp_path / "front.m4a", sine(16000, 4, 1), 16000, "aac", "mono", options={"movflags": "faststart"})
-    wav, flac, m4a, front = ((tmp_path / n).read_bytes() for n in ("good.wav", "good.flac", "good.m4a", "front.m4a"))
+    save_with_libav(tmp_path / "front.m4a", sine(16000, 4, 1), 16000, "aac", "mono",
+                    options={"movflags": "faststart"})
+    wav, flac, m4a, front = ((tmp_path / n).read_bytes()
+                             for n in ("good.wav", "good.flac", "good.m4a", "front.m4a"))
     noise = np.random.default_rng(0).bytes(20000)
     for name, content, words in [
             ("empty.wav", b"", ("empty",)), ("text.wav", b"hello, I am no sound at all", ("not a sound",)),
             ("picture.wav", picture_bytes(), ("not a sound",)), ("noise.mp3", noise, ("sound",)),
             ("noise.wav", noise, ("sound",)), ("header.wav", wav[:44], ("sound",)),
             ("cut.wav", wav[:20000], ("cut off",)),
-            ("cut.flac", flac[: len(flac) // 2], ("cut off",)), ("cut.m4a", m4a[: len(m4a) // 2], ("not a sound",)),
+            ("cut.flac", flac[: len(flac) // 2], ("cut off",)),
+            ("cut.m4a", m4a[: len(m4a) // 2], ("not a sound",)),
             ("front.m4a", front[: len(front) // 2], ("cut off",)),
             ("list.m3u8", b"#EXTM3U\n#EXTINF:1,\ngood.wav\n#EXT-X-ENDLIST\n", ("not a sound",)),
             ("list.wav", b"ffconcat version 1.0\nfile good.wav\n", ("not a sound",))]:
@@ -184,7 +192,8 @@ def test_raw_sound_comes_as_it_arrives(size):
 
 
 def test_bad_raw_sound_is_refused():
-    for data, words in [(b"", ("stdin is empty", "16-bit")), (bytes(4001), ("within a sample", "4001 bytes", "16-bit")),
+    for data, words in [(b"", ("stdin is empty", "16-bit")),
+                        (bytes(4001), ("within a sample", "4001 bytes", "16-bit")),
                         (bytes(1600), ("0.05 s", "16 kHz")), (bytes(1), ("within a sample",))]:
         refused(lambda data=data: list(pcm_chunks(pipe(data, 1000))), *words)
     assert len(torch.cat(list(pcm_chunks(pipe(bytes(3200), 1000))))) == 1600

@@ -111,7 +111,8 @@ def spectrum_of(vowel, monkeypatch):
     monkeypatch.setattr(speech, "voice", lambda seeds, emotion: plain)
     clips = speech.speak(SEEDS, 50)
     monkeypatch.undo()
-    spectra = torch.stft(clips["wave"], 1024, window=torch.hann_window(1024), return_complex=True).abs().square()
+    spectra = torch.stft(clips["wave"], 1024, window=torch.hann_window(1024),
+                         return_complex=True).abs().square()
     return spectra.mean(2) / spectra.mean((1, 2))[:, None], clips  # (B, 513)
 
 
@@ -120,12 +121,14 @@ def test_measured_formants_are_those_of_the_vowel(monkeypatch):
 
     def peak(power, low, high):
         band = (f >= low) & (f < high)
-        return f[band][power[:, band].log().mean(0).unfold(0, 9, 1).mean(1).argmax() + 4].item()  # 140 Hz wide
+        # 140 Hz wide
+        return f[band][power[:, band].log().mean(0).unfold(0, 9, 1).mean(1).argmax() + 4].item()
 
     for vowel in ("i", "a", "u", "ae"):
         power, clips = spectrum_of(vowel, monkeypatch)
         F1, F2 = speech.PHONES[vowel][:2]
-        F1 = speech.F1_CLOSED + speech.F1_SPAN * clips["jaw"].mean().item()  # stress moves F1, by way of the jaw
+        # stress moves F1, by way of the jaw
+        F1 = speech.F1_CLOSED + speech.F1_SPAN * clips["jaw"].mean().item()
         if F1 > 350:  # below, F1 sits on the first harmonics
             assert abs(peak(power, 350, 950 if F2 > 1300 else 900) - F1) < 90, vowel
         assert abs(peak(power, max(F2 - 500, F1 + 150), F2 + 500) - F2) < 150, vowel
@@ -142,7 +145,8 @@ def test_pitch_and_emotion_reach_the_sound():
     pitch = torch.full((1, 200), 125.0)
     pulses, noise = speech.excitation(SEEDS[:1], pitch)
     spectrum = torch.fft.rfft(pulses[0, :16000]).abs()
-    assert spectrum.argsort()[-20:].remainder(125).eq(0).all()  # all its energy lies at multiples of the pitch
+    # all its energy lies at multiples of the pitch
+    assert spectrum.argsort()[-20:].remainder(125).eq(0).all()
     assert math.isclose(pulses.square().mean(), 1, abs_tol=0.05)
     assert math.isclose(noise.square().mean(), 1, abs_tol=0.05)
 

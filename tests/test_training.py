@@ -25,7 +25,8 @@ from sample import load_models
 
 torch.set_num_threads(1)
 SHAPE = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 1, "token_dim": 8}
-META = {"latents": "pixel", "size": 32, "steps": 1, "trained_steps": 20, "audio": "mel", "gen_steps": 4, "guidance": 1.5}
+META = {"latents": "pixel", "size": 32, "steps": 1, "trained_steps": 20, "audio": "mel", "gen_steps": 4,
+        "guidance": 1.5}
 
 
 def networks(seed=0, **decoder):
@@ -33,14 +34,15 @@ def networks(seed=0, **decoder):
     torch.manual_seed(seed)
     models = {"encoder": MotionEncoder(EncoderConfig(**SHAPE)),
               "decoder": Decoder(DecoderConfig(**SHAPE, tokens_per_motion=2, **decoder)),
-              "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=4, past=4, lookahead=1))}
+              "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=4,
+                                                     past=4, lookahead=1))}
     for model in models.values():
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.2)
     return models
 
 
-# ---- processes and randomness ---------------------------------------------------------------------------------------
+# ---- processes and randomness ------------------------------------------------------------------------------
 
 @pytest.fixture
 def release(tmp_path):
@@ -123,24 +125,29 @@ def start_two(tmp_path, *words):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    env = {**os.environ, "PYTHONPATH": str(Path(training.__file__).parent), "MASTER_ADDR": "localhost", "MASTER_PORT": port,
-           "WORLD_SIZE": "2"}
-    runs = [subprocess.Popen([sys.executable, tmp_path / "two.py", *words], text=True, env={**env, "RANK": str(rank)},
+    env = {**os.environ, "PYTHONPATH": str(Path(training.__file__).parent), "MASTER_ADDR": "localhost",
+           "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    runs = [subprocess.Popen([sys.executable, tmp_path / "two.py", *words], text=True,
+                             env={**env, "RANK": str(rank)},
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
     told = [run.communicate(timeout=200) for run in runs]
     return [(run.returncode, *said) for run, said in zip(runs, told, strict=True)]
 
 
-@pytest.mark.parametrize("starts, threads", [(1, 2), pytest.param(150, 1, marks=[pytest.mark.slow, pytest.mark.long]),
-                                             pytest.param(150, 2, marks=[pytest.mark.slow, pytest.mark.long])])
+@pytest.mark.parametrize("starts, threads",
+                         [(1, 2), pytest.param(150, 1, marks=[pytest.mark.slow, pytest.mark.long]),
+                                             pytest.param(150, 2,
+                                                          marks=[pytest.mark.slow, pytest.mark.long])])
 def test_two_processes_end_with_their_own_status(tmp_path, starts, threads):
     """The interpreter is not taken down under the threads of the group: now and then that was a SIGABRT."""
     for _ in range(starts):
         for status, out, err in start_two(tmp_path, str(threads), "well"):
-            assert (status, out) == (130, "worked\n") and "terminate" not in err and "Traceback" not in err, err
+            assert (status, out) == (130,
+                                     "worked\n") and "terminate" not in err and "Traceback" not in err, err
 
 
-@pytest.mark.parametrize("how, statuses, words", [("fails", (130, 1), "a fault of ours"), ("tells", (1, 1), "not finite")])
+@pytest.mark.parametrize("how, statuses, words",
+                         [("fails", (130, 1), "a fault of ours"), ("tells", (1, 1), "not finite")])
 def test_a_process_that_fails_waits_for_nobody(tmp_path, how, statuses, words):
     (one, *_), (other, _, err) = start_two(tmp_path, "1", how)
     assert (one, other) == statuses and words in err
@@ -164,7 +171,7 @@ def test_seed_everything_fixes_the_first_weights():
     assert not torch.equal(nn.Linear(5, 5).weight, first)
 
 
-# ---- optimisation ---------------------------------------------------------------------------------------------------
+# ---- optimisation ------------------------------------------------------------------------------------------
 
 def test_every_parameter_has_one_optimiser():
     model = nn.ModuleDict(networks(frames=4))
@@ -175,9 +182,11 @@ def test_every_parameter_has_one_optimiser():
     name = {id(p): n for n, p in model.named_parameters()}
     of_muon = {name[id(p)] for group in muon.param_groups for p in group["params"]}
     layers = {f"{part}.weight" for part in ("attention.qkv", "attention.out", "mlp.0", "mlp.2")}
-    listen = {f"{part}.weight" for at in ("cross_attn_audio", "cross_attn_ref") for part in (f"{at}.q", f"{at}.kv", f"{at}.out")}
-    want = {f"{kind}.blocks.0.{layer}" for kind in model for layer in layers | (listen if kind == "generator" else set())}
-    assert of_muon == want                                                   # no embedding, norm, bias, adaLN or head
+    listen = {f"{part}.weight" for at in ("cross_attn_audio", "cross_attn_ref")
+              for part in (f"{at}.q", f"{at}.kv", f"{at}.out")}
+    want = {f"{kind}.blocks.0.{layer}" for kind in model
+            for layer in layers | (listen if kind == "generator" else set())}
+    assert of_muon == want                                           # no embedding, norm, bias, adaLN or head
     assert (adam.param_groups[0]["peak"], muon.param_groups[0]["peak"]) == (1e-3, 0.02)
 
 
@@ -194,7 +203,8 @@ def test_a_model_without_blocks_needs_no_muon():
 
 def test_rate_warms_up_holds_and_decays():
     found = training.optimisers(networks()["encoder"], lr=1e-3, muon_lr=0.02)
-    for step, factor in ((0, 0.02), (24, 0.5), (49, 1), (500, 1), (700, 1), (850, 0.5), (970, 0.1), (999, 1 / 300), (1000, 0)):
+    for step, factor in ((0, 0.02), (24, 0.5), (49, 1), (500, 1), (700, 1), (850, 0.5), (970, 0.1),
+                         (999, 1 / 300), (1000, 0)):
         training.set_lr(found, step, 1000, warmup=50)
         assert [o.param_groups[0]["lr"] for o in found] == pytest.approx([1e-3 * factor, 0.02 * factor])
     training.set_lr(found, 0, 1, warmup=50)                                # a run of one step still moves
@@ -206,7 +216,8 @@ def test_ema_equals_the_formula(step, decay):
     old, new = networks(0)["encoder"], networks(1)["encoder"]
     new.running_norm.mean.fill_(3.0)
     new.running_norm.count.fill_(7.0)
-    want = {k: decay * v + (1 - decay) * new.state_dict()[k] for k, v in copy.deepcopy(old.state_dict()).items()}
+    want = {k: decay * v + (1 - decay) * new.state_dict()[k] for k,
+            v in copy.deepcopy(old.state_dict()).items()}
     training.update_ema(old, new, step)
     for name, value in old.state_dict().items():
         torch.testing.assert_close(value, want[name], msg=name)
@@ -238,7 +249,7 @@ def save(path, configs, model, ema, found):
 def test_resume_restores_everything(tmp_path):
     configs, *old = run_of()
     _, *new = run_of(seed=1, steps=0)
-    assert training.resume(tmp_path / "state.pt", ARGS, configs, *new) == 0        # nothing there yet: a new run
+    assert training.resume(tmp_path / "state.pt", ARGS, configs, *new) == 0     # nothing there yet: a new run
     save(tmp_path / "state.pt", configs, *old)
     torch.load(tmp_path / "state.pt", weights_only=True)                     # plain data, no pickled code
     assert training.resume(tmp_path / "state.pt", ARGS, configs, *new) == 2
@@ -247,7 +258,8 @@ def test_resume_restores_everything(tmp_path):
     for a, b in zip(old[2], new[2], strict=True):
         a, b = a.state_dict(), b.state_dict()
         assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys() != set()
-        assert all(torch.equal(v, b["state"][i][k]) for i, held in a["state"].items() for k, v in held.items())
+        assert all(torch.equal(v, b["state"][i][k]) for i, held in a["state"].items() for k,
+                   v in held.items())
 
 
 def test_resume_refuses_a_state_that_another_node_does_not_see(tmp_path, monkeypatch):
@@ -277,7 +289,8 @@ def test_resume_refuses_other_settings_by_name(tmp_path):
     said = str(refused.value)
     assert "--mask-max 0.5 -> 0.9" in said and "--data ['synthetic'] -> ['a', 'synthetic']" in said
     assert "--lr" not in said and "--steps" not in said
-    elsewhere = Namespace(**{**vars(ARGS), "out": "there", "device": "cuda", "save_every": 7})       # changes no result
+    # changes no result
+    elsewhere = Namespace(**{**vars(ARGS), "out": "there", "device": "cuda", "save_every": 7})
     assert training.resume(tmp_path / "state.pt", elsewhere, *run_of(steps=0)) == 2
 
 
@@ -307,10 +320,11 @@ def test_settings_are_printed_by_the_first_process_alone(capsys):
     training.print_settings(ARGS, model, 0, more=3)
     lines = [line.split(": ") for line in capsys.readouterr().err.splitlines()]
     assert ["mask_max", "0.5"] in [[a.strip(), b] for a, b in lines]
-    assert ["parameters", "1.0 million"] in [[a.strip(), b] for a, b in lines] and lines[-1][0].strip() == "more"
+    assert ["parameters", "1.0 million"] in [[a.strip(), b] for a,
+                                             b in lines] and lines[-1][0].strip() == "more"
 
 
-# ---- starting from a release ----------------------------------------------------------------------------------------
+# ---- starting from a release -------------------------------------------------------------------------------
 
 def test_a_video_model_starts_as_the_image_model(release):
     image, video = networks()["decoder"], Decoder(DecoderConfig(**SHAPE, tokens_per_motion=2, frames=4))
@@ -319,7 +333,8 @@ def test_a_video_model_starts_as_the_image_model(release):
         assert not block.attention.out.weight.any() and not block.attention.out.bias.any()
     image = load_models(release)[0]["decoder"]
     z, m = torch.randn(5, 3, 32, 32), torch.randn(5, 1, 8)
-    one, many = (model(z[1:], torch.full((4,), 0.7), m[1:], model.encode_reference(z[:1], m[:1])) for model in (image, video))
+    one, many = (model(z[1:], torch.full((4,), 0.7), m[1:], model.encode_reference(z[:1], m[:1]))
+                 for model in (image, video))
     torch.testing.assert_close(many, one)
     assert one.abs().mean() > 0.1
 
@@ -332,15 +347,17 @@ def test_init_from_says_what_is_wrong(tmp_path, release):
         path = tmp_path / "video.safetensors"
         training.init_from(path, load_models(path)[0], decoder=networks()["decoder"])
     with pytest.raises(ValueError, match="w.safetensors: its encoder has another shape"):
-        training.init_from(release, load_models(release)[0], encoder=MotionEncoder(EncoderConfig(**{**SHAPE, "depth": 2})))
+        training.init_from(release, load_models(release)[0],
+                           encoder=MotionEncoder(EncoderConfig(**{**SHAPE, "depth": 2})))
 
 
 def test_init_from_names_the_file_when_sizes_differ(release):
     with pytest.raises(ValueError, match="w.safetensors: its encoder has another shape"):
-        training.init_from(release, load_models(release)[0], encoder=MotionEncoder(EncoderConfig(**{**SHAPE, "width": 64})))
+        training.init_from(release, load_models(release)[0],
+                           encoder=MotionEncoder(EncoderConfig(**{**SHAPE, "width": 64})))
 
 
-# ---- log and pictures -----------------------------------------------------------------------------------------------
+# ---- log and pictures --------------------------------------------------------------------------------------
 
 def test_log_lines_are_json(tmp_path):
     rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1e-9, "name": "a\nb"}]

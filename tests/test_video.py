@@ -20,7 +20,7 @@ from media.video import VideoWriter, read_video
 torch.set_num_threads(1)
 
 
-# -------------------------------------------------------------------------------------------------------------- video
+# ------------------------------------------------------------------------------------------------------ video
 def save_video(path, ticks, rate=1000, shape=(64, 64), paint=None, colorspace=1):
     """An mp4 whose frame k is shown from ticks[k] / rate seconds on and is a grey of 3 k + 20."""
     with av.open(str(path), "w") as container:
@@ -77,10 +77,11 @@ def test_colours_of_either_matrix(tmp_path, colorspace):
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_phone_rotation_is_undone(tmp_path, turns):
-    """The matrix of the track header says how a player must turn; the picture must come out as it shows it."""
+    """The matrix of the track header says how a player must turn; the picture must come out as it shows
+    it."""
     upright = np.zeros((64, 64, 3), np.uint8)
     upright[:32, :32], upright[:32, 32:], upright[32:, :32] = (200, 40, 40), (40, 200, 40), (40, 40, 200)
-    stored = np.ascontiguousarray(np.rot90(upright, turns))      # a player turns it clockwise by `turns` quarters
+    stored = np.ascontiguousarray(np.rot90(upright, turns))  # a player turns it clockwise by `turns` quarters
     save_video(tmp_path / "a.mp4", [0, 1], rate=25, paint=lambda k: stored)
     file = bytearray((tmp_path / "a.mp4").read_bytes())
     place = file.index(b"tkhd") + 4 + 40
@@ -107,7 +108,7 @@ def test_bad_videos_are_refused(tmp_path):
     refused(lambda: list(read_video(tmp_path / "jump.mp4", 32)), "jump.mp4", "jumps")
 
 
-# ------------------------------------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------------------------------------------- writing
 def picture(k, size=64):
     frame = np.full((size, size, 3), ORANGE, np.uint8)
     frame[:, size // 2:] = BLUE
@@ -129,7 +130,8 @@ def test_a_picture_need_not_be_square(tmp_path, width, height):
             video.write(frame)
     with av.open(str(tmp_path / "o.mp4")) as container:
         shown = [x.to_ndarray(format="rgb24", src_colorspace="ITU709") for x in container.decode(video=0)]
-    assert len(shown) == 3 and shown[0].shape == frame.shape and np.abs(shown[2].astype(int) - frame).mean() < 3
+    assert len(shown) == 3 and shown[0].shape == frame.shape and np.abs(shown[2].astype(int)
+        - frame).mean() < 3
     with pytest.raises(ValueError, match="even"):
         VideoWriter(tmp_path / "p.mp4", (width, height + 1))
 
@@ -185,7 +187,8 @@ def test_speech_in_one_of_six_channels_keeps_its_loudness(tmp_path):
 
 @pytest.mark.parametrize("live", [False, True])
 def test_flash_and_click_stay_together(tmp_path, live):
-    """White frames and clicks at the same times; both are found within a frame of each other after a round trip."""
+    """White frames and clicks at the same times; both are found within a frame of each other after a round
+    trip."""
     times, rate = [10, 37, 61], 44100
     sound = np.zeros((rate * 3, 2), np.float32)
     for k in times:
@@ -198,10 +201,11 @@ def test_flash_and_click_stay_together(tmp_path, live):
     wave = load_audio(tmp_path / "a.mp4").abs()
     onsets = [k for k in range(1, len(wave)) if wave[k] > 0.3 and wave[max(0, k - 3000):k].max() <= 0.3]
     assert bright == times
-    assert len(onsets) == 3 and all(abs(onset / 640 - k) < 0.15 for onset, k in zip(onsets, times, strict=True))
+    assert len(onsets) == 3 and all(abs(onset / 640 - k) < 0.15 for onset,
+                                    k in zip(onsets, times, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------- streaming
+# -------------------------------------------------------------------------------------------------- streaming
 def decoded(data):
     """An mp4's bytes -> its frames' times, its sound (S,)."""
     with av.open(io.BytesIO(data)) as container:
@@ -221,7 +225,8 @@ def test_a_stream_is_whole_and_leaves_as_it_is_made():
             left.append(len(out.getvalue()))
     data = out.getvalue()
     times, sound = decoded(data)
-    assert times == pytest.approx([k / 25 for k in range(100)]) and len(sound) == pytest.approx(64000, abs=1024)
+    assert times == pytest.approx([k / 25 for k in range(100)]) and len(sound) == pytest.approx(64000,
+        abs=1024)
     check_sine(torch.from_numpy(sound[1024:60000]), 58976 / 16000)
     assert all(len(decoded(data[:left[k]])[0]) >= k - 2 for k in (5, 16, 40, 99))
     with av.open(io.BytesIO(data)) as container:
@@ -230,7 +235,8 @@ def test_a_stream_is_whole_and_leaves_as_it_is_made():
 
 
 def test_sound_that_comes_in_pieces_is_the_sound(tmp_path):
-    """An iterator is read no further than the frames have come; a file made of it is the one made of the whole."""
+    """An iterator is read no further than the frames have come; a file made of it is the one made of the
+    whole."""
     wave, taken = torch.from_numpy(sine(16000, 2.0, 1)[:, 0]), []
     chunks = (taken.append(1) or chunk for chunk in wave.split(320))
     with VideoWriter(tmp_path / "a.mp4", 64, sound=chunks) as video:
@@ -261,7 +267,7 @@ def test_a_reader_that_goes_away_and_a_full_disk():
     refused(lambda: write(Closed(OSError(28, "No space left on device")), 20), "No space left")
 
 
-# ------------------------------------------------------------------------------------------------- what is left behind
+# ---------------------------------------------------------------------------------------- what is left behind
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
 def test_interrupted_writing_leaves_nothing(tmp_path, error):
     def fail(k):
@@ -294,7 +300,8 @@ def test_bad_sound_for_the_writer_leaves_nothing(tmp_path):
 
 
 def test_outputs_that_cannot_be_are_refused_before_work(tmp_path):
-    for path, word in [(tmp_path / "no" / "a.mp4", "no folder"), (tmp_path / "a.gif", ".mp4"), (tmp_path, ".mp4")]:
+    for path, word in [(tmp_path / "no" / "a.mp4", "no folder"), (tmp_path / "a.gif", ".mp4"),
+                       (tmp_path, ".mp4")]:
         refused(lambda path=path: write(path, 0), str(path), word)
     (tmp_path / "d.mp4").mkdir()
     refused(lambda: write(tmp_path / "d.mp4", 0), "d.mp4", "folder")

@@ -2,8 +2,8 @@
 
     python -m web [--ckpt F] [--port 8000] [--build]
 
-Before the first time: pip install -r requirements-web.txt && npm ci --prefix web. With --build nothing is served: the folder
-web/page is then complete and works on any static host.
+Before the first time: pip install -r requirements-web.txt && npm ci --prefix web. With --build nothing is
+served: the folder web/page is then complete and works on any static host.
 """
 import argparse
 import functools
@@ -21,7 +21,8 @@ from web.export import MODEL, export, exported
 HERE = Path(__file__).resolve().parent
 PAGE, ORT = HERE / "page", HERE / "node_modules" / "onnxruntime-web" / "dist"
 RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm", "ort-wasm-simd-threaded.mjs",
-           "ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm", "ort-wasm-simd-threaded.asyncify.mjs")
+           "ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm",
+           "ort-wasm-simd-threaded.asyncify.mjs")
 EXAMPLE = ("portrait.png", "speech.wav")
 TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".glsl": "text/plain",
          ".wasm": "application/wasm", ".json": "application/json"}
@@ -51,7 +52,8 @@ def update(source, target):
 
 
 def build(ckpt, say=print):
-    """Complete the folder of the page: graphs of the release, runtime, example. Raises InputError, ValueError."""
+    """Complete the folder of the page: graphs of the release, runtime, example. Raises InputError,
+    ValueError."""
     if not (ORT / RUNTIME[0]).is_file():
         raise InputError("onnxruntime-web is not there: npm ci --prefix web")
     ckpt = resolve(ckpt)
@@ -68,19 +70,23 @@ def build(ckpt, say=print):
 
 def server(port, folder=PAGE):
     """A server on 127.0.0.1; port 0: any that is free."""
-    return http.server.ThreadingHTTPServer(("127.0.0.1", port), functools.partial(Handler, directory=str(folder)))
+    return http.server.ThreadingHTTPServer(("127.0.0.1", port),
+                                           functools.partial(Handler, directory=str(folder)))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m web", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m web", description=__doc__.split("\n")[0],
+                                     allow_abbrev=False)
     parser.add_argument("--ckpt", default=DEFAULT, help="released weights (default: the embedded ones)")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
-    parser.add_argument("--build", action="store_true", help="only complete the folder web/page, for a static host")
+    parser.add_argument("--build", action="store_true",
+                        help="only complete the folder web/page, for a static host")
     args = parser.parse_args(argv)
     try:
         build(args.ckpt)
         if args.build:
-            print(f"{PAGE}: {sum(f.stat().st_size for f in PAGE.rglob('*') if f.is_file()) / 1e6:.0f} MB, ready for a static host")
+            print(f"{PAGE}: {sum(f.stat().st_size for f in PAGE.rglob('*') if f.is_file()) / 1e6:.0f} MB, "
+                  f"ready for a static host")
             return 0
         with server(args.port) as serving:
             print(f"http://127.0.0.1:{serving.server_address[1]}/  (Ctrl+C ends it)", flush=True)

@@ -1,9 +1,11 @@
 """Sliders: directions of the motion token, one for each known factor of the synthetic world.
 
-    python -m web.controls [--ckpt F]          fit them to a release, keep them in its metadata, print how well each works
+    python -m web.controls [--ckpt F]          fit them to a release, keep them in its metadata, print
+                                               how well each works
 
-Two pictures of the same person differ by known factors f and by token t. Ridge regression t = f W over many people gives a
-direction for each factor: a photo's token plus value times direction shows the photo with that factor changed by the value.
+Two pictures of the same person differ by known factors f and by token t. Ridge regression t = f W over many
+people gives a direction for each factor: a photo's token plus value times direction shows the photo with that
+factor changed by the value.
 """
 import argparse
 import json
@@ -22,8 +24,8 @@ from sample import DEFAULT, load_models
 from world.people import HELD_OUT, random_motion
 from world.render import MOTION, random_identity, render
 
-DEGREES = ("yaw", "pitch", "roll")                                # kept in radians by the world, shown in degrees
-PEOPLE, PICTURES, RIDGE, PASSES = 400, 6, 1.0, 9                  # to fit with; pictures of each slider when it is tested
+DEGREES = ("yaw", "pitch", "roll")                    # kept in radians by the world, shown in degrees
+PEOPLE, PICTURES, RIDGE, PASSES = 400, 6, 1.0, 9      # to fit with; pictures of each slider when it is tested
 
 
 def unit_of(name):
@@ -33,57 +35,62 @@ def unit_of(name):
 
 @torch.no_grad()
 def fit_directions(models, size, people=PEOPLE, start=0):
-    """Ridge regression of token changes on factor changes -> (M, L*D), for a change of one of the world's units."""
+    """Ridge regression of token changes on factor changes -> (M, L*D), for a change of one of the world's
+    units."""
     ids = start + torch.arange(people)
-    factors = random_motion(start + torch.arange(people * PICTURES)).unflatten(0, (people, PICTURES))       # (n, k, M)
-    tokens = torch.stack([models["encoder"](render(random_identity(ids[i: i + 1]).expand(PICTURES, -1), factors[i], size)).flatten(1)
-                          for i in range(people)])                                                          # (n, k, L*D)
+    # (n, k, M)
+    factors = random_motion(start + torch.arange(people * PICTURES)).unflatten(0, (people, PICTURES))
+    tokens = torch.stack([models["encoder"](render(random_identity(ids[i: i + 1]).expand(PICTURES, -1),
+                                                   factors[i], size)).flatten(1)
+                          for i in range(people)])                                               # (n, k, L*D)
     f = (factors - factors.mean(1, keepdim=True)).flatten(0, 1)
     t = (tokens - tokens.mean(1, keepdim=True)).flatten(0, 1)
     scale = f.std(0)
     f = f / scale
-    w = torch.linalg.solve(f.T @ f + RIDGE * torch.eye(f.shape[1]), f.T @ t)                                # (M, L*D)
+    w = torch.linalg.solve(f.T @ f + RIDGE * torch.eye(f.shape[1]), f.T @ t)                        # (M, L*D)
     return w / scale[:, None]
 
 
 def reach(name):
-    """What a slider spans, in the world's units: a change from the photo, both ways where the factor goes both ways."""
+    """What a slider spans, in the world's units: a change from the photo, both ways where the factor goes
+    both ways."""
     low, high = MOTION[name]
     return (0.0, high) if low == 0 else (low, high)
 
 
 @torch.no_grad()
 def read_back(models, meta, directions, people=6):
-    """Move each slider of unseen people over its reach and read the frames -> correlation of value and reading (M,), and how
-    far each factor moves by it, in shares of the factors' reach (M, M)."""
+    """Move each slider of unseen people over its reach and read the frames -> correlation of value and
+    reading (M,), and how far each factor moves by it, in shares of the factors' reach (M, M)."""
     reader, steps = load_regressor(WEIGHTS), meta["steps"]
     spans = torch.tensor([reach(name) for name in NAMES])
     rest = torch.zeros(1, len(NAMES))
     rest[0, NAMES.index("light")] = 0.5
-    values = torch.stack([torch.linspace(*span, PASSES) for span in spans.tolist()])                        # (M, n)
+    values = torch.stack([torch.linspace(*span, PASSES) for span in spans.tolist()])                  # (M, n)
     found = torch.zeros(people, len(NAMES), PASSES, len(NAMES))
     for p in range(people):
         photo = render(random_identity(torch.tensor([HELD_OUT + p])), rest, meta["size"])
         still = models["encoder"](photo).flatten(1)
         noise = torch.randn(photo.shape, generator=torch.Generator().manual_seed(p))
-        moved = still + (values[:, :, None] * directions[:, None]).flatten(0, 1)                            # (M*n, L*D)
+        moved = still + (values[:, :, None] * directions[:, None]).flatten(0, 1)                  # (M*n, L*D)
         frames = torch.cat(list(decode_frames(models["decoder"], photo, still, iter([moved]), noise, steps)))
         found[p] = reader(frames.clamp(-1, 1)).unflatten(0, (len(NAMES), PASSES))
     found = (found - found.mean(2, keepdim=True)) / (spans[:, 1] - spans[:, 0])
-    own = found.diagonal(dim1=1, dim2=3).permute(0, 2, 1)                                                   # (p, M, n)
+    own = found.diagonal(dim1=1, dim2=3).permute(0, 2, 1)                                          # (p, M, n)
     flat = own.permute(1, 0, 2).flatten(1)
     true = (values - values.mean(1, keepdim=True)).repeat(1, people)
-    matched = metrics.correlation(flat.T, true.T)                                                           # (M,)
+    matched = metrics.correlation(flat.T, true.T)                                                       # (M,)
     line = (values - values.mean(1, keepdim=True)) / (spans[:, 1:] - spans[:, :1])
-    slope = torch.einsum("pmnk,mn->mk", found, line) / people / line.square().sum(1)[:, None]               # (M, M)
+    slope = torch.einsum("pmnk,mn->mk", found, line) / people / line.square().sum(1)[:, None]         # (M, M)
     return matched, slope
 
 
 def fit_controls(models, meta):
-    """-> {name: {"unit", "low", "high", "direction" (L*D numbers for one unit), "correlation", "others"}} in JSON values.
+    """-> {name: {"unit", "low", "high", "direction" (L*D numbers for one unit), "correlation", "others"}} in
+    JSON values.
 
-    correlation: of the slider's value and what the motion reader sees in frames of unseen people. gain: how much of the
-    asked change it sees. others: the most that any other factor moves, as a share of that.
+    correlation: of the slider's value and what the motion reader sees in frames of unseen people. gain: how
+    much of the asked change it sees. others: the most that any other factor moves, as a share of that.
     """
     directions = fit_directions(models, meta["size"])
     matched, slope = read_back(models, meta, directions)
@@ -97,13 +104,15 @@ def fit_controls(models, meta):
             "unit": unit, "low": round(low, 2), "high": round(high, 2),
             "direction": [round(v, 5) for v in (directions[k] / factor).tolist()],
             "correlation": round(matched[k].item(), 3), "gain": round(slope[k, k].item(), 3),
-            "others": round((others.max() / slope[k, k].abs().clamp(min=1e-6)).item(), 3), "other": NAMES[others.argmax()]}
+            "others": round((others.max() / slope[k, k].abs().clamp(min=1e-6)).item(), 3),
+            "other": NAMES[others.argmax()]}
     return controls
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--ckpt", default=DEFAULT, help="released weights, .safetensors; its metadata is rewritten")
+    parser.add_argument("--ckpt", default=DEFAULT,
+                        help="released weights, .safetensors; its metadata is rewritten")
     args = parser.parse_args(argv)
     try:
         models, meta = load_models(args.ckpt)

@@ -5,10 +5,12 @@
     encoder.onnx     picture (1, 3, s, s) -> token (1, L*D)
     reference.onnx   picture, its token -> what every frame needs of the photo (keys and values of each layer)
     target.onnx      noised picture, t, token, reference -> the picture, the photo moved, alpha, displacements
-    generator.onnx   noised motion, t, past, reference token, speech rows, guidance (and mood) -> velocity of the new frames
+    generator.onnx   noised motion, t, past, reference token, speech rows, guidance (and mood) -> velocity of
+                     the new frames
 
-Weights are stored as the release stores them (matrices in half precision); all arithmetic is in fp32. The last step, which
-puts the parts together at the photo's own resolution, is not in a graph: the page does it in WebGL.
+Weights are stored as the release stores them (matrices in half precision); all arithmetic is in fp32. The
+last step, which puts the parts together at the photo's own resolution, is not in a graph: the page does it in
+WebGL.
 """
 import argparse
 import hashlib
@@ -34,7 +36,7 @@ MODEL = Path(__file__).resolve().parent / "page" / "model"
 WEIGHTS = "weights.bin"
 LIMIT = 20_000_000                                                # bytes of all graphs together
 OPSET = 20
-BORDER = 0.1                                                      # share of the face square's side in which motion fades out
+BORDER = 0.1                                       # share of the face square's side in which motion fades out
 
 
 class Reference(nn.Module):
@@ -51,8 +53,8 @@ class Reference(nn.Module):
 
 
 class Target(nn.Module):
-    """One decoder call -> the picture x (1, 3, s, s), the moved reference (1, 3, s, s), alpha (1, 1, s, s) and field
-    (1, s, s, 2). cache: the outputs of Reference, whose structure is `spec`."""
+    """One decoder call -> the picture x (1, 3, s, s), the moved reference (1, 3, s, s), alpha (1, 1, s, s)
+    and field (1, s, s, 2). cache: the outputs of Reference, whose structure is `spec`."""
 
     def __init__(self, decoder, spec):
         super().__init__()
@@ -74,11 +76,13 @@ class Guided(nn.Module):
     def forward(self, m_t, t, past, reference, audio, guidance, mood=None):
         more = {} if mood is None else {"mood": mood}
         free = self.generator(m_t, t, past, reference, None, **more)
-        return free + guidance * (self.generator(m_t, t, past, reference, audio, **more) - free)      # flow.guide for a tensor
+        # flow.guide for a tensor
+        return free + guidance * (self.generator(m_t, t, past, reference, audio, **more) - free)
 
 
 def halve(model):
-    """Store the tensors of an ONNX model that lose nothing by it in half precision, each followed by a cast to fp32."""
+    """Store the tensors of an ONNX model that lose nothing by it in half precision, each followed by a cast
+    to fp32."""
     from onnx import TensorProto, helper, numpy_helper
     casts = []
     for weight in model.graph.initializer:
@@ -86,7 +90,7 @@ def halve(model):
             name, value = weight.name, numpy_helper.to_array(weight)
             half = value.astype(np.float16)
             if not np.array_equal(half.astype(np.float32), value):
-                continue                                          # a table of ours, not a weight of the release
+                continue                                        # a table of ours, not a weight of the release
             weight.CopyFrom(numpy_helper.from_array(half, name + ".half"))
             casts.append(helper.make_node("Cast", [name + ".half"], [name], to=TensorProto.FLOAT))
     nodes = [*casts, *model.graph.node]
@@ -121,7 +125,7 @@ def to_onnx(module, inputs, input_names, output_names, weights):
     """-> the bytes of a graph of fixed shapes; its weights go to `weights`."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        inputs = tuple(x.clone() for x in inputs)                 # one tensor given twice would become one input
+        inputs = tuple(x.clone() for x in inputs)              # one tensor given twice would become one input
         program = torch.onnx.export(module.eval(), inputs, dynamo=True, input_names=input_names,
                                     output_names=output_names, opset_version=OPSET, verbose=False)
     model = halve(program.model_proto)
@@ -141,13 +145,16 @@ def moods_of(generator):
 
 
 def graphs(models):
-    """{"encoder", "decoder", "generator"} -> {file name: bytes}, and the number of tensors in the reference."""
+    """{"encoder", "decoder", "generator"} -> {file name: bytes}, and the number of tensors in the
+    reference."""
     encoder, decoder, generator = models["encoder"], models["decoder"], models["generator"]
     c, g, weights = decoder.config, generator.config, Weights()
     motion = c.num_tokens * c.token_dim
     photo, token, t = torch.zeros(1, 3, c.image_size, c.image_size), torch.zeros(1, motion), torch.ones(1)
     with torch.no_grad():
-        cache, spec = pytree.tree_flatten(decoder.encode_reference(photo, token.unflatten(1, (c.num_tokens, c.token_dim))))
+        cache, spec = pytree.tree_flatten(decoder.encode_reference(photo,
+                                                                   token.unflatten(1,
+                                                                       (c.num_tokens, c.token_dim))))
     names = [f"cache{k}" for k in range(len(cache))]
     speech = torch.zeros(1, g.past + g.window + g.lookahead, g.audio_dim)
     new, past = torch.zeros(1, g.window, motion), torch.zeros(1, g.past, motion)
@@ -178,18 +185,21 @@ def export(ckpt, out):
         raise InputError(f"{ckpt} holds no {lacking[0]}; the page needs encoder, decoder and generator")
     c = models["decoder"].config
     if meta["latents"] != "pixel" or c.predict != "x" or c.frames > 1 or meta["audio"] != "mel":
-        raise InputError(f"{ckpt} is not for the page: it needs an image model in pixel space with mel features")
+        raise InputError(f"{ckpt} is not for the page: it needs an image model in pixel space with mel "
+                         f"features")
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
-        raise InputError("the export needs onnx and onnxscript: pip install -r requirements-web.txt") from None
+        raise InputError("the export needs onnx and onnxscript: pip install -r "
+                         "requirements-web.txt") from None
     logging.disable(logging.WARNING)                              # the exporter's chatter
     made, count = graphs(models)
     logging.disable(logging.NOTSET)
     total = sum(map(len, made.values()))
     if total > LIMIT:
-        raise InputError(f"{ckpt} is too large for a page: {total / 1e6:.0f} MB of graphs, at most {LIMIT / 1e6:.0f} MB")
+        raise InputError(f"{ckpt} is too large for a page: {total / 1e6:.0f} MB of graphs, at most "
+                         f"{LIMIT / 1e6:.0f} MB")
     g = models["generator"].config
     about = {
         "format": "semo-web-1", "release": Path(ckpt).name, "fingerprint": fingerprint(ckpt),
@@ -197,9 +207,10 @@ def export(ckpt, out):
         "size": meta["size"], "border": BORDER, "token": c.num_tokens * c.token_dim, "steps": meta["steps"],
         "generator": {"window": g.window, "past": g.past, "ahead": g.lookahead, "steps": meta["gen_steps"],
                       "guidance": meta["guidance"], "moods": moods_of(models["generator"])},
-        "mel": {"rate": SAMPLE_RATE, "frame": SAMPLES_PER_FRAME, "bins": audio_features.BINS, "fft": audio_features.N_FFT,
-                "hop": audio_features.STEP, "floor": audio_features.MEL_FLOOR, "mean": audio_features.MEL_MEAN,
-                "std": audio_features.MEL_STD},
+        "mel": {"rate": SAMPLE_RATE, "frame": SAMPLES_PER_FRAME, "bins": audio_features.BINS,
+                "fft": audio_features.N_FFT,
+                "hop": audio_features.STEP, "floor": audio_features.MEL_FLOOR,
+                "mean": audio_features.MEL_MEAN, "std": audio_features.MEL_STD},
         "controls": meta.get("controls") or fit_controls(models, meta),
     }
     out = Path(out)

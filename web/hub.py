@@ -1,6 +1,6 @@
 """Make a folder in the model hub's format, to upload.
 
-    python -m web.hub [--ckpt F] --out DIR            DIR/semo.safetensors, README.md (the model card), preview.mp4
+    python -m web.hub [--ckpt F] --out DIR            DIR/semo.safetensors, README.md (the card), preview.mp4
 
 `--ckpt owner/name[@revision]` then loads these weights anywhere (media/weights.py).
 """
@@ -28,7 +28,8 @@ tags:
 
 ## This file
 
-`{file}`: {millions:.1f} million numbers, {size} x {size} pixels, motion token of {tokens} x {width}, networks: {kinds}.
+`{file}`: {millions:.1f} million numbers, {size} x {size} pixels, motion token of {tokens} x {width},
+networks: {kinds}.
 
 ```
 python sample.py --ckpt OWNER/NAME --img photo.jpg --wav speech.wav
@@ -37,8 +38,8 @@ python sample.py --ckpt OWNER/NAME --img photo.jpg --wav speech.wav
 """
 TEXT = """# SeMo
 
-Open implementation of "Semantic Latent Motion" (arXiv 2503.10096): one photo and a voice make a talking portrait video.
-The video is generated: say so where it is shown, and use only photos of people who agree."""
+Open implementation of "Semantic Latent Motion" (arXiv 2503.10096): one photo and a voice make a talking portrait
+video. The video is generated: say so where it is shown, and use only photos of people who agree."""
 
 
 def card(path):
@@ -49,7 +50,8 @@ def card(path):
         numbers = sum(f.get_tensor(key).numel() for key in f.keys())
     config = next(iter(meta["configs"].values()))
     text = (ROOT / "MODEL_CARD.md").read_text() if (ROOT / "MODEL_CARD.md").is_file() else TEXT
-    return CARD.format(text=text.strip(), file=HUB_FILE, millions=numbers / 1e6, size=meta["size"], tokens=config["num_tokens"],
+    return CARD.format(text=text.strip(), file=HUB_FILE, millions=numbers / 1e6, size=meta["size"],
+                       tokens=config["num_tokens"],
                        width=config["token_dim"], kinds=", ".join(meta["configs"]))
 
 
@@ -62,13 +64,16 @@ def write_folder(ckpt, out):
     with atomic_write(out / "README.md") as temporary:
         Path(temporary).write_text(card(ckpt))
     example = [str(ROOT / "examples" / name) for name in ("portrait.png", "speech.wav")]
-    if sample.main(["--img", example[0], "--wav", example[1], "--ckpt", str(out / HUB_FILE), "--out", str(out / "preview.mp4")]):
+    if sample.main(["--img", example[0], "--wav", example[1], "--ckpt", str(out / HUB_FILE), "--out",
+                    str(out / "preview.mp4")]):
         raise InputError(f"{ckpt}: the preview could not be made")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m web.hub", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--ckpt", default=sample.DEFAULT, help="weights, .safetensors (default: the embedded ones)")
+    parser = argparse.ArgumentParser(prog="python -m web.hub", description=__doc__.split("\n")[0],
+                                     allow_abbrev=False)
+    parser.add_argument("--ckpt", default=sample.DEFAULT,
+                        help="weights, .safetensors (default: the embedded ones)")
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args(argv)
     try:

@@ -4,13 +4,14 @@
     (a seed fixes     (jaw, lips, tongue,    |
      every draw)       lip closure)          +--> formants -> pulses and noise, filtered -> wave
 
-Sound and mouth come from the same trajectories, so they cannot disagree. Recovering the mouth from the sound is still
-not easy: voices differ in pitch, vocal-tract length, tilt, loudness and effort, the microphone colours the sound and
-adds noise, neighbouring sounds blend, and people breathe in pauses with the mouth shut.
+Sound and mouth come from the same trajectories, so they cannot disagree. Recovering the mouth from the sound
+is still not easy: voices differ in pitch, vocal-tract length, tilt, loudness and effort, the microphone
+colours the sound and adds noise, neighbouring sounds blend, and people breathe in pauses with the mouth shut.
 
-Sources of the numbers: vowel formants, Peterson & Barney 1952 (means over men); resonators and the consonants'
-formants and noise bands, after Klatt 1980, rounded; band-limited pulses, Winham & Steiglitz 1970; how emotion moves
-a voice, Murray & Arnott 1993 and Scherer 2003 (directions theirs, sizes ours). The rest is our choice.
+Sources of the numbers: vowel formants, Peterson & Barney 1952 (means over men); resonators and the
+consonants' formants and noise bands, after Klatt 1980, rounded; band-limited pulses, Winham & Steiglitz 1970;
+how emotion moves a voice, Murray & Arnott 1993 and Scherer 2003 (directions theirs, sizes ours). The rest is
+our choice.
 """
 
 import math
@@ -23,15 +24,16 @@ HOP = 128  # samples per control step (8 ms): five steps are one video frame
 STEPS = SAMPLE_RATE // FPS // HOP
 WINDOW, FFT = 2 * HOP, 4 * HOP  # a filtered window of 256 samples rings for up to 256 more
 
-# What each emotion adds to the voice: log pitch, log pitch range, log energy, log rate, tilt in dB per octave.
+# What each emotion adds to the voice: log pitch, log pitch range, log energy, log rate, tilt in dB per
+# octave.
 EMOTION_VOICE = {
     "neutral": (0, 0, 0, 0, 0), "happy": (0.22, 0.4, 0.2, 0.1, 1.0), "sad": (-0.12, -0.6, -0.4, -0.2, -2.0),
     "angry": (0.18, 0.4, 0.4, 0.12, 2.0), "afraid": (0.28, 0.1, 0.05, 0.2, -1.0),
     "disgusted": (-0.1, 0.1, -0.05, -0.15, 0.5), "surprised": (0.32, 0.6, 0.15, 0.0, 0.5)}
 EMOTIONS = tuple(EMOTION_VOICE)
 
-# F1 F2 F3 in Hz of a man, lips (-1 rounded .. 1 spread), milliseconds, and for consonants: voicing, breath (noise
-# through the formants), hiss (noise at teeth or lips) and its centre and width in Hz.
+# F1 F2 F3 in Hz of a man, lips (-1 rounded .. 1 spread), milliseconds, and for consonants: voicing, breath
+# (noise through the formants), hiss (noise at teeth or lips) and its centre and width in Hz.
 REST = (1.0, 0.0, 0.0, 3000, 2000)
 VOWELS = {
     "i": (270, 2290, 3010, 1.0, 110), "I": (390, 1990, 2550, 0.7, 90), "e": (530, 1840, 2480, 0.6, 110),
@@ -40,15 +42,22 @@ VOWELS = {
     "y": (270, 1850, 2150, -1.0, 110)}
 CONSONANTS = {
     "m": (200, 1000, 2200, 0.0, 90, 0.35, *REST[1:]), "n": (280, 1500, 2500, 0.1, 70, 0.35, *REST[1:]),
-    "b": (200, 900, 2100, 0, 90, 0.1, 0, 0.2, 1000, 800), "p": (200, 900, 2100, 0, 100, 0, 0.4, 0.3, 1000, 800),
-    "d": (270, 1750, 2700, 0.2, 70, 0.1, 0, 0.5, 4000, 1500), "t": (270, 1750, 2700, 0.2, 80, 0, 0.4, 0.8, 4500, 1500),
-    "g": (300, 1900, 2300, 0.1, 70, 0.1, 0, 0.5, 2000, 600), "k": (300, 1900, 2300, 0.1, 80, 0, 0.4, 0.7, 2200, 600),
-    "s": (290, 1500, 2550, 0.5, 100, 0, 0, 0.7, 6000, 1200), "z": (290, 1500, 2550, 0.5, 80, 0.3, 0, 0.35, 6000, 1200),
-    "sh": (310, 1750, 2500, -0.6, 100, 0, 0, 0.9, 3200, 900), "f": (250, 1100, 2200, 0, 90, 0, 0, 0.15, 5000, 3500),
+    "b": (200, 900, 2100, 0, 90, 0.1, 0, 0.2, 1000, 800),
+    "p": (200, 900, 2100, 0, 100, 0, 0.4, 0.3, 1000, 800),
+    "d": (270, 1750, 2700, 0.2, 70, 0.1, 0, 0.5, 4000, 1500),
+    "t": (270, 1750, 2700, 0.2, 80, 0, 0.4, 0.8, 4500, 1500),
+    "g": (300, 1900, 2300, 0.1, 70, 0.1, 0, 0.5, 2000, 600),
+    "k": (300, 1900, 2300, 0.1, 80, 0, 0.4, 0.7, 2200, 600),
+    "s": (290, 1500, 2550, 0.5, 100, 0, 0, 0.7, 6000, 1200),
+    "z": (290, 1500, 2550, 0.5, 80, 0.3, 0, 0.35, 6000, 1200),
+    "sh": (310, 1750, 2500, -0.6, 100, 0, 0, 0.9, 3200, 900),
+    "f": (250, 1100, 2200, 0, 90, 0, 0, 0.15, 5000, 3500),
     "h": (450, 1450, 2450, 0.0, 60, 0, 0.45, *REST[2:]), "l": (350, 1150, 2650, 0.1, 60, 0.6, *REST[1:]),
     "r": (350, 1150, 1600, -0.4, 60, 0.6, *REST[1:]), "w": (290, 700, 2200, -1.0, 70, 0.5, *REST[1:])}
-PHONES = {"pause": (200, 1500, 2500, 0, 0, 0, *REST[1:])} | {k: (*x, *REST) for k, x in VOWELS.items()} | CONSONANTS
-PHONES = {k: (*x, k in "mbp", k in "bpdtgk") for k, x in PHONES.items()}  # lips closed; a stop: noise at release only
+PHONES = {"pause": (200, 1500, 2500, 0, 0, 0, *REST[1:])} | {k: (*x, *REST) for k,
+                                                             x in VOWELS.items()} | CONSONANTS
+# lips closed; a stop: noise at release only
+PHONES = {k: (*x, k in "mbp", k in "bpdtgk") for k, x in PHONES.items()}
 F1_CLOSED, F1_SPAN, F2_LIPS = 200.0, 560.0, 300.0  # F1 rises with the jaw, F2 with the spread of the lips
 
 
@@ -60,8 +69,8 @@ def _mix(x):
 
 
 def uniform(seeds, n, stream):
-    """Numbers in [0, 1): seeds (B,) int64 -> (B, n) float32. Draw i of a seed and stream is a hash of the three, so it
-    is the same on every device, in every batch, and for every n > i."""
+    """Numbers in [0, 1): seeds (B,) int64 -> (B, n) float32. Draw i of a seed and stream is a hash of the
+    three, so it is the same on every device, in every batch, and for every n > i."""
     golden = 0x9E3779B97F4A7C15 - 2**64
     key = _mix(_mix(seeds) + torch.full_like(seeds, stream) * golden)
     counter = torch.arange(1, n + 1, device=seeds.device) * golden
@@ -77,7 +86,8 @@ def smooth(x, width):
 
 
 def voice(seeds, emotion=None):
-    """Who speaks, in what mood, into what microphone: dict of (B, 1) numbers, but tract (B, 3) and emotion (B, 7).
+    """Who speaks, in what mood, into what microphone: dict of (B, 1) numbers, but tract (B, 3) and emotion
+    (B, 7).
 
     emotion: weights (B, 7) in the order of EMOTIONS in place of those that the seeds draw.
     """
@@ -86,8 +96,10 @@ def voice(seeds, emotion=None):
     first, second = (1 + (6 * u[:, i, 0]).long() for i in (2, 3))
     one_hot = torch.eye(7, device=seeds.device)
     if emotion is None:
-        emotion = (1 - strength) * one_hot[0] + strength * (share * one_hot[first] + (1 - share) * one_hot[second])
-    mood = (emotion[:, :, None] * torch.tensor(list(EMOTION_VOICE.values()), device=seeds.device)).sum(1)  # (B, 5)
+        emotion = (1 - strength) * one_hot[0] + strength * (share * one_hot[first] + (1 - share)
+                                                            * one_hot[second])
+    # (B, 5)
+    mood = (emotion[:, :, None] * torch.tensor(list(EMOTION_VOICE.values()), device=seeds.device)).sum(1)
     size = u[:, 4]  # 0 a large man .. 1 a small woman: pitch and formants rise together, loosely
     return {
         "emotion": emotion,
@@ -111,7 +123,8 @@ def voice(seeds, emotion=None):
 
 
 def phones(seeds, v, steps):
-    """What is said: (B, T, 12) columns of PHONES, (B, T, 3) stress, loudness and accent, (B, T) steps since a pause.
+    """What is said: (B, T, 12) columns of PHONES, (B, T, 3) stress, loudness and accent, (B, T) steps since a
+    pause.
 
     A syllable is [pause] [consonant] vowel [consonant]; a part that is absent lasts no time.
     """
@@ -131,14 +144,16 @@ def phones(seeds, v, steps):
     seconds[..., 3] *= u[..., 8] < 0.35
     ends = seconds.flatten(1).cumsum(1).contiguous()  # (B, 4Y)
     now = (torch.arange(steps, device=seeds.device) + 0.5) * (HOP / SAMPLE_RATE)
-    index_of_phone = torch.searchsorted(ends, now.expand(len(seeds), -1).contiguous(), right=True).clamp(max=ends.shape[1] - 1)
+    index_of_phone = torch.searchsorted(ends, now.expand(len(seeds), -1).contiguous(),
+                                        right=True).clamp(max=ends.shape[1] - 1)
     phone = table[kind.flatten(1).gather(1, index_of_phone)]  # (B, T, 12)
     left = ends.gather(1, index_of_phone) - now  # seconds until this phone ends
     closing = (phone[..., 11] > 0) & (left > 0.024)  # a stop is silent, then releases
     released = (phone[..., 11] > 0) & ~closing
     phone[..., 6:8] *= ~closing[..., None]
     phone[..., 10] *= ~released
-    how = torch.stack([0.75 + 0.35 * stress, 10 ** (0.8 * (u[..., 9] - 0.7) + 0.15 * stress), stress - 0.5], 2)
+    how = torch.stack([0.75 + 0.35 * stress, 10 ** (0.8 * (u[..., 9] - 0.7) + 0.15 * stress), stress - 0.5],
+                      2)
     index = torch.arange(steps, device=seeds.device).expand_as(index_of_phone)
     since = index - torch.where(index_of_phone % 4 == 0, index, 0).cummax(1).values
     return phone, how.gather(1, (index_of_phone // 4)[..., None].expand(-1, -1, 3)), since
@@ -151,14 +166,16 @@ def excitation(seeds, pitch):
     angle = math.pi * (cycle - cycle.round()).float()  # half the phase, in [-pi/2, pi/2]
     harmonics = (7800 / pitch).floor()
     angle = torch.where(angle.abs() < 1e-5, 1e-5, angle)
-    pulses = ((2 * harmonics + 1) * angle).sin() / (2 * angle.sin()) - 0.5  # the sum of cosines 1 .. harmonics
+    # the sum of cosines 1 .. harmonics
+    pulses = ((2 * harmonics + 1) * angle).sin() / (2 * angle.sin()) - 0.5
     noise = uniform(seeds, pitch.shape[1], 3) - 0.5
     return pulses * (2 / harmonics).sqrt(), noise * math.sqrt(12)
 
 
 def resonances(formants, bandwidths):
-    """Vocal tract (B, T, 3) Hz -> complex response (B, T, FFT/2+1) of three resonators, relative to three broad ones at
-    500, 1500 and 2500 Hz, which stand for the resonances above (so the response stays level at high frequency)."""
+    """Vocal tract (B, T, 3) Hz -> complex response (B, T, FFT/2+1) of three resonators, relative to three
+    broad ones at 500, 1500 and 2500 Hz, which stand for the resonances above (so the response stays level at
+    high frequency)."""
     f = torch.arange(FFT // 2 + 1, device=formants.device) * (SAMPLE_RATE / FFT)
     top, bottom = 1, 1
     for i, (neutral, width) in enumerate(zip((500.0, 1500.0, 2500.0), bandwidths, strict=True)):
@@ -171,7 +188,8 @@ def resonances(formants, bandwidths):
 def source_filter(seeds, v, pitch, levels, formants, hiss_band):
     """Shape pulses and noise window by window and overlap-add them: (B, T * HOP) sound.
 
-    levels (B, T, 3): voicing, breath, hiss; formants and hiss_band (centre, width) in Hz, (B, T, 3) and (B, T, 2).
+    levels (B, T, 3): voicing, breath, hiss; formants and hiss_band (centre, width) in Hz, (B, T, 3) and (B,
+    T, 2).
     """
     B, T = pitch.shape
     hann = torch.hann_window(WINDOW, device=pitch.device)
@@ -199,11 +217,12 @@ def source_filter(seeds, v, pitch, levels, formants, hiss_band):
 
 @torch.no_grad()
 def speak(seeds, frames, emotion=None):
-    """seeds (B,) int64 -> wave (B, frames * 640) at 16 kHz in [-1, 1]; jaw (B, frames) in [0, 1], 0 is shut; lip_width
-    (B, frames) in [-1, 1], rounded to spread, 0 at rest; emotion (B, 7), weights in the order of EMOTIONS.
+    """seeds (B,) int64 -> wave (B, frames * 640) at 16 kHz in [-1, 1]; jaw (B, frames) in [0, 1], 0 is shut;
+    lip_width (B, frames) in [-1, 1], rounded to spread, 0 at rest; emotion (B, 7), weights in the order of
+    EMOTIONS.
 
-    Everything is a function of the seed alone, and a longer clip begins with the shorter one. emotion (B, 7): the mood of
-    the voice in place of the seed's own.
+    Everything is a function of the seed alone, and a longer clip begins with the shorter one. emotion (B, 7):
+    the mood of the voice in place of the seed's own.
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, got {frames}")
@@ -216,7 +235,8 @@ def speak(seeds, frames, emotion=None):
     slow = [opening, lips * v["lips"], F2 - F2_LIPS * lips, F3]
     opening, lips, tongue, F3 = smooth(torch.stack(slow, 2), 15).unbind(2)  # 64 ms wide at half height
     inhaling = 0.2 * loud * (since == 0)
-    quick = [voicing * loud * v["energy"], breath * loud + voicing * v["breath"] + inhaling, hiss * loud, closed]
+    quick = [voicing * loud * v["energy"], breath * loud + voicing * v["breath"] + inhaling, hiss * loud,
+             closed]
     *levels, closed = smooth(torch.stack(quick, 2), 5).unbind(2)
     jaw = opening * (1 - closed)
 
@@ -231,5 +251,5 @@ def speak(seeds, frames, emotion=None):
     def per_frame(x):
         return x.unflatten(1, (-1, STEPS)).mean(2)[:, :frames]  # (B, F)
 
-    return {"wave": wave[:, :frames * STEPS * HOP].tanh(), "jaw": per_frame(jaw), "lip_width": per_frame(lips),
-            "emotion": v["emotion"]}
+    return {"wave": wave[:, :frames * STEPS * HOP].tanh(), "jaw": per_frame(jaw),
+            "lip_width": per_frame(lips), "emotion": v["emotion"]}
