@@ -1,4 +1,5 @@
-"""The page in a real browser against the same work in Python; skipped where there is no browser or runtime."""
+"""The page in a real browser against the same work in Python; skipped where there is no browser or
+runtime."""
 
 import base64
 import io
@@ -36,10 +37,13 @@ from web.controls import fit_directions
 from web.export import graphs
 
 ROOT = Path(__file__).resolve().parent.parent
-CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
-FLAGS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+                 if path), None)
+FLAGS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update",
          "--disable-sync", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
-         "--autoplay-policy=no-user-gesture-required", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+         "--autoplay-policy=no-user-gesture-required", "--use-fake-device-for-media-stream",
+         "--use-fake-ui-for-media-stream"]
 SECONDS, SEED = 2.0, 3
 READY = "() => !document.getElementById('play').disabled"
 APP = "async () => (await import('./page.js')).app"
@@ -89,7 +93,8 @@ class Tab:
         self.page = self.context.new_page()
         self.page.set_default_timeout(120_000)
         self.complaints, self.asked = [], []
-        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning")
+                     else None)
         self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
         self.page.on("request", lambda r: self.asked.append(r.url))
 
@@ -103,7 +108,8 @@ class Tab:
 
     def app(self, expression):
         """The value of an expression of the page's `app`."""
-        return self.page.evaluate(f"async () => {{ const {{ app }} = await import('./page.js'); return {expression}; }}")
+        return self.page.evaluate(f"async () => "
+                                  f"{{ const {{ app }} = await import('./page.js'); return {expression}; }}")
 
 
 @pytest.fixture
@@ -179,20 +185,24 @@ def test_tokens_and_frames_are_pythons(tab, site, release, photo, wave):
     windows = -(-audio_features.num_frames(len(wave)) // g.window)
     width = g.num_tokens * g.token_dim
     draws = torch.cat([torch.randn(1, g.window, width, generator=draw).flatten() for _ in range(windows)])
-    made = one.page.evaluate(WORK, [photo.flatten().tolist(), noise.flatten().tolist(), draws.tolist(), wave.tolist()])
+    made = one.page.evaluate(WORK, [photo.flatten().tolist(), noise.flatten().tolist(), draws.tolist(),
+                                    wave.tolist()])
     with torch.inference_mode():
         still = models["encoder"](photo[None]).flatten(1)
         rows = audio_features.extract_features(audio_features.normalise_loudness(wave)[None], "mel")
         silence = audio_features.extract_features(torch.zeros(1, SAMPLES_PER_FRAME), "mel")[0, 0]
-        tokens = torch.cat(list(generate_motion(models["generator"], still, iter(rows), torch.Generator().manual_seed(SEED), silence,
+        tokens = torch.cat(list(generate_motion(models["generator"], still, iter(rows),
+                                                torch.Generator().manual_seed(SEED), silence,
                                       meta["gen_steps"], meta["guidance"])))
-        frames = torch.cat(list(decode_frames(models["decoder"], photo[None], still, iter([tokens]), noise, meta["steps"])))
+        frames = torch.cat(list(decode_frames(models["decoder"], photo[None], still, iter([tokens]), noise,
+                                              meta["steps"])))
     assert len(made["frames"]) == len(tokens) == round(SECONDS * 25)
     assert (torch.tensor(made["still"]) - still[0]).abs().max() < 1e-3
     found = torch.tensor([frame["token"] for frame in made["frames"]])
     away = (found - tokens).abs().max()
     assert away < 1e-3
-    pictures = [(torch.tensor(frame["low"]), true) for frame, true in zip(made["frames"], frames, strict=True)]
+    pictures = [(torch.tensor(frame["low"]), true) for frame,
+                true in zip(made["frames"], frames, strict=True)]
     worst = 127.5 * max((low - true.flatten()).abs().max() for low, true in pictures[::5])
     print(f"\ntokens within {away:.1e}, pixels within {worst:.3f} of 255; {made['fps']:.1f} pictures/s")
     assert worst < 1
@@ -245,9 +255,11 @@ def test_frames_at_full_resolution_are_pythons(page, release, square):
     with torch.no_grad():
         still = models["encoder"](photo[None])
         token = still + 0.5 * torch.randn(still.shape, generator=torch.Generator().manual_seed(1))
-        parts = models["decoder"](noise, torch.ones(1), token, models["decoder"].encode_reference(photo[None], still), as_picture=True)
+        parts = models["decoder"](noise, torch.ones(1), token,
+                                  models["decoder"].encode_reference(photo[None], still), as_picture=True)
     x, moved, alpha, field = parts
-    true = Composer(np.asarray(picture), square).frame(bytes_of(x), bytes_of(moved), alpha[0, 0].numpy(), field[0].numpy())
+    true = Composer(np.asarray(picture), square).frame(bytes_of(x), bytes_of(moved), alpha[0, 0].numpy(),
+                                                       field[0].numpy())
     pixels = page.page.evaluate("""async ([parts, square]) => {
       const { app } = await import('./page.js'), { Composer } = await import('./compose.js');
       const canvas = document.createElement('canvas'), composer = await Composer.make(canvas, app.model, location);
@@ -261,16 +273,18 @@ def test_frames_at_full_resolution_are_pythons(page, release, square):
     print(f"\nfull resolution: mean {error.mean():.3f}, in the face {error[inside, inside].mean():.3f}, "
           f"worst {error.max():.1f} of 255")
     assert error[inside, inside].mean() < 2 and error.max() < 24
-    assert np.abs(true - np.asarray(picture, np.float32))[inside, inside].mean() > 2      # the frame did change
+    assert np.abs(true - np.asarray(picture, np.float32))[inside, inside].mean() > 2    # the frame did change
 
 
-@pytest.mark.parametrize("square", [*SQUARES, Square(256, 256, 512), Square(60, 470, 130), Square(256, 256, 60)])
+@pytest.mark.parametrize("square", [*SQUARES, Square(256, 256, 512), Square(60, 470, 130),
+                                    Square(256, 256, 60)])
 def test_the_networks_picture_of_the_photo_is_pythons(page, release, square):
     found = page.page.evaluate("""async square => {
       const { app } = await import('./page.js'), { facePixels } = await import('./image.js');
       return Array.from(facePixels(app.image, square, app.model.size));
     }""", asdict(square))
-    true = from_uint8(crop_square(open_image(str(ROOT / "examples" / "portrait.png")), square, release[1]["size"]))
+    true = from_uint8(crop_square(open_image(str(ROOT / "examples" / "portrait.png")), square,
+                                  release[1]["size"]))
     error = (torch.tensor(found) - true.flatten()).abs() * 127.5
     print(f"\ncrop: mean {error.mean():.3f}, worst {error.max():.1f} of 255")
     assert error.mean() < 0.5 and error.max() < 12
@@ -278,7 +292,8 @@ def test_the_networks_picture_of_the_photo_is_pythons(page, release, square):
 
 def test_ready_without_complaint_and_nothing_leaves_the_host(page, site):
     assert page.complaints == []
-    assert page.asked and all(url.startswith((site, "blob:" + site, "data:")) for url in page.asked), page.asked
+    assert page.asked and all(url.startswith((site, "blob:" + site, "data:"))
+                              for url in page.asked), page.asked
     assert page.page.evaluate("crossOriginIsolated")
 
 
@@ -306,7 +321,8 @@ def test_talk_plays_in_step_and_downloads_a_video_with_sound(page, tmp_path):
     with av.open(str(path)) as video:
         sound = np.concatenate([frame.to_ndarray().mean(0) for frame in video.decode(audio=0)])
         rate = video.streams.audio[0].rate
-    print(f"\n{path.suffix}: {len(pictures)} pictures, {pictures[-1] - pictures[0]:.2f} s, sound {len(sound) / rate:.2f} s, "
+    print(f"\n{path.suffix}: {len(pictures)} pictures, {pictures[-1] - pictures[0]:.2f} s, sound "
+          f"{len(sound) / rate:.2f} s, "
           f"{page.app('app.player.waits')} waits")
     assert abs(len(sound) / rate - 1.6) < 0.35 and pictures[-1] - pictures[0] < 2.0
     assert np.abs(sound).max() > 0.05
@@ -321,7 +337,8 @@ def test_hostile_files_get_one_sentence_and_the_page_goes_on(page, tmp_path):
     (tmp_path / "noise.wav").write_bytes(os.urandom(4000))
     (tmp_path / "picture.wav").write_bytes((ROOT / "examples" / "portrait.png").read_bytes())
     sound_file(tmp_path / "brief.wav", 0.02)
-    hostile = {"#photo": ("empty.png", "text.png", "cut.png", "small.png"), "#sound": ("noise.wav", "picture.wav", "brief.wav")}
+    hostile = {"#photo": ("empty.png", "text.png", "cut.png", "small.png"),
+               "#sound": ("noise.wav", "picture.wav", "brief.wav")}
     for field, names in hostile.items():
         for name in names:
             p.evaluate("document.getElementById('error').textContent = ''")
@@ -359,8 +376,9 @@ def test_sliders_move_their_part_of_the_face(page):
     page.page.click("#reset")
     page.page.wait_for_timeout(300)
     rest = slide(page, "jaw", 0)
-    rows = {"eyes": slice(160, 250), "mouth": slice(300, 410)}            # of the example portrait, 512 pixels high
-    for name, part, other in (("jaw", "mouth", "eyes"), ("blink_l", "eyes", "mouth"), ("blink_r", "eyes", "mouth")):
+    rows = {"eyes": slice(160, 250), "mouth": slice(300, 410)}      # of the example portrait, 512 pixels high
+    for name, part, other in (("jaw", "mouth", "eyes"), ("blink_l", "eyes", "mouth"),
+                              ("blink_r", "eyes", "mouth")):
         change = np.abs(slide(page, name, controls[name]["high"]) - rest)
         slide(page, name, 0)
         assert change[rows[part], 128:384].mean() > 2 * change[rows[other], 128:384].mean(), name
@@ -386,7 +404,8 @@ def test_pictures_a_second_while_a_slider_moves(page):
     }""")
     page.page.click("#reset")
     page.page.click("#tab-talk")
-    print(f"\npuppet: {shown / 3:.1f} pictures/s on {os.cpu_count()} cores, {len(os.sched_getaffinity(0))} allowed")
+    print(f"\npuppet: {shown / 3:.1f} pictures/s on {os.cpu_count()} cores, {len(os.sched_getaffinity(0))} "
+          f"allowed")
     assert shown > 0
 
 
@@ -417,9 +436,11 @@ def test_microphone_makes_the_face_speak(tab, site):
     before = one.app("app.shown.at(-1)")
     one.page.click("#microphone")
     one.page.wait_for_function("() => document.getElementById('status').textContent.startsWith('Listening')")
-    one.page.wait_for_function("async before => (await import('./page.js')).app.shown.filter(t => t > before).length > 2", arg=before)
+    one.page.wait_for_function("async before => (await import('./page.js')).app.shown.filter(t => t > "
+                               "before).length > 2", arg=before)
     one.page.click("#microphone")
-    one.page.wait_for_function("() => document.getElementById('microphone').getAttribute('aria-pressed') === 'false'")
+    one.page.wait_for_function("() => document.getElementById('microphone').getAttribute('aria-pressed') === "
+                               "'false'")
     one.page.click("#webcam")
     one.page.wait_for_function("() => document.querySelector('#camera video').videoWidth > 0")
     one.page.click("#shoot")
@@ -472,10 +493,12 @@ def test_graphs_compute_what_the_networks_do(tmp_path):
     """Small untrained networks with moods, all weights random, under onnxruntime against torch."""
     pytest.importorskip("onnx", reason="needs onnx: pip install -r requirements-web.txt")
     pytest.importorskip("onnxscript", reason="needs onnxscript: pip install -r requirements-web.txt")
-    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install -r requirements-web.txt")
+    runtime = pytest.importorskip("onnxruntime",
+                                  reason="needs onnxruntime: pip install -r requirements-web.txt")
     torch.manual_seed(0)
     shape = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 2, "token_dim": 8}
-    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape, warp_grid=4, overlap=True)),
+    models = {"encoder": MotionEncoder(EncoderConfig(**shape)),
+              "decoder": Decoder(DecoderConfig(**shape, warp_grid=4, overlap=True)),
               "generator": Generator(GeneratorConfig(token_dim=8, width=16, depth=1, heads=2, experts=3))}
     for model in models.values():
         for p in model.parameters():
@@ -499,8 +522,10 @@ def test_graphs_compute_what_the_networks_do(tmp_path):
         cache = run("reference", {"photo": photo, "token": still})
         assert len(cache) == count
         token = still + torch.randn(1, 8)
-        true = models["decoder"](z, t, token[:, None], models["decoder"].encode_reference(photo, still[:, None]), as_picture=True)
-        made = run("target", {"z": z, "t": t, "token": token, **{f"cache{k}": x for k, x in enumerate(cache)}})
+        true = models["decoder"](z, t, token[:, None],
+                                 models["decoder"].encode_reference(photo, still[:, None]), as_picture=True)
+        made = run("target", {"z": z, "t": t, "token": token,
+                              **{f"cache{k}": x for k, x in enumerate(cache)}})
         for a, b in zip(made, true, strict=True):
             assert a.shape == b.shape and b.std() > 1e-3 and (a - b).abs().max() < 1e-3
         g = models["generator"].config
@@ -508,7 +533,8 @@ def test_graphs_compute_what_the_networks_do(tmp_path):
         mood = torch.rand(1, g.past + g.window, 7)
         new = torch.randn(1, g.window, 8)
         true = with_cfg(models["generator"], 1.5, null={"audio": None})(new, t, **cond, mood=mood)
-        assert (models["generator"](new, t, **cond) - models["generator"](new, t, **cond, mood=mood)).abs().max() > 1e-3
+        assert (models["generator"](new, t, **cond)
+                - models["generator"](new, t, **cond, mood=mood)).abs().max() > 1e-3
         made = run("generator", {"z": new, "t": t, **cond, "guidance": torch.tensor(1.5), "mood": mood})[0]
         assert (made - true).abs().max() < 1e-3
 
@@ -534,7 +560,8 @@ def test_controls_are_read_from_their_text():
 
 
 def test_sample_follows_controls(tmp_path, capsys):
-    """A small untrained release: as many frames as asked for, moving as the controls do; without controls, a sentence."""
+    """A small untrained release: as many frames as asked for, moving as the controls do; without controls, a
+    sentence."""
     torch.manual_seed(0)
     shape = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 2, "token_dim": 8}
     models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape))}
@@ -546,16 +573,20 @@ def test_sample_follows_controls(tmp_path, capsys):
     save_weights(tmp_path / "without.safetensors", models, meta)
 
     def run(name, text):
-        return sample.main(["--img", str(ROOT / "examples" / "portrait.png"), "--controls", text, "--seconds", "0.4", "--size", "64",
-                            "--ckpt", str(tmp_path / name), "--out", str(tmp_path / "x.mp4"), "--device", "cpu"])
+        return sample.main(["--img", str(ROOT / "examples" / "portrait.png"), "--controls", text, "--seconds",
+                            "0.4", "--size", "64",
+                            "--ckpt", str(tmp_path / name), "--out", str(tmp_path / "x.mp4"), "--device",
+                            "cpu"])
 
     assert run("with.safetensors", "jaw=0,5,5") == 0
     with av.open(str(tmp_path / "x.mp4")) as video:
         frames = [frame.to_ndarray(format="rgb24").astype(float) for frame in video.decode(video=0)]
     assert len(frames) == 10
-    assert np.abs(frames[-1] - frames[0]).mean() > 5 * np.abs(frames[-1] - frames[-3]).mean()       # it moves, then stays
+    # it moves, then stays
+    assert np.abs(frames[-1] - frames[0]).mean() > 5 * np.abs(frames[-1] - frames[-3]).mean()
     capsys.readouterr()
-    for name, text in (("without.safetensors", "jaw=1"), ("with.safetensors", "jaw=9"), ("with.safetensors", " ")):
+    for name, text in (("without.safetensors", "jaw=1"), ("with.safetensors", "jaw=9"),
+                       ("with.safetensors", " ")):
         assert run(name, text) == 2
         assert capsys.readouterr().err.count("\n") <= 2              # one may be a note on the face
 

@@ -1,6 +1,8 @@
-"""The shipped weights: both files open, and what they make of people and speech that were never trained on keeps its quality.
+"""The shipped weights: both files open, and what they make of people and speech that were never trained on
+keeps its quality.
 
-A wrong weight name, a decoder that copies the photo, sound that is not used or a changed default falls below a floor.
+A wrong weight name, a decoder that copies the photo, sound that is not used or a changed default falls below
+a floor.
 """
 import json
 from dataclasses import asdict
@@ -27,7 +29,8 @@ NAMES, CLIPS, FRAMES = list(MOTION), 2, 75
 
 @pytest.fixture(scope="module")
 def shipped():
-    """Models and meta of the shipped weights, their motion reader, and held-out clips (frames, motion, wave)."""
+    """Models and meta of the shipped weights, their motion reader, and held-out clips (frames, motion,
+    wave)."""
     models, meta = load_models(WEIGHTS / "semo-tiny.safetensors")
     clips = []
     for seed in range(HELD_OUT, HELD_OUT + CLIPS):
@@ -49,7 +52,8 @@ def factor_correlation(motion_reader, frames, motion):
 
 
 def speak(models, meta, photo, wave):
-    rows = audio_features.extract_features(audio_features.normalise_loudness(wave), meta["audio"], meta.get("whisper"))[0]
+    rows = audio_features.extract_features(audio_features.normalise_loudness(wave), meta["audio"],
+                                           meta.get("whisper"))[0]
     return tensor(sample.animate_from_audio(models, meta, photo, iter([rows])))
 
 
@@ -68,7 +72,8 @@ def test_reconstruction_is_far_above_copying(shipped):
         made = tensor(sample.reenact(models, meta, frames[0], iter(frames), absolute=True))
         copied = frames[:1].expand_as(frames)
         assert made.shape == frames.shape
-        gains.append((metrics.psnr(made[1:], frames[1:]) - metrics.psnr(copied[1:], frames[1:])).mean().item())
+        gains.append((metrics.psnr(made[1:], frames[1:])
+                      - metrics.psnr(copied[1:], frames[1:])).mean().item())
         r = factor_correlation(motion_reader, made, motion)
         jaws.append(r["jaw"])
         yaws.append(r["yaw"])
@@ -79,7 +84,8 @@ def test_reconstruction_is_far_above_copying(shipped):
 
 
 def test_speech_moves_the_mouth_and_other_speech_does_not(shipped):
-    """From the photo and the sound alone: jaw and lips as the true ones; with another clip's sound, unrelated to them."""
+    """From the photo and the sound alone: jaw and lips as the true ones; with another clip's sound, unrelated
+    to them."""
     models, meta, motion_reader, clips = shipped
     own, other, sharp = [], [], []
     for k, (frames, motion, wave) in enumerate(clips):
@@ -97,7 +103,8 @@ def test_released_defaults(shipped):
     models, meta, _, _ = shipped
     assert set(models) == {"encoder", "decoder", "generator"}
     assert (meta["steps"], meta["latents"], meta["audio"]) == (1, "pixel", "mel")
-    assert (meta["gen_steps"], meta["guidance"], meta["size"]) == (4, 1.5, models["decoder"].config.image_size)
+    assert (meta["gen_steps"], meta["guidance"], meta["size"]) == (4, 1.5,
+                                                                   models["decoder"].config.image_size)
 
 
 def test_the_shipped_file_of_an_older_format_is_converted_once_and_for_all(shipped, tmp_path):
@@ -108,13 +115,15 @@ def test_the_shipped_file_of_an_older_format_is_converted_once_and_for_all(shipp
     assert meta_again == meta and meta["format"] == "semo-2"
     old, new = load_file(WEIGHTS / "semo-tiny.safetensors"), load_file(tmp_path / "w.safetensors")
     assert len(old) == len(new)
-    assert sorted(v.double().sum().item() for v in old.values()) == sorted(v.double().sum().item() for v in new.values())
+    assert sorted(v.double().sum().item() for v in old.values()) == sorted(v.double().sum().item()
+        for v in new.values())
     for kind, model in models.items():
         assert again[kind].config == model.config
-        assert all(torch.equal(value, again[kind].state_dict()[name]) for name, value in model.state_dict().items())
+        assert all(torch.equal(value, again[kind].state_dict()[name]) for name,
+                   value in model.state_dict().items())
 
 
-# ---- the format ------------------------------------------------------------------------------------------------------
+# ---- the format --------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def release(tmp_path):
@@ -127,10 +136,11 @@ def rewrite(path, about=None, **weights):
     with safe_open(path, framework="pt") as f:
         found = json.loads(f.metadata()["semo"])
     held = {**load_file(path), **weights}
-    save_file({k: v for k, v in held.items() if v is not None}, path, {"semo": json.dumps({**found, **(about or {})})})
+    save_file({k: v for k, v in held.items() if v is not None}, path,
+              {"semo": json.dumps({**found, **(about or {})})})
 
 
-# ---- releases -------------------------------------------------------------------------------------------------------
+# ---- releases ----------------------------------------------------------------------------------------------
 
 def test_release_round_trip(release):
     want, (got, meta) = networks(), load_models(str(release))
@@ -138,8 +148,9 @@ def test_release_round_trip(release):
     for kind, model in want.items():
         assert got[kind].config == model.config and not got[kind].training
         for name, value in model.state_dict().items():
-            exact = value.ndim < 2                                           # vectors and statistics stay fp32
-            torch.testing.assert_close(got[kind].state_dict()[name], value, rtol=0 if exact else 2**-11, atol=0 if exact else 1e-7)
+            exact = value.ndim < 2                                          # vectors and statistics stay fp32
+            torch.testing.assert_close(got[kind].state_dict()[name], value, rtol=0 if exact else 2**-11,
+                                       atol=0 if exact else 1e-7)
     assert {v.dtype for v in load_file(release).values() if v.ndim > 1} == {torch.float16}
 
 
@@ -194,7 +205,8 @@ def test_a_config_of_another_version_is_refused(release, kind, change):
 
 def test_missing_surplus_and_misfit_weights_are_refused(release):
     whole = release.read_bytes()
-    for change in ({"encoder.tokens": None}, {"encoder.other": torch.ones(2)}, {"encoder.tokens": torch.ones(2, 32)}):
+    for change in ({"encoder.tokens": None}, {"encoder.other": torch.ones(2)},
+                   {"encoder.tokens": torch.ones(2, 32)}):
         release.write_bytes(whole)
         rewrite(release, **change)
         refused(release, "encoder", "do not fit")
