@@ -8,8 +8,8 @@ paints keeps the model's resolution:
 
     out = up(low) + (moved_hi - up(moved)) * (1 - up(alpha))
 
-Whatever alpha is, the picture at the model's resolution is low: alpha decides only how much of the photo's finer
-detail stays. So it is lowered where the model hardly changes what it has moved.
+Whatever alpha is, the picture at the model's resolution is low: alpha decides only how much of the photo's
+finer detail stays. So it is lowered where the model hardly changes what it has moved.
 """
 import cv2
 import numpy as np
@@ -18,10 +18,10 @@ from PIL import Image
 from media.face import Square, crop_square, frame_photo, square_matrix
 from media.image import from_uint8, open_image
 
-MAX_ENLARGE, MIN_FACE = 2.0, 256     # a photo is enlarged until its square has MIN_FACE pixels a side
-FINE = 3                             # linear sampling of a copy this much finer keeps a moved photo sharp
-CHANGED = 24                         # of 255: where the model changes less, the photo keeps more of its detail
-MARGIN = 0.25                        # pixels up to so many sides outside the square may be moved into it
+MAX_ENLARGE, MIN_FACE = 2.0, 256    # a photo is enlarged until its square has MIN_FACE pixels a side
+FINE = 3                            # linear sampling of a copy this much finer keeps a moved photo sharp
+CHANGED = 24                        # of 255: where the model changes less, the photo keeps more of its detail
+MARGIN = 0.25                       # pixels up to so many sides outside the square may be moved into it
 
 
 def output_size(width, height, side, size):
@@ -96,8 +96,9 @@ class Composer:
     def frame(self, low, moved, alpha, field):
         """Compose one picture of the model -> the whole photo (H, W, 3) uint8.
 
-        low: (s, s, 3) uint8, the model's picture; moved: (s, s, 3) uint8, the reference as the model moved it;
-        alpha: (s, s) float, how far that is faded out; field: (n, n, 2) float32, the displacements (move()).
+        low: (s, s, 3) uint8, the model's picture; moved: (s, s, 3) uint8, the reference as the model moved
+        it; alpha: (s, s) float, how far that is faded out; field: (n, n, 2) float32, the displacements
+        (move()).
         """
         window = self.window(len(low), 2)
         change = cv2.dilate(cv2.absdiff(low, moved).max(-1), np.ones((3, 3), np.uint8))        # (s, s)
@@ -139,8 +140,8 @@ def load_composer(image, square, size, crop=False):
 
 
 def read_photo(path, model_size, detector, size=1080, crop=False, number=None):
-    """A picture file -> (its face as the models see it, (3, model_size, model_size) in [-1, 1]; its Composer, see
-    load_composer(); a sentence for the user or None, see frame_photo()). Raises InputError."""
+    """A picture file -> (its face as the models see it, (3, model_size, model_size) in [-1, 1]; its Composer,
+    see load_composer(); a sentence for the user or None, see frame_photo()). Raises InputError."""
     photo = open_image(path, None if crop else 2 * size)
     square, note = frame_photo(photo, detector, number, path)
     image = from_uint8(crop_square(photo, square, model_size))

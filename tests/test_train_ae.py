@@ -1,4 +1,5 @@
-"""train_ae.py: the loss by hand, exact resume, several processes, the video stage; all runs are of the nano preset."""
+"""train_ae.py: the loss by hand, exact resume, several processes, the video stage; all runs are of the nano
+preset."""
 import copy
 import json
 import math
@@ -40,7 +41,8 @@ torch.set_num_threads(1)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NANO = train_ae.PRESETS["nano"]
 CPU = torch.device("cpu")
-PLAIN = {"mask_max": 0.0, "p_pure_noise": 1.0, "label": 0.0, "warped": 0.0, "structure": 0.0}      # one of schedule()
+# one of schedule()
+PLAIN = {"mask_max": 0.0, "p_pure_noise": 1.0, "label": 0.0, "warped": 0.0, "structure": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +55,8 @@ def signals():
 
 
 def train(out, *more, steps=4):
-    return train_ae.main(["--preset", "nano", "--device", "cpu", "--out", str(out), "--steps", str(steps), *more])
+    return train_ae.main(["--preset", "nano", "--device", "cpu", "--out", str(out), "--steps", str(steps),
+                          *more])
 
 
 def state(out):
@@ -78,7 +81,7 @@ def auto_encoder(seed=0, nudge=0.05, depth=1, frames=1, loss="region"):
                                  Decoder(replace(NANO["decoder"], depth=depth, frames=frames)), loss)
     for parameter in model.parameters():
         parameter.data += nudge * torch.randn(parameter.shape)
-    model.encoder.tokens.data.normal_()                                      # tiny tokens and young statistics would
+    model.encoder.tokens.data.normal_()                               # tiny tokens and young statistics would
     model.encoder.running_norm.count.fill_(1)                                 # magnify rounding
     return model
 
@@ -97,7 +100,8 @@ def seeds(monkeypatch):
     asked = []
     for name in ("random_pairs", "consecutive_frames"):
         made = getattr(train_ae, name)
-        monkeypatch.setattr(train_ae, name, lambda seeds, *more, made=made: asked.extend(seeds.tolist()) or made(seeds, *more))
+        monkeypatch.setattr(train_ae, name, lambda seeds, *more,
+                            made=made: asked.extend(seeds.tolist()) or made(seeds, *more))
     return asked
 
 
@@ -123,7 +127,8 @@ def passed(monkeypatch):
     seen, clip_and_step = [], training.clip_and_step
 
     def record(model, optimisers, loss, *more):
-        seen.append((loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+        seen.append((loss, {name: p.grad.clone() for name,
+                            p in model.named_parameters() if p.grad is not None}))
         return clip_and_step(model, optimisers, loss, *more)
 
     monkeypatch.setattr(training, "clip_and_step", record)
@@ -134,11 +139,12 @@ def passed(monkeypatch):
 def begun(monkeypatch):
     """A copy of each model before its first step."""
     models, make = [], training.optimisers
-    monkeypatch.setattr(training, "optimisers", lambda model, *rates: models.append(copy.deepcopy(model)) or make(model, *rates))
+    monkeypatch.setattr(training, "optimisers", lambda model,
+                        *rates: models.append(copy.deepcopy(model)) or make(model, *rates))
     return models
 
 
-# ---- data and randomness --------------------------------------------------------------------------------------------
+# ---- data and randomness -----------------------------------------------------------------------------------
 
 def test_no_two_steps_draw_the_same_people(seeds, no_pictures, tmp_path):
     assert train(tmp_path, "--accumulate", "2", steps=6) == 0
@@ -182,24 +188,28 @@ def test_known_motion_is_the_difference_of_target_and_reference():
     args = train_ae.parse(["--preset", "nano"])
     batch = train_ae.synthetic_batch(args, NANO, 0, render)
     _, motion, _ = people_module.random_pairs(torch.arange(2), 2, 0.5, 32, render)
-    want = train_ae.normalise_factors(motion[:, 1:].flatten(0, 1)) - train_ae.normalise_factors(motion[[0, 0, 1, 1], 0])
+    want = train_ae.normalise_factors(motion[:, 1:].flatten(0,
+                                                            1)) - train_ae.normalise_factors(motion[[0, 0, 1,
+                                                                1], 0])
     torch.testing.assert_close(batch.factors, want)
     many = train_ae.normalise_factors(random_motion(torch.arange(4000)))
     assert many.shape == (4000, len(MOTION)) and 0.4 < many.std(0).min() and many.std(0).max() < 1.7
 
 
 def drawn(args, number, progress, rank=0, shape=(4, 3, 32, 32)):
-    return train_ae.sample_noise_t_mask(args, NANO["encoder"], shape, number, rank, train_ae.schedule(args, progress))
+    return train_ae.sample_noise_t_mask(args, NANO["encoder"], shape, number, rank,
+                                        train_ae.schedule(args, progress))
 
 
 def test_a_curriculum_starts_at_pure_noise_without_masks():
     args = train_ae.parse(["--preset", "nano"])
     noise, t, keep = drawn(args, 0, 0.0)
-    assert noise.shape == (4, 3, 32, 32) and (t == 1).all() and torch.equal(keep, torch.arange(16).expand(6, 16))
+    assert noise.shape == (4, 3, 32, 32) and (t == 1).all() and torch.equal(keep,
+        torch.arange(16).expand(6, 16))
     late = [drawn(args, number, 1.0) for number in range(400)]
     times = torch.cat([t for _, t, _ in late])
     assert (times == 1).float().mean() == pytest.approx(0.9, abs=0.03) and (times > 0).all()
-    left = torch.tensor([keep.shape[1] for _, _, keep in late])              # 16 - floor(16 U(0, 0.9)): 2 .. 16
+    left = torch.tensor([keep.shape[1] for _, _, keep in late])            # 16 - floor(16 U(0, 0.9)): 2 .. 16
     assert (left.min(), left.max()) == (2, 16) and left.float().mean() == pytest.approx(9.3, abs=0.7)
     assert all(keep.shape[0] == 6 and (keep.diff() > 0).all() for _, _, keep in late)
     assert same(list(drawn(args, 7, 1.0)), list(late[7])) and not torch.equal(late[6][0], late[7][0])
@@ -234,9 +244,11 @@ def test_processes_share_neither_people_nor_clips(folder, seeds, no_pictures, mo
     for rank in range(2):
         monkeypatch.setattr(training, "init_distributed", lambda _, rank=rank: (rank, 2, CPU))
         numbers = clips[rank] = []
-        monkeypatch.setattr(data.Clips, "__getitem__", lambda self, n, numbers=numbers: numbers.append(n) or read(self, n))
+        monkeypatch.setattr(data.Clips, "__getitem__", lambda self, n,
+                            numbers=numbers: numbers.append(n) or read(self, n))
         seeds.clear()
-        assert train(tmp_path / str(rank), "--data", folder, "synthetic", "--workers", "0", "--accumulate", "2") == 0
+        assert train(tmp_path / str(rank), "--data", folder, "synthetic", "--workers", "0", "--accumulate",
+                     "2") == 0
         drawn[rank] = set(seeds)
     assert min(map(len, [*drawn.values(), *clips.values()])) > 2
     assert not drawn[0] & drawn[1] and not set(clips[0]) & set(clips[1])
@@ -256,7 +268,7 @@ def test_compiled_shapes_stand_still(no_pictures, monkeypatch, tmp_path):
     assert compiled[0] == 0 and compiled[1] > 1 and set(compiled[1:]) == {compiled[1]} == {len(graphs)}
 
 
-# ---- loss and gradients ---------------------------------------------------------------------------------------------
+# ---- loss and gradients ------------------------------------------------------------------------------------
 
 def given_batch():
     """Two people with four targets, noise and t (4,), keep (6, 10)."""
@@ -277,14 +289,17 @@ def copy_error(batch):
 
 
 def test_region_loss_of_a_copy_is_one_for_the_picture_and_REGION_for_mouth_and_eyes():
-    """Nearly: 0.02 and 0.03 stand beside the copy's own error, so that a copy that is right already asks for little."""
+    """Nearly: 0.02 and 0.03 stand beside the copy's own error, so that a copy that is right already asks for
+    little."""
     model, (batch, noise, t, keep) = auto_encoder(nudge=0), given_batch()
     error, (features, face) = copy_error(batch), batch.regions.unbind(1)
     whole, part = mean(error, 0.2 + 0.8 * face), mean(error, features)
     want = whole / (whole + 0.02) + model.REGION * part / (part + 0.03)      # (4,)
-    assert (want[:2] > 0.75 * (1 + model.REGION)).all() and want[3] == pytest.approx(1 / 3 + model.REGION / 4, rel=1e-3)
+    assert (want[:2] > 0.75 * (1 + model.REGION)).all() and want[3] == pytest.approx(1 / 3 + model.REGION / 4,
+        rel=1e-3)
     assert model(batch, noise, t, keep, PLAIN).item() == pytest.approx(want.mean().item(), rel=1e-4)
-    warped = model(batch, noise, t, keep, {**PLAIN, "warped": 0.5})          # a fresh model's warped reference is the copy
+    # a fresh model's warped reference is the copy
+    warped = model(batch, noise, t, keep, {**PLAIN, "warped": 0.5})
     assert warped.item() == pytest.approx(1.5 * want.mean().item(), rel=1e-4)
     perfect = model.region_loss(batch.target, batch.target, batch.reference[[0, 0, 1, 1]], batch.regions, 0.5)
     assert perfect < 0.25 * want.mean()
@@ -294,13 +309,14 @@ def test_structure_counts_blurring():
     model, (batch, *_) = auto_encoder(nudge=0), given_batch()
     copies = batch.reference[[0, 0, 1, 1]]
     blurred = torch.nn.functional.avg_pool2d(batch.target, 5, 1, 2)
-    with_it, without = (model.region_loss(blurred, batch.target, copies, batch.regions, s) for s in (0.5, 0.0))
+    with_it, without = (model.region_loss(blurred, batch.target, copies, batch.regions, s)
+                        for s in (0.5, 0.0))
     assert with_it > without + 0.2
 
 
 def test_velocity_and_weighted_loss_of_a_copy():
-    """A fresh model decodes the reference, so v = (z_r - z_t)/t and v - (z - eps) = (z_r - z)/t; weighted: by 0.1 over the
-    error of copying."""
+    """A fresh model decodes the reference, so v = (z_r - z_t)/t and v - (z - eps) = (z_r - z)/t; weighted: by
+    0.1 over the error of copying."""
     batch, noise, t, keep = given_batch()
     error = (batch.reference[[0, 0, 1, 1]] - batch.target).square().mean((1, 2, 3))
     loss = auto_encoder(nudge=0, loss="velocity")(batch, noise, t, keep, PLAIN)
@@ -325,24 +341,26 @@ def test_dssim_is_that_of_the_definition():
 def test_field_roughness_is_the_squared_difference_of_neighbours_in_pixels():
     assert train_ae.field_roughness(torch.full((2, 8, 8, 2), 0.3)) == 0
     step = torch.zeros(1, 8, 8, 2)
-    step[:, :, 4:, 0] = 2 / 8                                                # one pixel, x, between columns 3 and 4
+    step[:, :, 4:, 0] = 2 / 8                                          # one pixel, x, between columns 3 and 4
     assert train_ae.field_roughness(step).item() == pytest.approx(1 / (7 * 2))
 
 
 def test_known_motion_enters_with_its_weight():
-    model, (batch, *given) = auto_encoder().eval(), given_batch()            # eval: the running statistics stand still
+    model, (batch, *given) = auto_encoder().eval(), given_batch()   # eval: the running statistics stand still
     plain = model(batch, *given, PLAIN)
     motion = model.encoder(batch.encoder_views, given[2])
     read = model.label_heads["synthetic"]((motion[2:] - motion[[0, 0, 1, 1]]).flatten(1))
     error = torch.nn.functional.smooth_l1_loss(read, batch.factors.clamp(-4, 4))
-    assert model(batch, *given, {**PLAIN, "label": 0.7}).item() == pytest.approx((plain + 0.7 * error).item(), rel=1e-4)
+    assert model(batch, *given, {**PLAIN, "label": 0.7}).item() == pytest.approx((plain + 0.7 * error).item(),
+        rel=1e-4)
     unknown = model(replace(batch, factors=None), *given, {**PLAIN, "label": 0.7})
     assert torch.equal(unknown, plain) and error > 0.01
 
 
 def test_accumulated_gradients_are_the_mean_of_the_passes(begun, passed, no_pictures, tmp_path):
     assert train(tmp_path, "--accumulate", "2", steps=3) == 0
-    args, model, losses = train_ae.parse(["--preset", "nano", "--accumulate", "2", "--steps", "3"]), begun[0].train(), []
+    args, model, losses = train_ae.parse(["--preset", "nano", "--accumulate", "2", "--steps",
+                                          "3"]), begun[0].train(), []
     for number in (0, 1):                                                    # the two passes of step 0
         batch, now = train_ae.synthetic_batch(args, NANO, number, render), train_ae.schedule(args, 0)
         random = train_ae.sample_noise_t_mask(args, NANO["encoder"], batch.target.shape, number, 0, now)
@@ -363,7 +381,8 @@ def alone(tmp_path):
 
 
 def test_only_the_last_pass_of_a_step_sends_gradients(alone, no_pictures, monkeypatch, tmp_path):
-    """And each number once; the run is that without DistributedDataParallel, with activations checkpointed too."""
+    """And each number once; the run is that without DistributedDataParallel, with activations checkpointed
+    too."""
     sent, wrap = [], training.ddp_wrap
 
     def hook(_, bucket):
@@ -376,7 +395,8 @@ def test_only_the_last_pass_of_a_step_sends_gradients(alone, no_pictures, monkey
         return ddp
 
     monkeypatch.setattr(training, "init_distributed", lambda _: (0, 2, CPU))
-    for name, how, more in (("ddp", wrapped, ["--checkpoint-activations"]), ("plain", lambda model, *_: model, [])):
+    for name, how, more in (("ddp", wrapped, ["--checkpoint-activations"]),
+                            ("plain", lambda model, *_: model, [])):
         monkeypatch.setattr(training, "ddp_wrap", how)
         assert train(tmp_path / name, "--accumulate", "3", *more, steps=2) == 0
     assert sum(sent) == 2 * sum(p.numel() for p in auto_encoder().parameters())
@@ -402,11 +422,12 @@ ALL = {**PLAIN, "label": 0.3, "warped": 0.5, "structure": 0.5}
 def half(rank, folder):
     """One of two processes: one step's gradients on person `rank` and their two targets."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
+                            timeout=timedelta(minutes=2))
     try:
         batch, noise, t, keep = given_batch()
         mine, rows = slice(2 * rank, 2 * rank + 2), [rank, 2 + 2 * rank, 3 + 2 * rank]
-        model = auto_encoder(seed=rank)                                      # the first process's weights must win
+        model = auto_encoder(seed=rank)                                 # the first process's weights must win
         wrapped = training.ddp_wrap(model, 2, CPU)
         part = data.Batch(batch.reference[rank:rank + 1], batch.target[mine], batch.encoder_views[rows],
                           batch.regions[mine], batch.factors[mine], batch.kind)
@@ -427,7 +448,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) > 1
     for rank in range(2):
         got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert got["wishes"] == [True, False]                                # one wish is enough, on every process
+        assert got["wishes"] == [True, False]                           # one wish is enough, on every process
         for name, p in model.named_parameters():
             torch.testing.assert_close(got["gradients"][name], p.grad, atol=1e-6, rtol=0, msg=name)
         for name, value in model.named_buffers():
@@ -441,10 +462,11 @@ def gradients(model, bf16=False):
     def keep(x):
         if x.untyped_storage().data_ptr() not in seen:
             seen.add(x.untyped_storage().data_ptr())
-            size.append((x, x.untyped_storage().nbytes()))                   # held, so that no address comes twice
+            size.append((x, x.untyped_storage().nbytes()))              # held, so that no address comes twice
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16,
+        enabled=bf16):
         loss = model(*given_batch(), ALL)
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}, sum(n for _, n in size)
@@ -461,11 +483,12 @@ def test_checkpointed_activations_change_memory_alone(bf16, compiled):
         model.decoder.compile(dynamic=False, backend="aot_eager")
     want, much = gradients(plain, bf16=bf16)
     got, little = gradients(other, bf16=bf16)
-    assert list(other.state_dict()) == names and same(dict(plain.named_buffers()), dict(other.named_buffers()))
+    assert list(other.state_dict()) == names and same(dict(plain.named_buffers()),
+                                                      dict(other.named_buffers()))
     assert same(want, got) and little < 0.7 * much
 
 
-# ---- whole runs -----------------------------------------------------------------------------------------------------
+# ---- whole runs --------------------------------------------------------------------------------------------
 
 def test_a_run_writes_its_files(tmp_path, capsys):
     assert train(tmp_path, "--save-every", "2", "--accumulate", "2") == 0
@@ -473,13 +496,15 @@ def test_a_run_writes_its_files(tmp_path, capsys):
                                             "step000002.png", "step000004.png"]
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert [row["step"] for row in rows] == [2, 4]
-    assert all(math.isfinite(row[name]) for row in rows for name in ("loss", "psnr", "psnr_copy", "pictures_per_second"))
+    assert all(math.isfinite(row[name]) for row in rows
+               for name in ("loss", "psnr", "psnr_copy", "pictures_per_second"))
     assert {row["shown"] for row in rows} == {"synthetic"}
     models, meta = load_models(tmp_path / "semo.safetensors")
     assert list(models) == ["encoder", "decoder"] and (meta["trained_steps"], meta["size"]) == (4, 32)
     ema = state(tmp_path)["ema"]
-    for name, value in {f"{kind}.{k}": v for kind, m in models.items() for k, v in m.state_dict().items()}.items():
-        torch.testing.assert_close(value, ema[name], rtol=1e-3, atol=1e-6, msg=name)     # the release is the EMA
+    for name, value in {f"{kind}.{k}": v for kind, m in models.items() for k,
+                        v in m.state_dict().items()}.items():
+        torch.testing.assert_close(value, ema[name], rtol=1e-3, atol=1e-6, msg=name)  # the release is the EMA
     assert "loss=" in capsys.readouterr().err                                # the bar
 
 
@@ -488,13 +513,15 @@ def test_pictures_show_reference_target_and_output(tmp_path):
     found = train_ae.save_samples(tmp_path / "p.png", model, Pixel(), args, NANO, CPU)
     batch = train_ae.synthetic_batch(args, NANO, 0, render, held_out=True)
     reference, target = batch.reference[[0, 0, 1, 1]], batch.target
-    assert found["psnr_copy"] == pytest.approx(-10 * math.log10((reference - target).square().mean() / 4), abs=1e-3)
+    assert found["psnr_copy"] == pytest.approx(-10 * math.log10((reference - target).square().mean() / 4),
+                                               abs=1e-3)
     assert found["psnr"] == pytest.approx(found["psnr_copy"], abs=1e-3)      # a fresh model copies
     got = torch.tensor(np.asarray(Image.open(tmp_path / "p.png"))).permute(2, 0, 1) / 127.5 - 1
     assert got.shape == (3, 4 * 32, 4 * 32)                                  # 4 rows of 4 targets
     for row, want in enumerate((reference, target, reference, reference)):
         for k in range(4):
-            torch.testing.assert_close(got[:, 32 * row:32 * row + 32, 32 * k:32 * k + 32], want[k], atol=0.01, rtol=0)
+            torch.testing.assert_close(got[:, 32 * row:32 * row + 32, 32 * k:32 * k + 32], want[k], atol=0.01,
+                                       rtol=0)
 
 
 @pytest.mark.parametrize("mode", [False, True])
@@ -508,7 +535,7 @@ def test_a_model_keeps_its_mode_and_statistics_when_pictures_are_saved(mode, tmp
 def test_stop_and_resume_give_the_same_run(monkeypatch, tmp_path):
     assert train(tmp_path / "whole", steps=10) == 0
     with monkeypatch.context() as patch:
-        ask_to_stop_at(patch, 4)                                             # while the fifth step is computed
+        ask_to_stop_at(patch, 4)                                            # while the fifth step is computed
         assert train(tmp_path / "parts", steps=10) == 130
     assert state(tmp_path / "parts")["step"] == 5
     load_models(tmp_path / "parts" / "semo.safetensors")
@@ -546,7 +573,8 @@ def refused(capsys, status, *words):
 def test_other_settings_are_refused_by_name(no_pictures, tmp_path, capsys):
     assert train(tmp_path) == 0
     before = (tmp_path / "state.pt").read_bytes()
-    refused(capsys, train(tmp_path, "--seed", "1", "--mask-max", "0.5"), "state.pt", "--mask-max 0.9 -> 0.5", "--seed 0 -> 1")
+    refused(capsys, train(tmp_path, "--seed", "1", "--mask-max", "0.5"), "state.pt", "--mask-max 0.9 -> 0.5",
+            "--seed 0 -> 1")
     refused(capsys, train(tmp_path, steps=9), "--steps 4 -> 9")
     assert (tmp_path / "state.pt").read_bytes() == before
 
@@ -560,7 +588,8 @@ def test_an_out_that_cannot_be_written_is_refused_before_work(tmp_path, monkeypa
 def test_what_a_run_does_is_printed_at_its_start(no_pictures, tmp_path, capsys):
     assert train(tmp_path, steps=1) == 0
     said = capsys.readouterr().err
-    for words in ("preset: nano", "label_weight: 0.3", "parameters: ", "schedule at 0%: {'mask_max': 0.0", "schedule at 100%"):
+    for words in ("preset: nano", "label_weight: 0.3", "parameters: ", "schedule at 0%: {'mask_max': 0.0",
+                  "schedule at 100%"):
         assert words in said
 
 
@@ -591,9 +620,10 @@ def test_nan_stops_the_run_and_spares_the_state(monkeypatch, no_pictures, tmp_pa
     assert str(end.value).startswith("loss nan") and "step 3" in str(end.value) and "state.pt" in str(end.value)
     assert end.value.code not in (None, 0)
     held = state(out)
-    assert held["step"] == 2 and all(v.isfinite().all() for kind in ("model", "ema") for v in held[kind].values())
+    assert held["step"] == 2 and all(v.isfinite().all() for kind in ("model", "ema")
+                                     for v in held[kind].values())
     load_models(out / "semo.safetensors")
-    assert train(out, "--save-every", "2", steps=6) == 0                     # the same command again, without the fault
+    assert train(out, "--save-every", "2", steps=6) == 0           # the same command again, without the fault
     assert same(state(out), state(tmp_path / "whole"))
 
 
@@ -608,7 +638,8 @@ def test_the_video_stage_starts_from_the_image_release(begun, tmp_path, capsys):
     image = auto_encoder(seed=5)
     save_weights(tmp_path / "image.safetensors", {"encoder": image.encoder, "decoder": image.decoder},
                  {"latents": "pixel", "size": 32, "steps": 1})
-    assert train(tmp_path / "video", "--frames", "4", "--init", str(tmp_path / "image.safetensors"), steps=2) == 0
+    assert train(tmp_path / "video", "--frames", "4", "--init", str(tmp_path / "image.safetensors"),
+                 steps=2) == 0
     held = begun[0].state_dict()
     for name, value in image.state_dict().items():
         if not name.startswith("label_heads."):                              # of no use in a release
@@ -616,14 +647,16 @@ def test_the_video_stage_starts_from_the_image_release(begun, tmp_path, capsys):
     models, _ = load_models(tmp_path / "video" / "semo.safetensors")
     assert models["decoder"].config.frames == 4 and len(models["decoder"].temporal) == 1
     assert models["decoder"].temporal[0].attention.out.weight.any()          # it learns
-    refused(capsys, train(tmp_path / "video", steps=2), "other sizes")       # the image stage in the video run's folder
+    # the image stage in the video run's folder
+    refused(capsys, train(tmp_path / "video", steps=2), "other sizes")
 
 
 def torchrun(out, *words, log=subprocess.DEVNULL, more=()):
     """Start training of the nano preset by torchrun; words are its own, more those of train_ae.py."""
-    command = [sys.executable, "-m", "torch.distributed.run", *words, "train_ae.py", "--preset", "nano", "--device", "cpu", "--steps",
-               "12", "--accumulate", "2", "--out", str(out), *more]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    command = [sys.executable, "-m", "torch.distributed.run", *words, "train_ae.py", "--preset", "nano",
+               "--device", "cpu", "--steps", "12", "--accumulate", "2", "--out", str(out), *more]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log,
+                            stderr=log)
 
 
 def wait_for(found, process, seconds=100):
@@ -651,7 +684,8 @@ def unbroken(tmp_path_factory):
 
 
 def test_torchrun_with_two_processes(unbroken):
-    assert sorted(os.listdir(unbroken)) == ["log.jsonl", "progress.png", "semo.safetensors", "state.pt", "step000012.png"]
+    assert sorted(os.listdir(unbroken)) == ["log.jsonl", "progress.png", "semo.safetensors", "state.pt",
+                                            "step000012.png"]
     assert len(open(unbroken / "log.jsonl").readlines()) == 1                # one process writes
     assert state(unbroken)["step"] == 12
     load_models(unbroken / "semo.safetensors")
@@ -660,7 +694,8 @@ def test_torchrun_with_two_processes(unbroken):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_costs_no_bit(unbroken, tmp_path, rank):
     """torchrun ends the other one, which must neither hang nor save, and starts both again."""
-    process = torchrun(tmp_path, "--standalone", "--nproc_per_node=2", "--max-restarts=3", more=["--save-every", "3"])
+    process = torchrun(tmp_path, "--standalone", "--nproc_per_node=2", "--max-restarts=3",
+                       more=["--save-every", "3"])
     wait_for((tmp_path / "state.pt").exists, process)
     os.kill(children(process)[rank], signal.SIGKILL)
     assert state(tmp_path)["step"] < 12
@@ -673,8 +708,8 @@ def test_two_nodes_train_as_one(unbroken, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    words = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=semo", f"--rdzv_endpoint=localhost:{port}",
-             "--local_addr=localhost"]
+    words = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=semo",
+             f"--rdzv_endpoint=localhost:{port}", "--local_addr=localhost"]
     with open(tmp_path / "log", "w") as log:
         nodes = [torchrun(tmp_path, *words, f"--node_rank={k}", log=log) for k in range(2)]
         assert [node.wait(100) for node in nodes] == [0, 0], (tmp_path / "log").read_text()[-4000:]
@@ -682,7 +717,8 @@ def test_two_nodes_train_as_one(unbroken, tmp_path):
 
 
 def test_torchruns_end_is_a_wish_to_stop_and_readers_outlive_it(folder, tmp_path):
-    """It signals whole process groups; a reader that fell to it would take training down before it could save."""
+    """It signals whole process groups; a reader that fell to it would take training down before it could
+    save."""
     with open(tmp_path / "log", "w") as log:
         process = torchrun(tmp_path, "--standalone", "--nproc_per_node=1", log=log, more=[
             "--data", folder, "--workers", "1", "--save-every", "9999", "--steps", "9999"])
@@ -692,10 +728,12 @@ def test_torchruns_end_is_a_wish_to_stop_and_readers_outlive_it(folder, tmp_path
     assert 0 < state(tmp_path)["step"] < 9999, (tmp_path / "log").read_text()[-3000:]
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("wrong", [["--steps", "-1"], ["--persons", "-2"], ["--frames", "0"], ["--accumulate", "0"],
-                                   ["--save-every", "0"], ["--mask-max", "1"], ["--mask-max", "-0.1"], ["--mask-max", "nan"],
+@pytest.mark.parametrize("wrong", [["--steps", "-1"], ["--persons", "-2"], ["--frames", "0"],
+                                   ["--accumulate", "0"],
+                                   ["--save-every", "0"], ["--mask-max", "1"], ["--mask-max", "-0.1"],
+                                   ["--mask-max", "nan"],
                                    ["--preset", "huge"], ["--step", "3"], ["--steps", "many"], ["extra"]])
 def test_bad_arguments_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as end:
@@ -714,11 +752,12 @@ def test_a_wrong_init_is_one_sentence(tmp_path, capsys):
     refused(capsys, train(tmp_path, "--init", str(tmp_path / "none.safetensors")), "none.safetensors")
 
 
-# ---- real clips -----------------------------------------------------------------------------------------------------
+# ---- real clips --------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A prepared set of two people, one of them a test person: grey pictures of 100 and of 200, a bar moving across."""
+    """A prepared set of two people, one of them a test person: grey pictures of 100 and of 200, a bar moving
+    across."""
     made = tmp_path_factory.mktemp("set")
     (made / "clips").mkdir()
     for person in range(2):
@@ -741,7 +780,8 @@ def test_real_clips_train_and_resume_like_drawn_ones(folder, monkeypatch, tmp_pa
         ask_to_stop_at(patch, 2)
         assert train(tmp_path / "parts", "--data", folder, "synthetic", "--workers", "0", steps=6) == 130
     assert train(tmp_path / "parts", "--data", folder, "synthetic", "--workers", "0", steps=6) == 0
-    assert same(state(tmp_path / "0"), state(tmp_path / "1")) and same(state(tmp_path / "0"), state(tmp_path / "parts"))
+    assert same(state(tmp_path / "0"), state(tmp_path / "1")) and same(state(tmp_path / "0"),
+        state(tmp_path / "parts"))
 
 
 def test_sets_share_the_batches_and_test_people_are_only_shown(folder):
@@ -770,7 +810,7 @@ def test_the_larger_presets_are_of_256_pixels_and_one_token(name):
     assert (preset["encoder"].num_tokens, preset["encoder"].token_dim) == (1, {"small": 128}.get(name, 512))
 
 
-# ---- the paper's own method -----------------------------------------------------------------------------------------
+# ---- the paper's own method --------------------------------------------------------------------------------
 
 def test_the_preset_paper_has_none_of_our_changes():
     preset, args = train_ae.PRESETS["paper"], train_ae.parse(["--preset", "paper"])
@@ -788,14 +828,16 @@ def test_the_preset_paper_has_none_of_our_changes():
 def test_the_preset_paper_trains_with_smaller_networks(tmp_path):
     """Two steps on latents of a random autoencoder, in the preset's own space and with all its switches."""
     torch.manual_seed(1)
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4,
                         block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, sample_size=32,
                         scaling_factor=0.18215)
     vae.save_pretrained(tmp_path / "vae")
     small, paper = dict(width=32, depth=1, heads=1, token_dim=8), train_ae.PRESETS["paper"]
-    preset = {**paper, "encoder": replace(paper["encoder"], **small), "decoder": replace(paper["decoder"], **small)}
-    args = train_ae.parse(["--preset", "paper", "--vae", str(tmp_path / "vae"), "--steps", "2", "--persons", "1", "--device", "cpu",
-                           "--out", str(tmp_path / "run")], {"paper": preset})
+    preset = {**paper, "encoder": replace(paper["encoder"], **small),
+              "decoder": replace(paper["decoder"], **small)}
+    args = train_ae.parse(["--preset", "paper", "--vae", str(tmp_path / "vae"), "--steps", "2", "--persons",
+                           "1", "--device", "cpu", "--out", str(tmp_path / "run")], {"paper": preset})
     assert train_ae.train(args, preset) == 0
     models, meta = load_models(tmp_path / "run/semo.safetensors")
     assert (meta["latents"], meta["size"], meta["trained_steps"]) == ("sd", 256, 2)
@@ -804,7 +846,7 @@ def test_the_preset_paper_trains_with_smaller_networks(tmp_path):
     assert len(held["optimisers"]) == 1 and held["step"] == 2                # AdamW alone
 
 
-# ---- reflow ---------------------------------------------------------------------------------------------------------
+# ---- reflow ------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
@@ -813,30 +855,35 @@ def teacher(tmp_path_factory):
     torch.manual_seed(5)
     for p in model.decoder.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    generator = Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=4, past=4, lookahead=1))
+    generator = Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=4, past=4,
+                                          lookahead=1))
     save_weights(path, {"encoder": model.encoder, "decoder": model.decoder, "generator": generator},
-                          {"latents": "pixel", "size": 32, "steps": 20, "audio": "mel", "gen_steps": 2, "guidance": 1.5})
+                          {"latents": "pixel", "size": 32, "steps": 20, "audio": "mel", "gen_steps": 2,
+                           "guidance": 1.5})
     return str(path)
 
 
 def test_reflow_pairs_are_what_the_teacher_decodes(teacher):
     models, _ = load_models(teacher)
-    batch = train_ae.synthetic_batch(train_ae.parse(["--preset", "nano"]), NANO, 1, render)      # the encoder sees others
+    # the encoder sees others
+    batch = train_ae.synthetic_batch(train_ae.parse(["--preset", "nano"]), NANO, 1, render)
     noise = torch.randn(batch.target.shape)
     goal = train_ae.reflow_pairs(models, batch, noise, 3)
     with torch.no_grad():
-        cache = models["decoder"].encode_reference(batch.reference, models["encoder"](batch.encoder_views[:2]))
+        cache = models["decoder"].encode_reference(batch.reference,
+                                                   models["encoder"](batch.encoder_views[:2]))
         z, m_t = noise, models["encoder"](batch.encoder_views[2:])
         for t in (1, 2 / 3, 1 / 3):
             z = z + models["decoder"](z, torch.full((len(z),), t), m_t, cache) / 3
-    torch.testing.assert_close(goal, z, atol=5e-3, rtol=0)                   # rounding, divided by small times
+    torch.testing.assert_close(goal, z, atol=5e-3, rtol=0)                  # rounding, divided by small times
     model, t, keep = auto_encoder(loss="weighted").eval(), torch.ones(len(noise)), random_masking(6, 16, 0.0)
     here, there = (model(batch, noise, t, keep, PLAIN, goal) for goal in (batch.target, z))
     assert torch.equal(here, model(batch, noise, t, keep, PLAIN)) and not torch.isclose(there, here)
 
 
 def test_reflow_draws_pure_noise_alone_for_one_step():
-    for preset, more, share in (("nano", ["--one-step"], 1.0), ("nano", [], 0.5), ("paper", ["--one-step"], 1.0)):
+    for preset, more, share in (("nano", ["--one-step"], 1.0), ("nano", [], 0.5),
+                                ("paper", ["--one-step"], 1.0)):
         args = train_ae.parse(["--preset", preset, "--reflow", "x", *more])
         t = torch.cat([drawn(args, number, 0.5)[1] for number in range(100)])
         assert (t == 1).float().mean() == pytest.approx(share, abs=0.1)
@@ -845,7 +892,8 @@ def test_reflow_draws_pure_noise_alone_for_one_step():
 @pytest.mark.parametrize("more", [[], ["--one-step"]])
 def test_a_student_nears_its_teacher_in_one_step(teacher, tmp_path, monkeypatch, more):
     monkeypatch.chdir(tmp_path)
-    words = ["--preset", "nano", "--reflow", teacher, "--teacher-steps", "4", "--steps", "200", "--device", "cpu"]
+    words = ["--preset", "nano", "--reflow", teacher, "--teacher-steps", "4", "--steps", "200", "--device",
+             "cpu"]
     assert train_ae.main([*words, *more]) == 0
     student, meta = load_models(tmp_path / "runs/reflow_ae/semo.safetensors")
     models, _ = load_models(teacher)
@@ -855,15 +903,18 @@ def test_a_student_nears_its_teacher_in_one_step(teacher, tmp_path, monkeypatch,
     batch = train_ae.synthetic_batch(train_ae.parse(["--preset", "nano"]), NANO, 0, render, held_out=True)
     noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0))
     want = train_ae.reflow_pairs(models, batch, noise, 4)
-    before, after = ((train_ae.reflow_pairs(m, batch, noise, 1) - want).square().mean() for m in (models, student))
+    before, after = ((train_ae.reflow_pairs(m, batch, noise, 1) - want).square().mean()
+                     for m in (models, student))
     assert after < 0.7 * before, (before, after)
 
 
 def test_reflow_and_its_options_are_refused_where_they_say_nothing(tmp_path, teacher, capsys):
-    for wrong in (["--one-step"], ["--reflow", teacher, "--init", teacher], ["--reflow", teacher, "--teacher-steps", "0"]):
+    for wrong in (["--one-step"], ["--reflow", teacher, "--init", teacher],
+                  ["--reflow", teacher, "--teacher-steps", "0"]):
         with pytest.raises(SystemExit) as end:
             train_ae.parse(["--preset", "nano", *wrong])
         assert end.value.code == 2
     refused(capsys, train(tmp_path, "--reflow", str(tmp_path / "none.safetensors")), "none.safetensors")
-    status = train_ae.main(["--preset", "tiny", "--reflow", teacher, "--out", str(tmp_path), "--device", "cpu"])
+    status = train_ae.main(["--preset", "tiny", "--reflow", teacher, "--out", str(tmp_path), "--device",
+                            "cpu"])
     refused(capsys, status, "needs the preset it was trained with")
