@@ -21,12 +21,14 @@ CPU = torch.device("cpu")
 
 
 def test_flops_and_parameters_are_those_of_the_network():
-    """A linear layer: 2 n a b forward, the same for its weights' gradient; the input needs none. It keeps its input."""
+    """A linear layer: 2 n a b forward, the same for its weights' gradient; the input needs none. It keeps its
+    input."""
     layer, x = torch.nn.Linear(64, 32), torch.randn(10, 64)
     found = bench.training_cost(layer, lambda: layer(x).sum(), 10, CPU, 1)
     assert found["parameters"] == 64 * 32 + 32 and found["flops"] == 2 * (2 * 64 * 32)
     assert found["speed_low"] <= found["speed"] <= found["speed_high"]
-    assert found["state_gb"] == pytest.approx(5 * 4 * found["parameters"] / 1e9, rel=0.01)      # Adam: two moments
+    # Adam: two moments
+    assert found["state_gb"] == pytest.approx(5 * 4 * found["parameters"] / 1e9, rel=0.01)
     assert 10 * 64 * 2 <= found["kept_mb"] * 10 * 1e6 <= 10 * 64 * 4 + 64 * 32 * 4
 
 
@@ -42,9 +44,11 @@ def test_the_table_of_presets_and_what_waits(tmp_path, capsys):
     with VideoWriter(tmp_path / "clips/a.mp4", 40) as video:
         for k in range(30):
             video.write(np.full((40, 40, 3), 8 * k, np.uint8))
-    row = {"file": "clips/a.mp4", "identity": "a", "split": "train", "frames": 30, "sound": False, "margin": 1.25}
+    row = {"file": "clips/a.mp4", "identity": "a", "split": "train", "frames": 30, "sound": False,
+           "margin": 1.25}
     write_lines(tmp_path / "manifest.jsonl", [row])
-    words = ["train", "--presets", "nano", "--rounds", "1", "--workers", "0", "--device", "cpu", "--json", str(tmp_path / "out.json")]
+    words = ["train", "--presets", "nano", "--rounds", "1", "--workers", "0", "--device", "cpu", "--json",
+             str(tmp_path / "out.json")]
     assert bench.main([*words, "--data", str(tmp_path)]) == 0
     found, told = json.loads((tmp_path / "out.json").read_text())["train"], capsys.readouterr().out
     first = found["presets"]["nano, stage 1"]
@@ -59,7 +63,8 @@ def test_memory_is_told_in_megabytes_of_the_platform(platform, unit, monkeypatch
     assert bench.peak_mb(SimpleNamespace(ru_maxrss=300 * 2**20 / unit)) == 300
 
 
-@pytest.mark.parametrize("words, told", [(["--device", "abacus"], "abacus"), (["--data", "nowhere"], "no manifest.jsonl")])
+@pytest.mark.parametrize("words, told",
+                         [(["--device", "abacus"], "abacus"), (["--data", "nowhere"], "no manifest.jsonl")])
 def test_what_cannot_be_used_is_refused(words, told, capsys):
     assert bench.main(["train", "--presets", "nano", "--rounds", "1", *words]) == 2
     assert told in capsys.readouterr().err
@@ -68,19 +73,23 @@ def test_what_cannot_be_used_is_refused(words, told, capsys):
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     torch.manual_seed(0)
-    path, shape = tmp_path_factory.mktemp("release") / "w.safetensors", {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1,
-                                                                         "heads": 1, "token_dim": 8}
-    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape, tokens_per_motion=2)),
-              "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=8, past=4, lookahead=1))}
+    path = tmp_path_factory.mktemp("release") / "w.safetensors"
+    shape = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 1, "token_dim": 8}
+    models = {"encoder": MotionEncoder(EncoderConfig(**shape)),
+              "decoder": Decoder(DecoderConfig(**shape, tokens_per_motion=2)),
+              "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=8,
+                                                     past=4, lookahead=1))}
     for p in models["decoder"].parameters():
         p.data += 0.05 * torch.randn_like(p)
-    save_weights(path, models, {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2, "guidance": 1.5})
+    save_weights(path, models, {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2,
+                                "guidance": 1.5})
     return str(path)
 
 
 def test_stages_of_sampling_and_variants(release, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "fast_bf16", lambda device: False)            # fp32, so that equal pictures are equal
-    words = ["--ckpt", release, "--rounds", "1", "--seconds", "1", "--device", "cpu", "--json", str(tmp_path / "out.json")]
+    monkeypatch.setattr(bench, "fast_bf16", lambda device: False)     # fp32, so that equal pictures are equal
+    words = ["--ckpt", release, "--rounds", "1", "--seconds", "1", "--device", "cpu", "--json",
+             str(tmp_path / "out.json")]
     assert bench.main(["sample", "variants", *words]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     whole = found["sample"]
@@ -88,19 +97,24 @@ def test_stages_of_sampling_and_variants(release, tmp_path, capsys, monkeypatch)
     assert whole["real_time_factor"] == pytest.approx(25 / whole["fps"])
     assert 0 < whole["first_frame"] <= whole["stages"]["end to end"][2]
     same = found["variants"]
-    for name in ("attention by plain products", "reference computed for every frame", "1 at a time", "4 at a time"):
+    for name in ("attention by plain products", "reference computed for every frame", "1 at a time",
+                 "4 at a time"):
         assert same[name]["difference"] < 1e-4, name
     assert same["in the other precision"]["difference"] > 1e-4
-    assert same["as it is"]["speed"] == 1 and same["reference sees the target (paper; other weights)"]["difference"] is None
+    assert same["as it is"]["speed"] == 1 and same["reference sees the target (paper; "
+                                                   "other weights)"]["difference"] is None
     assert "frames/s, real-time factor" in capsys.readouterr().out
 
 
 def test_growth_is_measured_and_drawn(release, tmp_path):
     pytest.importorskip("matplotlib")
-    words = ["--ckpt", release, "--rounds", "1", "--lengths", "1", "2", "--processes", "1", "--steps", "1", "--device", "cpu"]
-    assert bench.main(["scale", *words, "--png", str(tmp_path / "c.png"), "--json", str(tmp_path / "o.json")]) == 0
+    words = ["--ckpt", release, "--rounds", "1", "--lengths", "1", "2", "--processes", "1", "--steps", "1",
+             "--device", "cpu"]
+    assert bench.main(["scale", *words, "--png", str(tmp_path / "c.png"), "--json",
+                       str(tmp_path / "o.json")]) == 0
     found = json.loads((tmp_path / "o.json").read_text())["scale"]
-    assert [list(found[name]) for name in found] == [["1", "2"], ["1", "2"], ["1", "2", "4", "8", "16", "32"], ["1"]]
+    assert [list(found[name]) for name in found] == [["1", "2"], ["1", "2"], ["1", "2", "4", "8", "16", "32"],
+                                                     ["1"]]
     assert all(value > 0 for values in found.values() for value in values.values())
     picture = Image.open(tmp_path / "c.png")
     assert picture.size == (4 * 320, 240) and len(picture.getcolors(10**6)) > 10
@@ -110,10 +124,14 @@ def test_each_curve_has_its_chart():
     pytest.importorskip("matplotlib")
     results = {"seconds of sound": {1: 20.0, 60: 44.0}, "peak MB": {1: 400.0, 60: 410.0}}
     first, second = bench.plot(results).axes
-    assert first.get_title() == "frames/s by seconds of sound" and second.get_title() == "peak MB by seconds of sound"
+    assert first.get_title() == "frames/s by seconds of sound"
+    assert second.get_title() == "peak MB by seconds of sound"
     for axes, values in ((first, results["seconds of sound"]), (second, results["peak MB"])):
-        assert list(axes.lines[0].get_xdata()) == [1, 60] and list(axes.lines[0].get_ydata()) == list(values.values())
-        assert axes.get_xscale() == "log" and axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > max(values.values())
+        assert list(axes.lines[0].get_xdata()) == [1, 60]
+        assert list(axes.lines[0].get_ydata()) == list(values.values())
+        assert axes.get_xscale() == "log"
+        assert axes.get_ylim()[0] == 0
+        assert axes.get_ylim()[1] > max(values.values())
         assert [text.get_text() for text in axes.texts] == [f"{y:.0f}" for y in values.values()]
 
 

@@ -31,7 +31,8 @@ def sets(tmp_path_factory):
             picture = np.zeros((WIDE, WIDE, 3), np.uint8)
             with VideoWriter(folder / f"clips/{clip}.mp4", WIDE, keyframes=KEYFRAMES) as out:
                 for k in range(FRAMES):
-                    picture[:20], picture[20:, :, 1], picture[20:, :20, 2] = 10 + 4 * k, 50 * clip, 200 * (name == "b")
+                    picture[:20], picture[20:, :, 1] = 10 + 4 * k, 50 * clip
+                    picture[20:, :20, 2] = 200 * (name == "b")
                     out.write(picture)
             lines.append({"file": f"clips/{clip}.mp4", "identity": f"{name}{clip}", "frames": FRAMES,
                           "sound": False, "split": "test" if clip == 2 else "train", "margin": MARGIN})

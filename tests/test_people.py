@@ -257,8 +257,9 @@ def test_moods_of_training_clips():
         assert mood.min() >= 0
         torch.testing.assert_close(mood.sum(-1), torch.ones(mood.shape[:-1]))
     first, last = face[:, 0], face[:, -1]
-    assert (change < 100).float().mean() == pytest.approx(0.5,
-                                                          abs=0.03) and change.min() >= 25 and change[change < 100].max() < 75
+    assert (change < 100).float().mean() == pytest.approx(0.5, abs=0.03)
+    assert change.min() >= 25
+    assert change[change < 100].max() < 75
     assert torch.equal(first[change == 100], last[change == 100])
     switched = face[change < 100]
     before = torch.arange(100) <= change[change < 100][:, None]              # the fade begins at the change

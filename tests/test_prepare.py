@@ -252,8 +252,10 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys, 
     Path("other/settings.jsonl").write_text('{"size": 64, "crop": "centre"}\n')
     assert prepare(*words) == 2
     said = capsys.readouterr().err.strip()
-    assert said.startswith("data.py: ") and any(word in said
-                                                for word in told.split("|")) and "\n" not in said and "Trace" not in said
+    assert said.startswith("data.py: ")
+    assert any(word in said for word in told.split("|"))
+    assert "\n" not in said
+    assert "Trace" not in said
 
 
 def test_nothing_to_keep_is_said(tmp_path, capsys):
@@ -272,7 +274,7 @@ inner = prepare.scan_video
 def scan_video(path, detector):
     if path.endswith("crash.mp4") or path.endswith("once.mp4") and not os.path.exists(path + ".seen"):
         open(path + ".seen", "w").close()
-        os.kill(os.getpid(), 11)                                 # as a fault of libav or the system's memory killer ends it
+        os.kill(os.getpid(), 11)                                 # as a fault of libav or the memory killer
     return inner(path, detector)
 prepare.scan_video = scan_video
 if __name__ == "__main__":

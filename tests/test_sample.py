@@ -299,7 +299,9 @@ def test_precision_does_not_leak(monkeypatch):
 
     frames = sample.animate_from_audio(small_models(), META, torch.zeros(3, 32, 32), rows())
     for _ in frames:
-        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        assert not torch.is_autocast_enabled("cpu")
 
 
 def test_reenactment_uses_the_motion_of_each_frame(monkeypatch):
@@ -437,8 +439,10 @@ def test_a_file_may_be_streamed_and_a_stream_filed(given, tmp_path):
 def test_bad_sound_on_stdin_is_refused(given, tmp_path, data, out, word):
     work = start(live(given, out), cwd=tmp_path)
     got, said = work.communicate(data, timeout=60)
-    assert (work.returncode, got) == (2,
-                                      b"") and word in said and said.count(b"\n") == 1 and os.listdir(tmp_path) == []
+    assert (work.returncode, got) == (2, b"")
+    assert word in said
+    assert said.count(b"\n") == 1
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(given):

@@ -617,7 +617,8 @@ def test_nan_stops_the_run_and_spares_the_state(monkeypatch, no_pictures, tmp_pa
         patch.setattr(train_ae, "synthetic_batch", spoilt)
         with pytest.raises(SystemExit) as end:
             train(out, "--save-every", "2", steps=6)
-    assert str(end.value).startswith("loss nan") and "step 3" in str(end.value) and "state.pt" in str(end.value)
+    said = str(end.value)
+    assert said.startswith("loss nan") and "step 3" in said and "state.pt" in said
     assert end.value.code not in (None, 0)
     held = state(out)
     assert held["step"] == 2 and all(v.isfinite().all() for kind in ("model", "ema")

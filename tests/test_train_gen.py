@@ -52,7 +52,8 @@ def ae(tmp_path_factory, signals):
 
 
 def command(ae, out, *more, steps=4):
-    return ["--preset", "nano", "--device", "cpu", "--ae", str(ae), "--out", str(out), "--steps", str(steps), *more]
+    return ["--preset", "nano", "--device", "cpu", "--ae", str(ae), "--out", str(out), "--steps", str(steps),
+            *more]
 
 
 def train(ae, out, *more, steps=4):
@@ -64,7 +65,7 @@ def no_preview(monkeypatch):
     monkeypatch.setattr(train_gen, "preview", lambda *_: None)
 
 
-# ---- windows: every entry names its clip and frame ------------------------------------------------------------------
+# ---- windows: every entry names its clip and frame ---------------------------------------------------------
 
 P, K, AHEAD, CLIPS, FRAMES = 3, 4, 2, 5, 14
 QUIET = -1.0                                                                 # stands for a row of silence
@@ -74,25 +75,30 @@ CONFIG = GeneratorConfig(token_dim=6, window=K, past=P, lookahead=AHEAD)
 
 
 def numbered(sets=(0,) * CLIPS, frames=(FRAMES,) * CLIPS, change=None, labelled=True):
-    """Encoded clips whose every entry is 100 * clip + frame, masked ones a half more, pictures of others -100 * clip - 1.. ; sets
-    and lengths of the clips; frames at which their moods, that name them too, change."""
+    """Encoded clips whose every entry is 100 * clip + frame, masked ones a half more, pictures of others -100
+    * clip - 1.. ; sets and lengths of the clips; frames at which their moods, that name them too, change."""
     name = torch.cat([100.0 * k + torch.arange(n) for k, n in enumerate(frames)])[:, None]           # (n, 1)
     change = frames if change is None else change
     places = torch.tensor([[sum(frames[:k]), n, sets[k], change[k]] for k, n in enumerate(frames)])
-    others = -100.0 * torch.arange(len(frames))[:, None, None] - torch.arange(1, 5)[:, None]         # (clips, 4, 1)
-    return train_gen.Encoded(name.expand(-1, 6), (name + 0.5).expand(-1, 6), name.expand(-1, 320), (1 + name.expand(-1, 7)) * labelled,
-                             torch.full((len(name), 6), torch.nan), others.expand(-1, -1, 6), places, torch.zeros(len(frames), 7))
+    others = -100.0 * torch.arange(len(frames))[:, None, None] - torch.arange(1, 5)[:, None]   # (clips, 4, 1)
+    return train_gen.Encoded(name.expand(-1, 6), (name + 0.5).expand(-1, 6), name.expand(-1, 320),
+                             (1 + name.expand(-1, 7)) * labelled,
+                             torch.full((len(name), 6), torch.nan), others.expand(-1, -1, 6), places,
+                             torch.zeros(len(frames), 7))
 
 
 @pytest.fixture(scope="module")
 def drawn():
     """400 windows as numbers: 100 * clip + frame; masked entries carry a half more."""
-    found = train_gen.sample_windows(numbered(), CONFIG, 400, torch.Generator().manual_seed(0), torch.full((320,), QUIET))
-    for part, shape in zip(found, [(400, K, 6), (400, P, 6), (400, 6), (400, P + K + AHEAD, 320), (400, P + K, 7)], strict=True):
+    found = train_gen.sample_windows(numbered(), CONFIG, 400, torch.Generator().manual_seed(0),
+                                     torch.full((320,), QUIET))
+    for part, shape in zip(found, [(400, K, 6), (400, P, 6), (400, 6), (400, P + K + AHEAD, 320),
+                                   (400, P + K, 7)], strict=True):
         assert part.shape == shape and (part == part[..., :1]).all()         # whole rows, not mixtures
     new, past, reference, heard, mood = (part[..., 0] for part in found)
     start = new[:, 0] % 100
-    return {"new": new, "past": past, "reference": reference, "heard": heard, "mood": mood, "clip": new[:, 0] // 100, "start": start,
+    return {"new": new, "past": past, "reference": reference, "heard": heard, "mood": mood,
+            "clip": new[:, 0] // 100, "start": start,
             "begins": (past == reference[:, None]).all(1), "own": reference >= 0}
 
 
@@ -100,7 +106,7 @@ def test_new_frames_are_clear_and_in_a_row(drawn):
     assert torch.equal(drawn["new"], drawn["new"][:, :1] + torch.arange(K))
     assert set(drawn["clip"].tolist()) == set(range(CLIPS))
     inside = drawn["start"][~drawn["begins"]]
-    assert set(inside.tolist()) == set(range(P, FRAMES - K + 1))             # every place that has a past and a future
+    assert set(inside.tolist()) == set(range(P, FRAMES - K + 1))    # every place that has a past and a future
     assert drawn["begins"].float().mean() == pytest.approx(0.25, abs=0.06)
 
 
@@ -111,12 +117,13 @@ def test_past_is_masked_and_leads_to_the_new_frames(drawn):
 
 
 def test_a_video_starts_from_its_photo(drawn):
-    """At the start the past is the reference, repeated, and the reference the clear frame before the first new one."""
+    """At the start the past is the reference, repeated, and the reference the clear frame before the first
+    new one."""
     begins = drawn["begins"]
     assert torch.equal(drawn["past"][begins], drawn["reference"][begins, None].expand(-1, P))
     own = begins & drawn["own"]
     assert torch.equal(drawn["reference"][own], drawn["new"][own, 0] - 1)
-    assert set(drawn["start"][begins].tolist()) == set(range(1, FRAMES - K + 1))         # any frame may be the photo
+    assert set(drawn["start"][begins].tolist()) == set(range(1, FRAMES - K + 1))  # any frame may be the photo
 
 
 def test_reference_is_a_clear_frame_from_anywhere_in_the_clip_or_the_person_in_another_mood(drawn):
@@ -137,7 +144,8 @@ def test_moods_are_those_of_past_and_new_frames_or_none(drawn):
 
 
 def test_without_a_mood_the_reference_has_that_of_the_window():
-    found = train_gen.sample_windows(numbered(change=(6,) * CLIPS), CONFIG, 2000, torch.Generator().manual_seed(0), torch.zeros(320))
+    found = train_gen.sample_windows(numbered(change=(6,) * CLIPS), CONFIG, 2000,
+                                     torch.Generator().manual_seed(0), torch.zeros(320))
     none, start, reference = (found[4] == 0).all((1, 2)), found[0][:, 0, 0] % 100, found[2][:, 0] % 100
     assert torch.equal(reference[none] < 6, start[none] < 6)
     own = found[2][:, 0] >= 0
@@ -145,7 +153,8 @@ def test_without_a_mood_the_reference_has_that_of_the_window():
 
 
 def test_clips_of_unknown_mood_have_none_and_keep_their_own_reference():
-    found = train_gen.sample_windows(numbered(labelled=False), CONFIG, 100, torch.Generator().manual_seed(0), torch.zeros(320))
+    found = train_gen.sample_windows(numbered(labelled=False), CONFIG, 100, torch.Generator().manual_seed(0),
+                                     torch.zeros(320))
     assert not found[4].any() and (found[2] >= 0).all()
 
 
@@ -153,15 +162,17 @@ def test_row_i_of_the_speech_belongs_to_frame_start_minus_past_plus_i(drawn):
     frame = drawn["start"][:, None] + torch.arange(-P, K + AHEAD)
     outside = (frame < 0) | (frame >= FRAMES)
     want = torch.where(outside, QUIET, 100 * drawn["clip"][:, None] + frame)
-    silent = (drawn["heard"][:, :P] == QUIET).all(1)                         # six in ten starts: nothing was said before
-    assert silent[drawn["begins"]].float().mean() == pytest.approx(0.6, abs=0.12) and not silent[~drawn["begins"]].any()
+    silent = (drawn["heard"][:, :P] == QUIET).all(1)              # six in ten starts: nothing was said before
+    assert silent[drawn["begins"]].float().mean() == pytest.approx(0.6, abs=0.12)
+    assert not silent[~drawn["begins"]].any()
     want[silent, :P] = QUIET
     assert torch.equal(drawn["heard"], want)
     assert (drawn["heard"][drawn["start"] == FRAMES - K][:, -AHEAD:] == QUIET).all()     # nor after the end
 
 
 def test_windows_repeat_with_the_draw():
-    one, again, other = (train_gen.sample_windows(numbered(), CONFIG, 8, torch.Generator().manual_seed(s), torch.zeros(320))
+    one, again, other = (train_gen.sample_windows(numbered(), CONFIG, 8, torch.Generator().manual_seed(s),
+                                                  torch.zeros(320))
                          for s in (0, 0, 1))
     assert same(list(one), list(again)) and not torch.equal(one[0], other[0])
 
@@ -169,10 +180,12 @@ def test_windows_repeat_with_the_draw():
 def test_sets_are_drawn_equally_and_short_clips_from_their_start():
     """Four clips against one, which is too short for a past."""
     given = numbered(sets=(0, 0, 0, 0, 1), frames=(FRAMES,) * 4 + (P + K - 1,))
-    new, past, reference, *_ = train_gen.sample_windows(given, CONFIG, 400, torch.Generator().manual_seed(0), torch.zeros(320))
+    new, past, reference, *_ = train_gen.sample_windows(given, CONFIG, 400, torch.Generator().manual_seed(0),
+                                                        torch.zeros(320))
     short = new[:, 0, 0] >= 400
     assert short.float().mean() == pytest.approx(0.5, abs=0.08)
-    assert set((new[short][:, 0, 0] - 400).tolist()) == set(range(1, P)) and torch.equal(past[short][:, 0], reference[short])
+    assert set((new[short][:, 0, 0] - 400).tolist()) == set(range(1, P)) and torch.equal(past[short][:, 0],
+        reference[short])
     assert (reference[short].abs() < 400 + P + K - 1).all() and (new[~short][:, -1, 0] % 100 < FRAMES).all()
 
 
@@ -189,7 +202,8 @@ def test_varied_sound_keeps_silence_and_its_rows():
 
 
 def test_directions_read_what_is_known():
-    """Tokens whose first number is the opening and whose second the yaw: their directions are the axes, the rest count nothing."""
+    """Tokens whose first number is the opening and whose second the yaw: their directions are the axes, the
+    rest count nothing."""
     rng = torch.Generator().manual_seed(0)
     motion, factors = torch.randn(400, 6, generator=rng), torch.randn(400, 6, generator=rng)
     factors[:, 0], factors[:, 3] = 5 * motion[:, 0], -0.1 * motion[:, 1]
@@ -206,7 +220,8 @@ def test_directions_read_what_is_known():
 
 
 def test_the_loss_by_hand():
-    """A model that is wrong by a constant along one direction: eq. (9), the share of that direction, no change in time."""
+    """A model that is wrong by a constant along one direction: eq. (9), the share of that direction, no
+    change in time."""
     motion, noise, t = torch.randn(2, K, 6), torch.randn(2, K, 6), torch.tensor([0.3, 1.0])
     wrong = torch.tensor([2.0, 0, 0, 0, 0, 0])
     model = lambda z, t: motion - noise + wrong                              # noqa: E731
@@ -219,10 +234,11 @@ def test_the_loss_by_hand():
 
 
 def test_silence_is_the_row_of_a_silent_wave():
-    assert torch.equal(train_gen.encode_silence("mel", None), audio_features.extract_features(torch.zeros(1, 6400))[0, 5])
+    assert torch.equal(train_gen.encode_silence("mel", None),
+                       audio_features.extract_features(torch.zeros(1, 6400))[0, 5])
 
 
-# ---- clips ----------------------------------------------------------------------------------------------------------
+# ---- clips -------------------------------------------------------------------------------------------------
 
 def test_a_clip_is_encoded_frame_by_frame(ae):
     encoder = load_models(ae)[0]["encoder"]
@@ -242,9 +258,11 @@ def test_a_clip_is_encoded_frame_by_frame(ae):
 
 
 def test_a_person_is_also_seen_in_other_moods():
-    """The same face: no two pictures are alike, and all are nearer to the person's own frames than to somebody else's."""
+    """The same face: no two pictures are alike, and all are nearer to the person's own frames than to
+    somebody else's."""
     args = train_gen.parse(command("", "", "--clips", "2"))
-    (own, one), (strange, _) = [(torch.cat(list(x.parts)), x) for x in train_gen.synthetic_clips(args, {"seconds": 1.2}, 32, 0, 1)]
+    (own, one), (strange, _) = [(torch.cat(list(x.parts)), x)
+                                for x in train_gen.synthetic_clips(args, {"seconds": 1.2}, 32, 0, 1)]
     assert one.others.shape == (train_gen.OTHERS, 3, 32, 32)
     distance = [torch.cdist(one.others.flatten(1), x.flatten(1)).amin(1) for x in (own, strange)]
     assert (distance[0] < 0.7 * distance[1]).all() and torch.pdist(one.others.flatten(1)).min() > 0
@@ -259,7 +277,8 @@ def test_moods_that_never_disagree():
 
 def test_processes_encode_different_clips_none_held_out(monkeypatch):
     seen, make = [], random_clip
-    monkeypatch.setattr(train_gen, "random_clip", lambda seeds, *more: seen.extend(seeds.tolist()) or make(seeds, *more))
+    monkeypatch.setattr(train_gen, "random_clip", lambda seeds,
+                        *more: seen.extend(seeds.tolist()) or make(seeds, *more))
     for seed in (0, 1, 9):
         for rank in range(2):
             args = train_gen.parse(command("", "", "--clips", "3", "--seed", str(seed)))
@@ -281,14 +300,15 @@ def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
         return train_gen.encode_dataset(args, NANO, encoder, Pixel(), 32, 0, 1, CPU, nullcontext())
 
     first = get()
-    assert made == [0, 1]                                                    # the clip, and the person in other moods
-    assert [part.shape for part in first] == [(25, 8), (25, 8), (25, 320), (25, 7), (25, 6), (1, 4, 8), (1, 4), (1, 7)]
+    assert made == [0, 1]                                            # the clip, and the person in other moods
+    assert [part.shape for part in first] == [(25, 8), (25, 8), (25, 320), (25, 7), (25, 6), (1, 4, 8),
+                                              (1, 4), (1, 7)]
     assert same(list(first), list(get())) and made == []                     # the second time from the disk
     models["encoder"].tokens.data += 1
     save_weights(tmp_path / "other.safetensors", models, meta)
     other = get(tmp_path / "other.safetensors")
-    assert made == [0, 1] and not torch.equal(other[0], first[0])               # another encoder
-    assert same(list(get()), list(first)) and made == [0, 1]                    # and back: the old ones are not confused
+    assert made == [0, 1] and not torch.equal(other[0], first[0])    # another encoder
+    assert same(list(get()), list(first)) and made == [0, 1]         # and back: the old ones are not confused
     for more in (["--mask-max", "0.5"], ["--seed", "1"], ["--clips", "2"]):
         get(ae, *more)
         assert made != []
@@ -297,11 +317,15 @@ def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("row, want", [
-    ({"emotion": "fear", "level": 2}, {"afraid": 0.7, "neutral": 0.3}), ({"emotion": "happy", "level": 3}, {"happy": 1}),
-    ({"emotion": "surprised", "level": 1}, {"surprised": 0.4, "neutral": 0.6}), ({"emotion": "disgust"}, {"disgusted": 1}),
-    ({"emotion": "neutral", "level": 1}, {"neutral": 1}), ({"emotion": "contempt", "level": 3}, {}), ({}, {})])
+    ({"emotion": "fear", "level": 2}, {"afraid": 0.7, "neutral": 0.3}),
+    ({"emotion": "happy", "level": 3}, {"happy": 1}),
+    ({"emotion": "surprised", "level": 1}, {"surprised": 0.4, "neutral": 0.6}),
+    ({"emotion": "disgust"}, {"disgusted": 1}),
+    ({"emotion": "neutral", "level": 1}, {"neutral": 1}), ({"emotion": "contempt", "level": 3}, {}),
+    ({}, {})])
 def test_labels_of_real_clips(row, want):
-    torch.testing.assert_close(train_gen.mood_label(row), torch.tensor([want.get(name, 0.0) for name in EMOTIONS]))
+    torch.testing.assert_close(train_gen.mood_label(row),
+                               torch.tensor([want.get(name, 0.0) for name in EMOTIONS]))
 
 
 def test_every_emotion_of_mead_but_contempt_has_a_label():
@@ -312,52 +336,60 @@ def test_every_emotion_of_mead_but_contempt_has_a_label():
 
 @pytest.fixture
 def no_landmarks(monkeypatch):
-    monkeypatch.setattr(train_gen.data, "load_landmarks", lambda row: (None, np.full((9, 10), np.nan, np.float32)))
+    monkeypatch.setattr(train_gen.data, "load_landmarks",
+                        lambda row: (None, np.full((9, 10), np.nan, np.float32)))
 
 
 def test_processes_read_different_real_clips(monkeypatch, no_landmarks):
     people = {"b": [{"path": "b0"}, {"path": "b1"}], "a": [{"path": "a0"}, {"path": "a1"}, {"path": "a2"}]}
     monkeypatch.setattr(train_gen.data, "load_sets", lambda *_, **__: [people])
     read = []
-    monkeypatch.setattr(train_gen.data, "read_clip", lambda path, size: read.append(path) or (torch.zeros(1), torch.zeros(1)))
+    monkeypatch.setattr(train_gen.data, "read_clip", lambda path,
+                        size: read.append(path) or (torch.zeros(1), torch.zeros(1)))
     for rank in range(2):
-        found = list(train_gen.real_clips(train_gen.parse(command("", "", "--clips", "9")), "set", 32, rank, 2))
-        assert all(not clip.mood.any() and clip.others is None for clip in found)   # nobody said how they feel
+        found = list(train_gen.real_clips(train_gen.parse(command("", "", "--clips", "9")), "set", 32, rank,
+                                          2))
+        assert all(not clip.mood.any() and clip.others is None for clip in found)  # nobody said how they feel
     assert sorted(read) == ["a0", "a1", "a2", "b0", "b1"]                    # all, each once
 
 
 def test_a_labelled_person_is_also_seen_in_neutral_clips(monkeypatch, no_landmarks):
-    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))         # the clips in their order
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))    # the clips in their order
     rows = [{"path": name, "identity": "a", "emotion": emotion, "level": 3, "frames": 9}
             for name, emotion in (("a0", "neutral"), ("a1", "happy"), ("a2", "sad"), ("a3", "neutral"))]
     rows.append({"path": "b0", "identity": "b", "emotion": "angry", "level": 3, "frames": 9})
     monkeypatch.setattr(train_gen.data, "load_sets", lambda *_, **__: [{"a": rows[:4], "b": rows[4:]}])
-    monkeypatch.setattr(train_gen.data, "read_clip", lambda path, size: (torch.zeros(9, 3, 2, 2), torch.zeros(9 * 640)))
-    monkeypatch.setattr(train_gen.data, "read_at", lambda path, numbers, size: np.full((1, 2, 2, 3), ord(path[1]), np.uint8))
+    monkeypatch.setattr(train_gen.data, "read_clip", lambda path,
+                        size: (torch.zeros(9, 3, 2, 2), torch.zeros(9 * 640)))
+    monkeypatch.setattr(train_gen.data, "read_at", lambda path, numbers,
+                        size: np.full((1, 2, 2, 3), ord(path[1]), np.uint8))
     found = list(train_gen.real_clips(train_gen.parse(command("", "", "--clips", "9")), "set", 2, 0, 1))
-    seen = [None if x.others is None else set((127.5 * (x.others[:, 0, 0, 0] + 1)).round().int().tolist()) for x in found]
+    seen = [None if x.others is None else set((127.5 * (x.others[:, 0, 0, 0] + 1)).round().int().tolist())
+            for x in found]
     zero, three = ord("0"), ord("3")
-    assert seen == [{three}, {zero, three}, {zero, three}, {zero}, None] and found[1].others.shape == (4, 3, 2, 2)
+    assert seen == [{three}, {zero, three}, {zero, three}, {zero}, None] and found[1].others.shape == (4, 3,
+        2, 2)
     assert [x.change for x in found] == [9] * 5 and found[1].mood[:, EMOTIONS.index("happy")].eq(1).all()
 
 
-# ---- the emotion of a voice -----------------------------------------------------------------------------------------
+# ---- the emotion of a voice --------------------------------------------------------------------------------
 
 def test_the_emotion_of_a_voice_is_learned(tmp_path, monkeypatch):
     """Sad voices are dull and slow, surprised ones high: told apart on people never heard."""
     args = train_gen.parse(command("", str(tmp_path), "--voices", "400"))
-    encoded = numbered()                                                     # clips without a label teach nothing
+    encoded = numbered()                                                 # clips without a label teach nothing
     pair = torch.eye(7)[[EMOTIONS.index("sad"), EMOTIONS.index("surprised")]]
     monkeypatch.setattr(train_gen, "random_mood", lambda seeds, stream: pair[seeds % 2])
     voice = train_gen.train_voice(args, {"seconds": 1.5}, encoded, 0, steps=300)
     assert not voice.training
     seeds = HELD_OUT + torch.arange(64)
-    rows = audio_features.extract_features(audio_features.normalise_loudness(speak(seeds, 40, pair[seeds % 2])["wave"]))
+    rows = audio_features.extract_features(audio_features.normalise_loudness(speak(seeds, 40,
+        pair[seeds % 2])["wave"]))
     mood = voice(voice.pool(rows)[0][:, -1]).softmax(-1)
     told = mood[:, EMOTIONS.index("surprised")] > mood[:, EMOTIONS.index("sad")]
     assert (told == (seeds % 2 == 1)).float().mean() > 0.85
     assert mood[:, [EMOTIONS.index("sad"), EMOTIONS.index("surprised")]].sum(1).min() > 0.6
-    again = train_gen.train_voice(args, {"seconds": 1.5}, encoded, 0, steps=300)      # statistics from the disk
+    again = train_gen.train_voice(args, {"seconds": 1.5}, encoded, 0, steps=300)    # statistics from the disk
     assert same(again.state_dict(), voice.state_dict())
 
 
@@ -371,7 +403,7 @@ def test_labelled_clips_teach_the_voice_too(tmp_path):
     torch.testing.assert_close(x[3], want)
 
 
-# ---- several processes ----------------------------------------------------------------------------------------------
+# ---- several processes -------------------------------------------------------------------------------------
 
 def given_windows():
     """A generator with no layer at zero and four windows for it: new motions, noise, times, the rest."""
@@ -379,20 +411,24 @@ def given_windows():
     model = Generator(replace(CONFIG, width=32, depth=2, heads=2, experts=2))
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape)
-    new, past, reference, heard = torch.randn(4, K, 6), torch.randn(4, P, 6), torch.randn(4, 6), torch.randn(4, P + K + AHEAD, 320)
+    new, past, reference, heard = torch.randn(4, K, 6), torch.randn(4, P, 6), torch.randn(4,
+        6), torch.randn(4, P + K + AHEAD, 320)
     cond = {"past": past, "reference": reference, "audio": heard, "mood": torch.rand(4, P + K, 7)}
-    return model, [new, torch.randn(4, K, 6), torch.rand(4)], cond | {"drop": torch.tensor([True, False, False, True])}
+    return model, [new, torch.randn(4, K, 6),
+                   torch.rand(4)], cond | {"drop": torch.tensor([True, False, False, True])}
 
 
 def half(rank, folder):
     """One of two processes: the gradients of two of the windows."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
+                            timeout=timedelta(minutes=2))
     try:
         model, given, about = given_windows()
         mine = slice(2 * rank, 2 * rank + 2)
         wrapped = training.ddp_wrap(model, 2, CPU)
-        train_gen.flow.flow_loss(wrapped, *(x[mine] for x in given), **{name: x[mine] for name, x in about.items()}).backward()
+        train_gen.flow.flow_loss(wrapped, *(x[mine] for x in given),
+                                 **{name: x[mine] for name, x in about.items()}).backward()
         torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -410,22 +446,25 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
             torch.testing.assert_close(got[name], p.grad, atol=1e-6, rtol=0, msg=name)
 
 
-# ---- whole runs -----------------------------------------------------------------------------------------------------
+# ---- whole runs --------------------------------------------------------------------------------------------
 
 def test_a_run_writes_its_files(ae, tmp_path):
     before = hashlib.sha256(ae.read_bytes()).digest()
     assert train(ae, tmp_path, "--save-every", "3") == 0
-    assert sorted(os.listdir(tmp_path)) == ["clips-0.pt", "log.jsonl", "progress.png", "semo.safetensors", "state.pt",
-                                            "step000003.mp4", "step000004.mp4", "voices-0.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["clips-0.pt", "log.jsonl", "progress.png", "semo.safetensors",
+                                            "state.pt", "step000003.mp4", "step000004.mp4", "voices-0.pt"]
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert [row["step"] for row in rows] == [3, 4] and all(0 < row["loss"] < 100 for row in rows)
     assert hashlib.sha256(ae.read_bytes()).digest() == before
     models, meta = load_models(tmp_path / "semo.safetensors")
-    assert list(models) == ["encoder", "decoder", "generator", "voice"] and models["generator"].config.window == 4
-    assert {"audio": "mel", "gen_steps": 4, "guidance": 1.5, "latents": "pixel", "size": 32}.items() <= meta.items()
+    assert list(models) == ["encoder", "decoder", "generator",
+                            "voice"] and models["generator"].config.window == 4
+    assert {"audio": "mel", "gen_steps": 4, "guidance": 1.5, "latents": "pixel",
+            "size": 32}.items() <= meta.items()
     stage1, ema = load_models(ae)[0], state(tmp_path)["ema"]
     for kind in ("encoder", "decoder"):
-        assert same(dict(stage1[kind].state_dict()), dict(models[kind].state_dict()))    # frozen, statistics too
+        # frozen, statistics too
+        assert same(dict(stage1[kind].state_dict()), dict(models[kind].state_dict()))
     for name, value in models["generator"].state_dict().items():
         torch.testing.assert_close(value, ema[name], rtol=1e-3, atol=1e-6, msg=name)
 
@@ -438,7 +477,8 @@ def test_the_preview_is_the_held_out_person_with_their_words(ae, tmp_path):
     frames, sound = list(read_video(path, 32)), load_audio(path)
     made = random_clip(torch.tensor([HELD_OUT]), 75)
     photo = render(made["identity"], made["motion"][:, 0], 32)[0]
-    assert len(frames) == 75 and (frames[0] - photo).square().mean() < 0.05  # a fresh decoder copies the photo
+    # a fresh decoder copies the photo
+    assert len(frames) == 75 and (frames[0] - photo).square().mean() < 0.05
     assert len(sound) == pytest.approx(3 * 16000, abs=1100)                  # AAC pads to whole blocks
     wave = audio_features.normalise_loudness(made["wave"])[0]
     n = min(len(wave), len(sound))
@@ -451,7 +491,7 @@ def test_stop_and_resume_give_the_same_run(ae, tmp_path, monkeypatch, no_preview
 
     def windows(*given):
         seeds.append(given[3].initial_seed())
-        if len(seeds) == 5:                                                  # while the fifth step is computed
+        if len(seeds) == 5:                                                 # while the fifth step is computed
             os.kill(os.getpid(), signal.SIGTERM)
         return choose(*given)
 
@@ -478,7 +518,8 @@ def test_one_set_of_windows_is_learnt(ae, tmp_path, monkeypatch, no_preview):
         return losses[-1]
 
     monkeypatch.setattr(train_gen, "sample_windows",
-                        lambda given, config, count, draw, *more: choose(given, config, count, draw.manual_seed(1), *more))
+                        lambda given, config, count, draw,
+                        *more: choose(given, config, count, draw.manual_seed(1), *more))
     monkeypatch.setattr(train_gen, "motion_loss", recorded)
     assert train(ae, tmp_path, steps=100) == 0
     assert losses[-1] < losses[0] / 5
@@ -495,9 +536,11 @@ def test_nan_stops_the_run_and_spares_the_state(ae, tmp_path, monkeypatch, no_pr
     monkeypatch.setattr(train_gen, "sample_windows", spoilt)
     with pytest.raises(SystemExit) as end:
         train(ae, tmp_path, "--save-every", "2")
-    assert str(end.value).startswith("loss nan") and "step 3" in str(end.value) and "state.pt" in str(end.value)
+    said = str(end.value)
+    assert said.startswith("loss nan") and "step 3" in said and "state.pt" in said
     held = state(tmp_path)
-    assert held["step"] == 2 and all(v.isfinite().all() for kind in ("model", "ema") for v in held[kind].values())
+    assert held["step"] == 2 and all(v.isfinite().all() for kind in ("model", "ema")
+                                     for v in held[kind].values())
 
 
 def test_a_kill_while_the_last_step_is_saved_costs_no_release(ae, tmp_path, monkeypatch):
@@ -512,7 +555,7 @@ def test_a_kill_while_the_last_step_is_saved_costs_no_release(ae, tmp_path, monk
     assert "generator" in load_models(tmp_path / "semo.safetensors")[0]
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("content", [None, b"no weights"])
 def test_a_wrong_ae_is_one_sentence(tmp_path, content, capsys):
@@ -543,8 +586,10 @@ def test_an_out_that_cannot_be_written_is_refused_before_work(ae, tmp_path, monk
     assert "cannot be written to" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("wrong", [["--steps", "-1"], ["--windows", "-2"], ["--clips", "-3"], ["--save-every", "0"],
-                                   ["--mask-max", "1"], ["--mask-max", "nan"], ["--preset", "huge"], ["--step", "3"], ["extra"]])
+@pytest.mark.parametrize("wrong", [["--steps", "-1"], ["--windows", "-2"], ["--clips", "-3"],
+                                   ["--save-every", "0"],
+                                   ["--mask-max", "1"], ["--mask-max", "nan"], ["--preset", "huge"],
+                                   ["--step", "3"], ["extra"]])
 def test_bad_arguments_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as end:
         train_gen.main(["--preset", "nano", *wrong])
@@ -558,9 +603,10 @@ def test_zero_is_refused(name):
     assert end.value.code == 2
 
 
-# ---- reflow ---------------------------------------------------------------------------------------------------------
+# ---- reflow ------------------------------------------------------------------------------------------------
 
-def test_a_student_says_in_one_step_what_its_teacher_says_in_many_with_guidance(ae, tmp_path, no_preview, monkeypatch):
+def test_a_student_says_in_one_step_what_its_teacher_says_in_many_with_guidance(ae, tmp_path, no_preview,
+    monkeypatch):
     monkeypatch.chdir(tmp_path)
     models, meta = load_models(ae)
     torch.manual_seed(3)
@@ -569,21 +615,24 @@ def test_a_student_says_in_one_step_what_its_teacher_says_in_many_with_guidance(
         p.data += 0.2 * torch.randn_like(p)
     save_weights(tmp_path / "t.safetensors", {**models, "generator": teacher},
                           {**meta, "audio": "mel", "gen_steps": 4, "guidance": 2.0})
-    words = ["--preset", "nano", "--reflow", "t.safetensors", "--teacher-steps", "6", "--steps", "80", "--clips", "1",
-             "--windows", "16"]
+    words = ["--preset", "nano", "--reflow", "t.safetensors", "--teacher-steps", "6", "--steps", "80",
+             "--clips", "1", "--windows", "16"]
     assert train_gen.main([*words, "--device", "cpu"]) == 0
     student, about = load_models(tmp_path / "runs/reflow_gen/semo.safetensors")
     teacher = load_models(tmp_path / "t.safetensors")[0]["generator"]
     assert (about["gen_steps"], about["guidance"]) == (1, 1.0)
     assert same(student["decoder"].state_dict(), models["decoder"].state_dict())
     kept = torch.load(tmp_path / "runs/reflow_gen/clips-0.pt", weights_only=True)
-    draw, encoded = torch.Generator().manual_seed(9), train_gen.Encoded(*(kept[name] for name in train_gen.Encoded._fields))
+    draw, encoded = torch.Generator().manual_seed(9), train_gen.Encoded(*(kept[name]
+        for name in train_gen.Encoded._fields))
     silence = train_gen.encode_silence("mel", None)
     new, past, reference, heard, mood = train_gen.sample_windows(encoded, teacher.config, 32, draw, silence)
-    noise, cond = torch.randn(new.shape, generator=draw), {"past": past, "reference": reference, "audio": heard, "mood": mood}
+    noise, cond = torch.randn(new.shape, generator=draw), {"past": past, "reference": reference,
+                                                           "audio": heard, "mood": mood}
     with torch.no_grad():
         want = flow.integrate(flow.with_cfg(teacher, 2.0, {"audio": None}), noise, 6, **cond)
-        before, after = ((flow.integrate(model, noise, 1, **cond) - want).square().mean() for model in (teacher, student["generator"]))
+        before, after = ((flow.integrate(model, noise, 1, **cond) - want).square().mean()
+                         for model in (teacher, student["generator"]))
     assert after < 0.5 * before, (before, after)
 
 

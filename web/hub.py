@@ -38,8 +38,8 @@ python sample.py --ckpt OWNER/NAME --img photo.jpg --wav speech.wav
 """
 TEXT = """# SeMo
 
-Open implementation of "Semantic Latent Motion" (arXiv 2503.10096): one photo and a voice make a talking portrait
-video. The video is generated: say so where it is shown, and use only photos of people who agree."""
+Open implementation of "Semantic Latent Motion" (arXiv 2503.10096): one photo and a voice make a talking
+portrait video. The video is generated: say so where it is shown, and use only photos of people who agree."""
 
 
 def card(path):
