@@ -124,8 +124,8 @@ def load_weights(path, classes, device="cpu"):
 def resolve(name):
     """A path, or owner/name[@revision] on the model hub -> path of the file. Raises InputError in one
     sentence."""
-    of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name)
-    if os.path.exists(name) or not of_hub or name.endswith(".safetensors"):
+    of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", os.fspath(name))
+    if os.path.exists(name) or not of_hub or os.fspath(name).endswith(".safetensors"):
         return name
     try:
         from huggingface_hub import hf_hub_download
