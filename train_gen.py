@@ -52,7 +52,7 @@ from world.speech import EMOTIONS, speak
 # clips: of `seconds` each, encoded once a process; windows: drawn from them at each step; audio: kind of
 # features; voices: synthetic ones, without pictures, from which the emotion of a voice is learned; balanced
 # and augment: ours, see motion_loss and sample_windows; guidance: at sampling, with 10% of the training
-# windows without sound (ours, default 1.5); 1: none, and t uniform, as in the paper
+# windows without sound (ours, default 2.0); 1: none, and t uniform, as in the paper
 PRESETS = {
     "nano": dict(generator=GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, lookahead=1,
                                            experts=4),
@@ -484,7 +484,7 @@ def train(args, preset) -> int:
     """Train as the settings say; see `parse`. Raises InputError."""
     rank, world, device = training.init_distributed(args.device)
     training.seed_everything(args.seed)
-    kind, guidance = preset.get("audio", "mel"), preset.get("guidance", 1.5)
+    kind, guidance = preset.get("audio", "mel"), preset.get("guidance", 2.0)
     models, meta = sample.load_models(args.ae, device)
     try:
         space = load_latents(meta["latents"], meta.get("vae", SD), device)

@@ -459,7 +459,7 @@ def test_a_run_writes_its_files(ae, tmp_path):
     models, meta = load_models(tmp_path / "semo.safetensors")
     assert list(models) == ["encoder", "decoder", "generator",
                             "voice"] and models["generator"].config.window == 4
-    assert {"audio": "mel", "gen_steps": 4, "guidance": 1.5, "latents": "pixel",
+    assert {"audio": "mel", "gen_steps": 4, "guidance": 2.0, "latents": "pixel",
             "size": 32}.items() <= meta.items()
     stage1, ema = load_models(ae)[0], state(tmp_path)["ema"]
     for kind in ("encoder", "decoder"):
