@@ -55,7 +55,7 @@ def unpatchify(x: Tensor, p: int) -> Tensor:
 def sincos(positions: Tensor, width: int) -> Tensor:
     """Fixed sinusoidal embedding of positions (n,) -> (n, width), wavelengths 2 pi .. 2 pi 10^4 (Vaswani et
     al. 2017)."""
-    freq = 1e-4 ** torch.linspace(0, 1, width // 2)
+    freq = 1e-4 ** torch.linspace(0, 1, width // 2, device=positions.device)
     angle = positions[:, None].float() * freq                                          # (n, width/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)                                # (n, width)
 

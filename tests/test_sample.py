@@ -390,12 +390,13 @@ def test_frames_leave_before_the_sound_has_ended(given):
     """Three seconds in, stdin still open: at least two windows have left; stdout is an mp4 and nothing
     else."""
     work = start(live(given, "-"))
-    work.stdin.write(raw(3))
-    work.stdin.flush()
+    feed = threading.Thread(target=lambda: (work.stdin.write(raw(3)), work.stdin.flush()))
+    feed.start()                                               # neither pipe waits for the other
     early = b""
     while len(early) < 1000 or frames_in(early) < 30:          # the test's own time-out ends what never comes
         early += os.read(work.stdout.fileno(), 65536)
         assert work.poll() is None
+    feed.join()
     rest, said = work.communicate(timeout=60)
     data = early + rest
     assert work.returncode == 0 and b"75 frames" in said and b"Traceback" not in said
