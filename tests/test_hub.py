@@ -35,7 +35,7 @@ def test_weights_are_loaded_by_name(cache, name, commit):
     path = resolve(name)
     assert Path(path).parent.name == commit * 40
     models, _ = sample.load_models(name)
-    assert set(models) == {"encoder", "decoder", "generator"}
+    assert set(models) == {"encoder", "decoder", "generator", "voice"}
 
 
 @pytest.mark.parametrize("name", ["owner/other", "owner/face@v2"])
