@@ -122,8 +122,7 @@ class Batch:
     reference: Tensor       # (R, C, H, W)
     target: Tensor          # (R*T, C, H, W)
     encoder_views: Tensor   # (R + R*T, C, H, W), what the motion encoder sees: the same, or augmented apart
-    regions: Tensor         # (R*T, 2, H, W) in [0, 1]: mouth and eyes; face - of reference and target
-                            # together
+    regions: Tensor         # (R*T, 3, H, W), draw_regions of reference and target together
     factors: Tensor | None  # (R*T, K) differences of known motion, target minus reference; None: not known
     kind: str               # "real" or "synthetic": which factors
 
@@ -140,23 +139,27 @@ class Batch:
 
 
 def make_batch(pictures, views, ellipses, factors, kind: str) -> Batch:
-    """Pictures and views (R, 1+T, 3, H, W), ellipses (R, 1+T, 4, 4) in the pictures or masks (R, 1+T, 2, H,
+    """Pictures and views (R, 1+T, 3, H, W), ellipses (R, 1+T, 4, 4) in the pictures or masks (R, 1+T, 3, H,
     W)."""
     masks = draw_regions(ellipses.flatten(0, 1), pictures.shape[-1]).unflatten(0, ellipses.shape[:2]) \
         if ellipses.dim() == 4 else ellipses
-    regions = torch.maximum(masks[:, 1:], masks[:, :1]).flatten(0, 1)                  # (R*T, 2, H, W)
+    regions = torch.maximum(masks[:, 1:], masks[:, :1]).flatten(0, 1)                  # (R*T, 3, H, W)
     return Batch(pictures[:, 0].contiguous(), pictures[:, 1:].flatten(0, 1),
                  torch.cat([views[:, 0], views[:, 1:].flatten(0, 1)]), regions, factors, kind)
 
 
 def draw_regions(ellipses: Tensor, size: int) -> Tensor:
-    """Ellipses (B, 4, 4) of mouth, eyes and face: x, y, half width, half height in [-1, 1] -> soft masks (B,
-    2, H, W)."""
+    """Ellipses (B, 4, 4) of mouth, two eyes and face: x, y, half width, half height in [-1, 1] -> soft masks
+    (B, 3, H, W): mouth and eyes; eyes, with the brows above them by half; face."""
+    brows = ellipses[:, 1:3] * torch.tensor([1, 1, 1.15, 2.0], device=ellipses.device)
+    brows[..., 1] = brows[..., 1] - 0.4 * brows[..., 3]
+    ellipses = torch.cat([ellipses, brows], 1)                                         # (B, 6, 4)
     axis = (torch.arange(size, device=ellipses.device) + 0.5) * 2 / size - 1
-    x, y, a, b = ellipses[..., None, None].unbind(2)                                   # (B, 4, 1, 1)
+    x, y, a, b = ellipses[..., None, None].unbind(2)                                   # (B, 6, 1, 1)
     radius = (((axis - x) / a.clamp(min=1e-2)) ** 2 + ((axis[:, None] - y) / b.clamp(min=1e-2)) ** 2).sqrt()
-    masks = torch.sigmoid(6 * (1 - radius))                                            # (B, 4, H, W)
-    return torch.stack([masks[:, :3].amax(1), masks[:, 3]], 1)
+    masks = torch.sigmoid(6 * (1 - radius))                                            # (B, 6, H, W)
+    upper = torch.maximum(masks[:, 1:3].amax(1), 0.5 * masks[:, 4:].amax(1))
+    return torch.stack([masks[:, :3].amax(1), upper, masks[:, 3]], 1)
 
 
 def random_views(rng, persons: int, size: int, framing=True):
@@ -210,7 +213,7 @@ class Clips(Dataset):
 
     A share `near` of the persons is shown within a fifth of a second, the others at any distance. Where there
     are landmarks (media/landmarks.py), 3 persons in 8 are shown at equal pose with the mouth as different as
-    the clip has it, 3 in 16 with the lids so (ours, compare MuseTalk, arXiv 2410.10122). rows: the targets
+    the clip has it, 3 in 16 with the lids so, 1 in 8 with brows and corners of the mouth so (ours, compare MuseTalk, arXiv 2410.10122). rows: the targets
     follow each other instead (the video stage). augment: shape, framing and colours vary per person, and for
     half of the persons the encoder sees another shape and other colours than the decoder, so that its token
     cannot tell who it is (compare Burkov et al. 2020).
@@ -236,7 +239,7 @@ class Clips(Dataset):
 
     def frame(self, wide, ellipses, rng):
         """Prepared squares (R, 1+T, 3, W, W) and ellipses in them -> pictures (R, 1+T, 3, size, size), masks
-        (R, 1+T, 2, size, size), encoder views as pictures, mirrored (R,)."""
+        (R, 1+T, 3, size, size), encoder views as pictures, mirrored (R,)."""
         persons, count, size = *wide.shape[:2], self.size
         masks = draw_regions(ellipses.flatten(0, 1), wide.shape[-1]).unflatten(0, (persons, count))
         if not self.augment:
@@ -270,8 +273,8 @@ class Clips(Dataset):
         if self.rows:
             start = int(rng.integers(max(1, frames - targets + 1)))
             return [first, *(min(start + n, frames - 1) for n in range(targets))]
-        mined = {0: (0, 1), 1: (2, 3)}.get(0 if k < 3 * self.persons // 8 else 1 if k < 9 * self.persons // 16
-                                           else 2)
+        kind = np.searchsorted([3 / 8, 9 / 16, 11 / 16], (k + 0.5) / self.persons)
+        mined = [(0, 1), (2, 3), (7, 8), None][kind]
         if mined and np.isfinite(factors[first]).all() and np.isfinite(factors).all(1).sum() > 2 * targets:
             return [first, *mine_pairs(rng, factors / landmarks.SCALE, first, mined, targets)]
         near = k < round(self.near * self.persons)

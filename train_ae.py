@@ -80,15 +80,18 @@ def schedule(args, progress: float) -> dict:
 
     The paper has no schedule: masks U(0, 0.9) from the first step, t uniform. Ours (curriculum) starts at
     pure noise without masks, where the token is all there is to learn from; masks and less noisy targets come
-    in later. Known motion fades out over the first 60%, the loss on the warped reference alone over the first
-    third; structure (SSIM, gradients) enters in the last 45%.
+    in later. Known motion fades out over the second half, the loss on the warped reference alone over the
+    first third; structure (SSIM, gradients) enters in the last 45%. A run from trained weights (--init) has
+    the second half alone.
     """
+    if args.init:
+        progress = 0.5 + progress / 2
     ramp = min(1.0, max(0.0, (progress - 0.4) / 0.4)) if args.curriculum else 1.0
     p_pure_noise = 1 - 0.1 * ramp if args.curriculum else 0.0
     if args.reflow:
         p_pure_noise = 1.0 if args.one_step else 0.5
     return {"mask_max": ramp * args.mask_max, "p_pure_noise": p_pure_noise,
-            "label": args.label_weight * max(0.0, 1 - progress / 0.6),
+            "label": args.label_weight * min(1.0, 2 - 2 * progress),
             "warped": 0.5 * max(0.0, 1 - 3 * progress),
             "structure": 0.5 * min(1.0, max(0.0, (progress - 0.55) / 0.1))}
 
@@ -114,6 +117,39 @@ def weighted_mean(error: Tensor, weight: Tensor) -> Tensor:
     return (error * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1e-6)
 
 
+class RunningRidge(nn.Module):
+    """Linear map from differences of tokens to differences of known motion, fitted by ridge regression on
+    running second moments (ours).
+
+    A head that is trained by gradient descent is wrong at first and lags behind the encoder; this one is the
+    best linear map of the last hundred batches at every step. Each process fits its own.
+    """
+
+    def __init__(self, inputs: int, outputs: int, momentum: float = 0.01):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("xx", torch.zeros(inputs, inputs))
+        self.register_buffer("xy", torch.zeros(inputs, outputs))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, x, y):
+        self.count += 1
+        rate = torch.clamp(1 / self.count, min=self.momentum)    # a plain average at first, then a moving one
+        self.xx.lerp_(x.T @ x / len(x), rate)
+        self.xy.lerp_(x.T @ y / len(x), rate)
+
+    def forward(self, x, y):
+        """x (B, I), y (B, O): differences of tokens and of motion -> y read from x, (B, O)."""
+        with torch.autocast(x.device.type, enabled=False):
+            x, y = x.float(), y.float()
+            if self.training:
+                self.update(x.detach(), y)
+            ridge = 0.01 * self.xx.diagonal().mean() + 1e-6
+            weight = torch.linalg.solve(self.xx + ridge * torch.eye(len(self.xx), device=x.device), self.xy)
+            return x @ weight
+
+
 class AutoEncoder(nn.Module):
     """Both networks and their loss, as one module: what DistributedDataParallel and torch.compile want.
 
@@ -122,14 +158,14 @@ class AutoEncoder(nn.Module):
     the pixels (ours). "region" (ours, pixels): `region_loss` on the predicted picture.
     """
 
-    REGION = 4.0                # weight of mouth and eyes, as of the whole picture
+    WHOLE, MOUTH_EYES, UPPER = 1.5, 3.0, 1.5           # weights of the parts of region_loss
 
     def __init__(self, encoder: MotionEncoder, decoder: Decoder, loss: str = "region"):
         super().__init__()
         self.encoder, self.decoder, self.loss = encoder, decoder, loss
         motion = encoder.config.num_tokens * encoder.config.token_dim
-        self.label_heads = nn.ModuleDict({"synthetic": nn.Linear(motion, len(MOTION), bias=False),
-                                          "real": nn.Linear(motion, len(FACTORS), bias=False)})
+        self.label_heads = nn.ModuleDict({"synthetic": RunningRidge(motion, len(MOTION)),
+                                          "real": RunningRidge(motion, len(FACTORS))})
 
     def forward(self, batch: data.Batch, noise, t, ids_keep, weights: dict, endpoint=None):
         """batch of R references and R*T targets; noise (R*T, C, H, W), t (R*T,), ids_keep (R + R*T, n):
@@ -155,27 +191,29 @@ class AutoEncoder(nn.Module):
             endpoint = target if endpoint is None else endpoint
             # eqs. (3), (8)
             loss = flow.flow_loss(self.decoder, endpoint, noise, t, weight=weight, m_t=m_t, cache=cache)
-        if batch.factors is not None:
+        if batch.factors is not None and weights["label"]:
             delta = m_t - m_r.repeat_interleave(len(target) // len(reference), 0)      # (R*T, L, D)
-            read = self.label_heads[batch.kind](delta.flatten(1))                      # (R*T, K)
-            loss = loss + weights["label"] * F.smooth_l1_loss(read, batch.factors.clamp(-4, 4))
-        # DDP: every weight takes part
-        return loss + 0 * sum(head.weight.sum() for head in self.label_heads.values())
+            factors = batch.factors.clamp(-4, 4)
+            read = self.label_heads[batch.kind](delta.flatten(1), factors)             # (R*T, K)
+            loss = loss + weights["label"] * F.smooth_l1_loss(read, factors)
+        return loss
 
     def region_loss(self, x, target, copies, regions, structure: float):
-        """Error of the picture x relative to copying the reference, for the whole picture and for mouth and
-        eyes.
+        """Error of the picture x relative to copying the reference: of the whole picture, of mouth and eyes,
+        and of eyes and brows, which move less than the mouth.
 
-        x, target, copies (B, C, H, W); regions (B, 2, H, W) soft masks: mouth and eyes, face -> scalar. The
+        x, target, copies (B, C, H, W); regions (B, 3, H, W) soft masks, see data.draw_regions -> scalar. The
         area of mouth and eyes is a twelfth of the picture; divided by it, as in FLOAT (arXiv 2412.01064,
         A.2), their error counts. Outside the face the weight is 0.2.
         """
-        features, face = regions[:, :1], 0.2 + 0.8 * regions[:, 1:]
+        features, upper, face = regions.split(1, 1)                                    # (B, 1, H, W) each
         error, copy = charbonnier(x, target), charbonnier(copies, target)
-        loss = weighted_mean(error, face) / (weighted_mean(copy, face) + 0.02)
-        loss = loss + self.REGION * weighted_mean(error, features) / (weighted_mean(copy, features) + 0.03)
+        loss = 0.0
+        for part, weight, least in ((0.2 + 0.8 * face, self.WHOLE, 0.02), (features, self.MOUTH_EYES, 0.03),
+                                    (upper, self.UPPER, 0.03)):
+            loss = loss + weight * weighted_mean(error, part) / (weighted_mean(copy, part) + least)
         if structure:
-            inside = 0.3 * regions[:, 1:] + features
+            inside = 0.3 * face + features
             ring = F.avg_pool2d(inside, 7, 1)
             loss = loss + structure * (weighted_mean(dssim(x, target), ring)
                                        / (weighted_mean(dssim(copies, target), ring) + 0.05))
