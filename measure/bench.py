@@ -239,7 +239,7 @@ def stage_1(name, people, device):
     model = train_ae.AutoEncoder(MotionEncoder(e), Decoder(preset["decoder"]), preset["loss"]).to(device)
     reference, target, noise = (torch.randn(n, e.channels, e.image_size, e.image_size, device=device)
                                 for n in (people, count, count))
-    regions = torch.rand(count, 2, e.image_size, e.image_size, device=device)
+    regions = torch.rand(count, 3, e.image_size, e.image_size, device=device)
     batch = data.Batch(reference, target, torch.cat([reference, target]), regions, None, "synthetic")
     weights, t = train_ae.schedule(train_ae.parse(["--preset", name]), 0.8), torch.ones(count, device=device)
     ids_keep = random_masking(people + count, (e.image_size // e.patch_size) ** 2, weights["mask_max"] / 2,

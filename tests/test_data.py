@@ -202,16 +202,18 @@ def test_without_landmarks_nothing_is_known(sets):
 def test_regions_are_soft_masks_of_the_ellipses():
     ellipses = torch.tensor([[0.0, 0.5, 0.3, 0.2], [-0.4, -0.4, 0.2, 0.1], [0.4, -0.4, 0.2, 0.1],
                              [0.0, 0.0, 0.7, 0.9]])
-    features, face = data.draw_regions(ellipses[None], 64)[0]
+    features, upper, face = data.draw_regions(ellipses[None], 64)[0]
     assert features.shape == (64, 64) and 0 <= features.min() and features.max() <= 1
     at = [(48, 32), (19, 19), (19, 44)]                                      # rows, columns of mouth and eyes
     assert all(features[place] > 0.9 for place in at) and all(face[place] > 0.5 for place in at)
     assert features[32, 32] < 0.1 and face[32, 32] > 0.9 and features[2, 2] < 0.01 and face[2, 2] < 0.1
     torch.testing.assert_close(features[48, 32 + 9], torch.tensor(0.5), atol=0.1, rtol=0)       # its rim
+    assert upper[48, 32] < 0.01 and upper[19, 19] > 0.9                      # mouth, eye, brow above it
+    torch.testing.assert_close(upper[14, 19], torch.tensor(0.5), atol=0.05, rtol=0)
 
 
 def test_regions_of_a_target_are_those_of_both_pictures():
-    masks = torch.zeros(2, 3, 2, 4, 4)
+    masks = torch.zeros(2, 3, 3, 4, 4)
     masks[0, 0, 0, 0, 0], masks[0, 2, 0, 1, 1], masks[1, 1, 1, 2, 2] = 1, 1, 1
     pictures = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(2, 3, 3, 4, 4)
     batch = data.make_batch(pictures, 10 + pictures, masks, None, "real")
@@ -278,7 +280,7 @@ def test_without_augmentation_pictures_are_the_middle_of_the_prepared_square(set
     assert torch.equal(batch.target, want)
     assert torch.equal(batch.encoder_views, torch.cat([batch.reference, batch.target]))
     mouth = batch.regions[0, 0, round(16 * 1.33), 16]                 # at its usual place of the tight square
-    assert mouth > 0.9 and batch.regions.shape == (4, 2, 32, 32)
+    assert mouth > 0.9 and batch.regions.shape == (4, 3, 32, 32)
 
 
 def test_views_that_vary_nothing_are_the_middle_of_the_prepared_square(monkeypatch):

@@ -169,7 +169,7 @@ def test_a_batch_depends_on_its_number_alone():
     args = train_ae.parse(["--preset", "nano"])
     one, again, other = (vars(train_ae.synthetic_batch(args, NANO, number, render)) for number in (3, 3, 4))
     assert one["reference"].shape == (2, 3, 32, 32) and one["target"].shape == (4, 3, 32, 32)
-    assert one["regions"].shape == (4, 2, 32, 32) and one["factors"].shape == (4, len(MOTION))
+    assert one["regions"].shape == (4, 3, 32, 32) and one["factors"].shape == (4, len(MOTION))
     assert same(one, again) and not torch.equal(one["reference"], other["reference"])
 
 
@@ -288,15 +288,16 @@ def copy_error(batch):
     return ((batch.reference[[0, 0, 1, 1]] - batch.target).square().mean(1) + 1e-4).sqrt()
 
 
-def test_region_loss_of_a_copy_is_one_for_the_picture_and_REGION_for_mouth_and_eyes():
+def test_region_loss_of_a_copy_is_the_sum_of_the_weights():
     """Nearly: 0.02 and 0.03 stand beside the copy's own error, so that a copy that is right already asks for
     little."""
     model, (batch, noise, t, keep) = auto_encoder(nudge=0), given_batch()
-    error, (features, face) = copy_error(batch), batch.regions.unbind(1)
-    whole, part = mean(error, 0.2 + 0.8 * face), mean(error, features)
-    want = whole / (whole + 0.02) + model.REGION * part / (part + 0.03)      # (4,)
-    assert (want[:2] > 0.75 * (1 + model.REGION)).all() and want[3] == pytest.approx(1 / 3 + model.REGION / 4,
-        rel=1e-3)
+    error, (features, upper, face) = copy_error(batch), batch.regions.unbind(1)
+    whole, part, eyes = mean(error, 0.2 + 0.8 * face), mean(error, features), mean(error, upper)
+    want = (model.WHOLE * whole / (whole + 0.02) + model.MOUTH_EYES * part / (part + 0.03)
+            + model.UPPER * eyes / (eyes + 0.03))                            # (4,)
+    assert (want[:2] > 0.7 * (model.WHOLE + model.MOUTH_EYES + model.UPPER)).all()
+    assert want[3] == pytest.approx(model.WHOLE / 3 + (model.MOUTH_EYES + model.UPPER) / 4, rel=1e-3)
     assert model(batch, noise, t, keep, PLAIN).item() == pytest.approx(want.mean().item(), rel=1e-4)
     # a fresh model's warped reference is the copy
     warped = model(batch, noise, t, keep, {**PLAIN, "warped": 0.5})
@@ -349,12 +350,31 @@ def test_known_motion_enters_with_its_weight():
     model, (batch, *given) = auto_encoder().eval(), given_batch()   # eval: the running statistics stand still
     plain = model(batch, *given, PLAIN)
     motion = model.encoder(batch.encoder_views, given[2])
-    read = model.label_heads["synthetic"]((motion[2:] - motion[[0, 0, 1, 1]]).flatten(1))
+    delta = (motion[2:] - motion[[0, 0, 1, 1]]).flatten(1)
+    head = model.label_heads["synthetic"]
+    head.xx, head.xy = delta.T @ delta, torch.randn(head.xy.shape, generator=torch.Generator().manual_seed(0))
+    read = head(delta, batch.factors)
     error = torch.nn.functional.smooth_l1_loss(read, batch.factors.clamp(-4, 4))
     assert model(batch, *given, {**PLAIN, "label": 0.7}).item() == pytest.approx((plain + 0.7 * error).item(),
         rel=1e-4)
     unknown = model(replace(batch, factors=None), *given, {**PLAIN, "label": 0.7})
     assert torch.equal(unknown, plain) and error > 0.01
+
+
+def test_running_ridge_is_ridge_regression_of_all_batches():
+    """Plain averages in the first batches, so the fit is that of their concatenation, here in closed form."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3, 20, 5, generator=rng), torch.randn(3, 20, 2, generator=rng)
+    head = train_ae.RunningRidge(5, 2, momentum=0.01)
+    for batch_x, batch_y in zip(x, y, strict=True):
+        read = head(batch_x, batch_y)
+    wide, target = x.flatten(0, 1), y.flatten(0, 1)
+    ridge = 0.01 * wide.square().mean() + 1e-6
+    want = torch.linalg.solve(wide.T @ wide / 60 + ridge * torch.eye(5), wide.T @ target / 60)
+    torch.testing.assert_close(read, x[2] @ want, rtol=1e-4, atol=1e-5)
+    before = head.xx.clone()
+    head.eval()(x[0] + 1, y[0])
+    assert torch.equal(head.xx, before)                                # eval: it reads and does not learn
 
 
 def test_accumulated_gradients_are_the_mean_of_the_passes(begun, passed, no_pictures, tmp_path):
