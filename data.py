@@ -212,11 +212,12 @@ class Clips(Dataset):
     no process, worker or step sees another's and a resumed run goes on with what comes next.
 
     A share `near` of the persons is shown within a fifth of a second, the others at any distance. Where there
-    are landmarks (media/landmarks.py), 3 persons in 8 are shown at equal pose with the mouth as different as
-    the clip has it, 3 in 16 with the lids so, 1 in 8 with brows and corners of the mouth so (ours, compare MuseTalk, arXiv 2410.10122). rows: the targets
-    follow each other instead (the video stage). augment: shape, framing and colours vary per person, and for
-    half of the persons the encoder sees another shape and other colours than the decoder, so that its token
-    cannot tell who it is (compare Burkov et al. 2020).
+    are landmarks (media/landmarks.py), some persons are shown at equal pose: 3 in 8 with the mouth as
+    different as the clip has it, 3 in 16 with the lids so, 1 in 8 with brows and corners of the mouth so
+    (ours, compare MuseTalk, arXiv 2410.10122). rows: the targets follow each other instead (the video
+    stage). augment: shape, framing and colours vary per person, and for half of the persons the encoder sees
+    another shape and other colours than the decoder, so that its token cannot tell who it is (compare Burkov
+    et al. 2020).
     """
 
     def __init__(self, folders, persons: int, targets: int, near: float, size: int, seed=0, split="train",

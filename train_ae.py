@@ -20,6 +20,7 @@ from collections import deque
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -122,7 +123,7 @@ class RunningRidge(nn.Module):
     running second moments (ours).
 
     A head that is trained by gradient descent is wrong at first and lags behind the encoder; this one is the
-    best linear map of the last hundred batches at every step. Each process fits its own.
+    best linear map of about the last hundred batches, of all processes.
     """
 
     def __init__(self, inputs: int, outputs: int, momentum: float = 0.01):
@@ -134,20 +135,22 @@ class RunningRidge(nn.Module):
 
     @torch.no_grad()
     def update(self, x, y):
-        self.count += 1
-        rate = torch.clamp(1 / self.count, min=self.momentum)    # a plain average at first, then a moving one
-        self.xx.lerp_(x.T @ x / len(x), rate)
-        self.xy.lerp_(x.T @ y / len(x), rate)
+        """Learn from differences of tokens x (B, I) and of motion y (B, O); B may be 0 in some processes."""
+        sums, count = torch.cat([x.T @ x, x.T @ y], 1), torch.tensor(float(len(x)), device=x.device)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            dist.all_reduce(count)
+        if count:
+            self.count += 1
+            rate = torch.clamp(1 / self.count, min=self.momentum)        # a plain average, then a moving one
+            xx, xy = (sums / count).split([self.xx.shape[1], self.xy.shape[1]], 1)
+            self.xx.lerp_(xx, rate)
+            self.xy.lerp_(xy, rate)
 
-    def forward(self, x, y):
-        """x (B, I), y (B, O): differences of tokens and of motion -> y read from x, (B, O)."""
-        with torch.autocast(x.device.type, enabled=False):
-            x, y = x.float(), y.float()
-            if self.training:
-                self.update(x.detach(), y)
-            ridge = 0.01 * self.xx.diagonal().mean() + 1e-6
-            weight = torch.linalg.solve(self.xx + ridge * torch.eye(len(self.xx), device=x.device), self.xy)
-            return x @ weight
+    def forward(self, x):
+        """Read the motion (B, O) from x (B, I)."""
+        ridge = 0.01 * self.xx.diagonal().mean() + 1e-6
+        return x @ torch.linalg.solve(self.xx + ridge * torch.eye(len(self.xx), device=x.device), self.xy)
 
 
 class AutoEncoder(nn.Module):
@@ -191,11 +194,24 @@ class AutoEncoder(nn.Module):
             endpoint = target if endpoint is None else endpoint
             # eqs. (3), (8)
             loss = flow.flow_loss(self.decoder, endpoint, noise, t, weight=weight, m_t=m_t, cache=cache)
-        if batch.factors is not None and weights["label"]:
+        if weights["label"]:
             delta = m_t - m_r.repeat_interleave(len(target) // len(reference), 0)      # (R*T, L, D)
-            factors = batch.factors.clamp(-4, 4)
-            read = self.label_heads[batch.kind](delta.flatten(1), factors)             # (R*T, K)
-            loss = loss + weights["label"] * F.smooth_l1_loss(read, factors)
+            with torch.autocast(delta.device.type, enabled=False):
+                loss = loss + weights["label"] * self.label_loss(delta.flatten(1).float(), batch)
+        return loss
+
+    def label_loss(self, delta, batch: data.Batch):
+        """Error of known motion read from differences of tokens (R*T, L*D); 0 where none is known. Every
+        process updates all heads, as it sums with the others'."""
+        loss = 0.0
+        for kind, head in self.label_heads.items():
+            known = kind == batch.kind and batch.factors is not None
+            x = delta if known else delta[:0]
+            y = batch.factors.clamp(-4, 4) if known else delta.new_zeros(0, head.xy.shape[1])
+            if self.training:
+                head.update(x.detach(), y)
+            if known:
+                loss = F.smooth_l1_loss(head(x), y)
         return loss
 
     def region_loss(self, x, target, copies, regions, structure: float):
