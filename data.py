@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 from dataclasses import dataclass, replace
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -306,8 +305,8 @@ def load_landmarks(clip: dict):
         return usual, unknown
     try:
         with np.load(path) as file:
-            ellipses, factors = file["ellipses"], file["factors"]
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            ellipses, factors = (np.asarray(file[name], np.float32) for name in ("ellipses", "factors"))
+    except Exception as error:                           # whatever numpy, zipfile and zlib make of damage
         raise InputError(f"{path} cannot be read ({error}); remove it and run python -m "
                          f"media.landmarks again") from None
     if ellipses.shape != usual.shape or factors.shape != unknown.shape:

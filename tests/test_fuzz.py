@@ -27,7 +27,7 @@ from test_sample import META, small_models
 
 import data
 import sample
-from media import prepare
+from media import landmarks, prepare
 from media.files import InputError, write_lines
 from media.video import VideoWriter
 from media.weights import save_weights
@@ -290,3 +290,30 @@ def test_a_manifest_survives_damage(cases, prepared, tmp_path):
                 data.Clips([str(tmp_path / "set")], 2, 2, 0.5, 32)[0]
             except InputError:
                 pass
+
+
+@several
+def test_landmarks_survive_damage(cases, prepared, tmp_path):
+    """They are read as arrays of the clip's length, or refused by name."""
+    folder, _ = prepared
+    shutil.copytree(folder / "out", tmp_path / "set")
+    clip = data.load_sets([str(tmp_path / "set")], "train")[0].popitem()[1][0]
+    path = tmp_path / "set" / landmarks.landmark_file(clip["file"])
+    rng, frames = np.random.default_rng(0), clip["frames"]
+    path.parent.mkdir()
+    wholes = []
+    for save in (np.savez, np.savez_compressed):
+        save(path, ellipses=rng.random((frames, 4, 4), np.float32),
+             factors=rng.random((frames, len(landmarks.FACTORS)), np.float32))
+        wholes.append(path.read_bytes())
+    for k in cases:
+        path.write_bytes(damage("landmarks", k, wholes[k % 2], wholes))
+        with limits(f"landmarks {k}"):
+            try:
+                ellipses, factors = data.load_landmarks(clip)
+            except InputError as error:
+                assert str(path) in str(error), (k, error)
+            else:
+                assert ellipses.shape == (frames, 4, 4) and np.isfinite(ellipses).all(), k
+                assert factors.shape == (frames, len(landmarks.FACTORS)), k
+                data.Clips([str(tmp_path / "set")], 2, 2, 0.5, 32)[k]

@@ -160,6 +160,24 @@ def test_written_video_is_what_browsers_play(tmp_path, rate, channels):
     assert sorted(os.listdir(tmp_path)) == ["a.wav", path.name]
 
 
+@pytest.mark.parametrize("size, sound", [((144, 128), True), ((262, 262), False), ((272, 96), True)])
+def test_the_same_frames_and_sound_are_the_same_bytes(tmp_path, size, sound):
+    """Also where the encoder works with memory that other pictures have left."""
+    y, x = np.mgrid[:size[1], :size[0]]
+    pictures = [np.stack([np.sin((x + 3 * k) / 17), np.cos((y - k) / 11), np.sin((x + y + 5 * k) / 23)], -1)
+                for k in range(40)]
+    pictures = [(128 + 100 * picture).astype(np.uint8) for picture in pictures]
+    wave, written = torch.from_numpy(sine(16000, 1.6, 1)[:, 0]) if sound else None, set()
+    for seed in range(3):
+        left = [np.random.default_rng(seed).integers(0, 255, 10_000 * n, dtype=np.uint8) for n in range(20)]
+        del left
+        with VideoWriter(tmp_path / "x.mp4", size, wave) as video:
+            for picture in pictures:
+                video.write(picture)
+        written.add((tmp_path / "x.mp4").read_bytes())
+    assert len(written) == 1
+
+
 def test_sound_is_cut_or_followed_by_silence(tmp_path):
     for seconds in (0.1, 5.0):
         write(tmp_path / "a.mp4", 50, torch.from_numpy(sine(16000, seconds, 1)[:, 0]))
