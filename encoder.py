@@ -67,16 +67,13 @@ def sincos_2d(side: int, width: int) -> Tensor:
     return torch.cat([axis.repeat_interleave(side, 0), axis.repeat(side, 1)], dim=1)   # (N, width)
 
 
-PLAIN_ATTENTION = False     # two plain products everywhere: measure/bench.py compares
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute softmax attention, (B, heads, n, d) -> (B, heads, n, d).
 
     Uses torch's fused kernel, except in training on a CPU: its backward pass is slower there than two plain
-    products at these short lengths (measure/bench.py times both).
+    products at these short lengths.
     """
-    if PLAIN_ATTENTION or q.device.type == "cpu" and q.requires_grad:
+    if q.device.type == "cpu" and q.requires_grad:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -31,7 +31,7 @@ import training
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder, random_masking
 from media import latents
-from media.curves import save_curves
+from media.charts import save_curves
 from media.device import autocast
 from media.files import InputError
 from media.landmarks import FACTORS

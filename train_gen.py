@@ -37,7 +37,7 @@ from emotion import VoiceConfig, VoiceEmotion
 from encoder import random_masking
 from generator import Generator, GeneratorConfig, generate_motion
 from media import audio_features
-from media.curves import save_curves
+from media.charts import save_curves
 from media.device import autocast
 from media.files import InputError
 from media.image import from_uint8, to_uint8

@@ -1,18 +1,17 @@
-"""The paper's ablations (tables 5 to 7, figure 9) and choices of our own, on the synthetic world, without a
-label in any loss but that of the row which says so.
+"""The paper's ablations (tables 5 to 7, figure 9) and our own choices, on the synthetic world.
 
-    python -m measure.ablate                        train and measure what is missing in --out, then print all
-                                                    tables
+    python -m measure.ablate                        train and measure what is missing, print tables
     python -m measure.ablate --only width mask      some of them: width, count, mask, attention, prediction,
                                                     label, shortcuts, past, emotion
     python -m measure.ablate --png ablations.png    also draw the curves
+
+No loss has a label but that of the row which says so.
 
 Every variant differs from `base` in one thing, the shortcuts alone from the paper's method. Each is trained
 from every seed on the same people, in the same order, and measured on unseen ones by evaluate.py. Ctrl-C
 saves; the same command goes on. Tables are Markdown: mean over seeds, and in brackets the lowest and the
 highest seed. --out keeps a folder for each run, with its log, weights and measurements.
 """
-import argparse
 import contextlib
 import functools
 import json
@@ -29,20 +28,22 @@ import train_gen
 from decoder import DecoderConfig
 from encoder import EncoderConfig
 from generator import GeneratorConfig
-from measure import charts, evaluate
-from media.files import InputError, atomic_write
+from measure import evaluate
+from measure.checkpoint import command_parser, write_json
+from media.charts import import_figure, new_figure, save_figure
+from media.files import InputError
 
 SHAPE = dict(image_size=32, patch_size=8, num_tokens=1, token_dim=64)
 BASE = dict(encoder=EncoderConfig(**SHAPE, width=96, depth=3, heads=2),
             decoder=DecoderConfig(**SHAPE, width=128, depth=3, heads=2), loss="weighted", curriculum=True,
-            steps=1000,
-            persons=16, targets=4, near=0.5, mask_max=0.5, label_weight=0.0, lr=1e-3, muon_lr=0.02)
+            steps=1000, persons=16, targets=4, near=0.5, mask_max=0.5, label_weight=0.0,
+            lr=1e-3, muon_lr=0.02)
 PAST = dict(generator=GeneratorConfig(), steps=1000, windows=32, clips=256, seconds=4, voices=1,
             balanced=True, augment=True, lr=1e-3, muon_lr=0.02)
 
 
 def token(count, width):
-    """The base with `count` tokens of `width` numbers, the decoder making eight of its own of them in all."""
+    """Give the base `count` tokens of `width` numbers, of which the decoder makes eight of its own in all."""
     return {"encoder": replace(BASE["encoder"], num_tokens=count, token_dim=width),
             "decoder": replace(BASE["decoder"], num_tokens=count, token_dim=width,
                                tokens_per_motion=8 // count)}
@@ -53,8 +54,7 @@ def decoder(**changes):
 
 
 def paper(encoder=(), decoder=(), **changes):
-    """The paper's method in the base's sizes and with its optimiser, and what is given changed: our
-    shortcuts."""
+    """Make the paper's method in the base's sizes and with its optimiser, changed in what is given."""
     off = dict(token_init=0, running_norm=False)
     return {"encoder": replace(BASE["encoder"], **{**off, **dict(encoder)}),
             "decoder": replace(BASE["decoder"], **{**train_ae.PAPER, **dict(decoder)}),
@@ -78,20 +78,19 @@ TABLES = {
                   "curriculum": paper(curriculum=True, near=BASE["near"], mask_max=BASE["mask_max"]),
                   "base": {}, "ours": {"loss": "region", **decoder(warp_grid=4, overlap=True)}},
 }
-# likewise of stage 2, what differs from PAST and the share of the past that is masked
+# likewise of stage 2: what differs from PAST, and the share of the past that is masked
+EXPERTS = {"generator": GeneratorConfig(experts=16)}
 STAGE_2 = {
     "past": {"none": ({}, 0.0), "0 to 20%": ({}, 0.2)},
-    "emotion": {"experts": ({"generator": GeneratorConfig(experts=16)}, 0.2),
+    "emotion": {"experts": (EXPERTS, 0.2),
                 "a table of seven vectors": ({"generator": GeneratorConfig(mood_table=True)}, 0.2),
-                "experts, moods never disagree": ({"generator": GeneratorConfig(experts=16), "agree": True},
-                                                  0.2)}}
+                "experts, moods never disagree": ({**EXPERTS, "agree": True}, 0.2)}}
 TITLES = {"width": "One token, its width (paper: table 5)",
           "count": "64 numbers in 1 to 8 tokens (paper: table 6)",
           "mask": "Masked patches in stage 1 (paper: table 7, figure 9)", "attention": "Who sees the target",
           "prediction": "What the decoder predicts",
           "label": "A label in the loss of stage 1, for 60% of the run",
-          "shortcuts": "The paper's method, each of our shortcuts alone, all of them (base), and as released "
-                       "(ours)",
+          "shortcuts": "The paper's method, each shortcut alone, all of them (base), as released (ours)",
           "past": "Masked patches of the past frames in stage 2",
           "emotion": "How the generator is told an emotion"}
 CLIPS = {"reconstruct": 12, "probe": 300, "talk": 12, "emotion": 8}
@@ -107,44 +106,50 @@ MEASURES = {
     "identity R²": ("probe", ("means", "0% masked", "identity"), 3),
     "motion R², 90% masked": ("probe", ("means", "90% masked", "motion"), 3),
 }
-TALK_MEASURES = {"jaw": ("talk", ("rows", "ours", "jaw", "mean"), 3),
-                 "lip width": ("talk", ("rows", "ours", "lip_width", "mean"), 3),
-         "other sound": ("talk", ("rows", "other sound", "jaw", "mean"), 3),
-         "yaw, degrees": ("talk", ("rows", "ours", "yaw_std", "mean"), 2),
-         "blinks a minute": ("talk", ("rows", "ours", "blinks_per_minute", "mean"), 1)}
-
+TALK_MEASURES = {
+    "jaw": ("talk", ("rows", "ours", "jaw", "mean"), 3),
+    "lip width": ("talk", ("rows", "ours", "lip_width", "mean"), 3),
+    "other sound": ("talk", ("rows", "other sound", "jaw", "mean"), 3),
+    "yaw, degrees": ("talk", ("rows", "ours", "yaw_std", "mean"), 2),
+    "blinks a minute": ("talk", ("rows", "ours", "blinks_per_minute", "mean"), 1)}
 EMOTION_MEASURES = {
     "accuracy": ("emotion", ("rows", "ours", "accuracy"), 2),
     "size of corners": ("emotion", ("rows", "ours", "gain_corner"), 2),
     "accuracy, voice of another emotion": ("emotion", ("rows", "voice of another emotion", "accuracy"), 2),
     "crosstalk": ("emotion", ("rows", "ours", "crosstalk"), 3),
     "mouth, worst change": ("emotion", ("rows", "ours", "mouth_worst"), 3),
-    "compounds, seen": ("emotion", ("compounds_seen",), 2), "unseen": ("emotion", ("compounds_unseen",), 2),
+    "compounds, seen": ("emotion", ("compounds_seen",), 2),
+    "unseen": ("emotion", ("compounds_unseen",), 2),
     "80% of a switch, s": ("emotion", ("switch_80_percent_seconds",), 2)}
 STAGE_2_MEASURES = {"past": TALK_MEASURES, "emotion": EMOTION_MEASURES}
 
 
-def slug(table, entry):
-    """Name of a run's folder."""
-    return f"{table}-{entry}".replace(" ", "").replace("%", "").replace(",", "-")
+def slug(table, row):
+    """Name a run's folder."""
+    return f"{table}-{row}".replace(" ", "").replace("%", "").replace(",", "-")
 
 
-def runs(names):
-    """What `names` ask for -> {folder: (preset, share of the past masked or None for stage 1, measures)}, the
-    base once."""
-    presets = {"base": (BASE, None, MEASURES)} if set(names) & set(TABLES) else {}
-    for table in names:
-        for entry, change in TABLES.get(table, {}).items():
-            if change:
-                presets[slug(table, entry)] = ({**BASE, **change}, None, MEASURES)
-        for entry, (change, share) in STAGE_2.get(table, {}).items():
-            presets[slug(table, entry)] = ({**PAST, **change}, share, STAGE_2_MEASURES[table])
+def folders(table):
+    """-> {row: its run's folder}; rows of stage 1 that change nothing share the run `base`."""
+    variants = STAGE_2.get(table) or TABLES[table]
+    return {row: slug(table, row) if change else "base" for row, change in variants.items()}
+
+
+def runs(tables):
+    """List the runs of tables -> {folder: (preset, share of the past masked, None in stage 1; measures)}."""
+    presets = {}
+    for table in tables:
+        for row, folder in folders(table).items():
+            if table in STAGE_2:
+                change, share = STAGE_2[table][row]
+                presets[folder] = {**PAST, **change}, share, STAGE_2_MEASURES[table]
+            else:
+                presets[folder] = {**BASE, **TABLES[table][row]}, None, MEASURES
     return presets
 
 
 def run_evaluation(folder, command, args):
-    """What one evaluate.py command says of the run in `folder`, asked once; its table goes to a file
-    beside."""
+    """Run measure.evaluate COMMAND on a run's weights, once -> its report. Its table goes to a file."""
     path = os.path.join(folder, f"{command}.json")
     if not os.path.exists(path):
         words = [command, "--ckpt", os.path.join(folder, "semo.safetensors"), "--json", path, "--clips",
@@ -156,8 +161,7 @@ def run_evaluation(folder, command, args):
 
 
 def run(folder, preset, share, measures, seed, args):
-    """Train one variant from one seed, or what is left of it, and measure it -> {measure: number}, None if it
-    was stopped."""
+    """Train one variant from one seed, or what is left of it -> {measure: number}, None if it was stopped."""
     words = ["--preset", "ablation", "--out", folder, "--seed", str(seed), "--device", args.device]
     words += ["--steps", str(args.steps)] if args.steps else []
     words += [] if share is None else ["--ae", args.ckpt, "--mask-max", str(share)]
@@ -167,82 +171,69 @@ def run(folder, preset, share, measures, seed, args):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if status:
         return None
-    reports = {command: run_evaluation(folder, command, args)
-               for command in {command: 0 for command, *_ in measures.values()}}
-    return {name: functools.reduce(operator.getitem, path, reports[command]) for name,
-            (command, path, _) in measures.items()}
-
-
-def rows(table, results):
-    """{row: [numbers of each seed]} of one table, from found {folder: [...]}."""
-    if table in STAGE_2:
-        return {entry: results[slug(table, entry)] for entry in STAGE_2[table]}
-    return {entry: results[slug(table, entry) if change else "base"] for entry,
-            change in TABLES[table].items()}
+    reports = {command: run_evaluation(folder, command, args) for command, *_ in measures.values()}
+    return {name: functools.reduce(operator.getitem, path, reports[command])
+            for name, (command, path, _) in measures.items()}
 
 
 def print_table(table, results):
-    """One table as Markdown."""
+    """Print one table as Markdown, from results {folder: [{measure: number} of each seed]}."""
     measures = STAGE_2_MEASURES.get(table, MEASURES)
     print(f"\n**{TITLES[table]}**\n\n| | {' | '.join(measures)} |\n|{'---|' * (len(measures) + 1)}")
-    for entry, seeds in rows(table, results).items():
+    for row, folder in folders(table).items():
         cells = []
         for name, (_, _, digits) in measures.items():
-            values = [numbers[name] for numbers in seeds]
-            cells.append(f"{sum(values) / len(values):.{digits}f} [{min(values):.{digits}f} "
-                         f"{max(values):.{digits}f}]")
-        print(f"| {entry} | {' | '.join(cells)} |")
+            values = [seed[name] for seed in results[folder]]
+            numbers = sum(values) / len(values), min(values), max(values)
+            mean, low, high = (f"{x:.{digits}f}" for x in numbers)
+            cells.append(f"{mean} [{low} {high}]")
+        print(f"| {row} | {' | '.join(cells)} |")
 
 
 def plot(results, tables, width=290, height=220):
-    """Draw a row of charts for each table, one for each of four measures: every seed a dot, a line through
-    the means.
+    """Draw a row of charts for each table, one for each of four measures, seeds as dots, a line of means.
 
     -> figure of matplotlib, width x height pixels a chart.
     """
     measures = ["PSNR", "B as A", "motion R²", "identity R²"]
-    fig = charts.figure(width * len(measures), height * len(tables))
-    for table, axes in zip(tables, fig.subplots(len(tables), len(measures), squeeze=False), strict=True):
-        variants = rows(table, results)
+    figure = new_figure(width * len(measures), height * len(tables))
+    for table, axes in zip(tables, figure.subplots(len(tables), len(measures), squeeze=False), strict=True):
+        variants = folders(table)
         for name, ax in zip(measures, axes, strict=True):
-            values = [[numbers[name] for numbers in seeds] for seeds in variants.values()]
+            values = [[numbers[name] for numbers in results[folder]] for folder in variants.values()]
             ax.plot([sum(x) / len(x) for x in values], color="cornflowerblue")
             for k, x in enumerate(values):
                 ax.plot([k] * len(x), x, "o", color="navy", markersize=4)
             ax.set_title(f"{name} by {table}")
             ax.set_xticks(range(len(variants)), variants, rotation=20 if len(variants) > 4 else 0)
             ax.margins(0.15)
-    return fig
+    return figure
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(prog="python -m measure.ablate", description=__doc__.split("\n")[0],
-                                allow_abbrev=False)
-    p.add_argument("--out", default="runs/ablate", help="folder of all runs (default: %(default)s)")
-    p.add_argument("--only", nargs="+", choices=TITLES, default=list(TITLES), help="tables (default: all)")
-    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="(default: 0 1)")
-    p.add_argument("--steps", type=int,
-                   help=f"steps of each run (default: {BASE['steps']}, stage 2 {PAST['steps']})")
-    p.add_argument("--ckpt", default=str(evaluate.WEIGHTS / "semo-tiny.safetensors"),
-                   help="past, emotion: the encoder (default: the embedded)")
-    p.add_argument("--png", help="also draw the curves of stage 1 to this file")
-    p.add_argument("--json", help="also write the numbers of every seed to this file")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
-    args = p.parse_args(argv)
+    parser = command_parser("ablate", __doc__)
+    parser.add_argument("--out", default="runs/ablate", help="folder of all runs (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=TITLES, default=list(TITLES),
+                        help="tables (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="(default: 0 1)")
+    parser.add_argument("--steps", type=int,
+                        help=f"steps of each run (default: {BASE['steps']}, stage 2 {PAST['steps']})")
+    parser.add_argument("--png", help="also draw the curves of stage 1 to this file")
+    parser.add_argument("--json", help="also write the numbers of every seed to this file")
+    args = parser.parse_args(argv)
     if args.steps is not None and args.steps < 1 or min(args.seeds) < 0:
-        p.error("--steps must be at least 1, --seeds not negative")
+        parser.error("--steps must be at least 1, --seeds not negative")
     if args.png and not set(args.only) & set(TABLES):
-        p.error(f"--png draws tables of stage 1, and --only asks for none: {', '.join(TABLES)}")
+        parser.error(f"--png draws tables of stage 1, and --only asks for none: {', '.join(TABLES)}")
     return args
 
 
 def main(argv=None):
-    """-> exit status: 0, 130 if it was stopped and can go on, or 2 after one sentence about what cannot be
-    used."""
+    """-> exit status: 0, 130 if it was stopped and can go on, 2 after one sentence about bad input."""
     args, results = parse(argv), {}
     try:
         if args.png:
-            charts.require()                                     # as the next: refuse now
+            import_figure()                                      # as the next: refuse now
         if set(args.only) & set(STAGE_2):
             sample.load_models(args.ckpt)                        # refuse now what cannot be read hours later
         for seed in args.seeds:                                  # all variants of a seed first: a table early
@@ -254,10 +245,9 @@ def main(argv=None):
         for table in args.only:
             print_table(table, results)
         if args.png:
-            charts.save(plot(results, [table for table in args.only if table in TABLES]), args.png)
+            save_figure(plot(results, [table for table in args.only if table in TABLES]), args.png)
         if args.json:
-            with atomic_write(args.json, make_folder=True) as temporary:
-                Path(temporary).write_text(json.dumps(results, indent=1) + "\n")
+            write_json(args.json, results)
     except InputError as error:
         print(f"measure.ablate: {error}", file=sys.stderr)
         return 2

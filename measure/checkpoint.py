@@ -1,5 +1,6 @@
-"""A checkpoint under test: opened with what a command needs, asked for tokens and frames; and the tables it
-is reported in."""
+"""What these commands share: options; the checkpoint under test, its tokens and frames; tables."""
+import argparse
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from decoder import decode_frames
 from encoder import random_masking
 from measure import metrics
 from media.device import autocast, pick_device
-from media.files import InputError
+from media.files import InputError, atomic_write
 from media.latents import SD, load_latents
 from training import step_rng
 from world.render import render
@@ -18,11 +19,24 @@ from world.render import render
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
-# ---- the checkpoint under test -----------------------------------------------------------------------------
+def command_parser(module, description):
+    """Make the parser of `python -m measure.MODULE` with the options that all commands have."""
+    parser = argparse.ArgumentParser(prog=f"python -m measure.{module}", description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--ckpt", default=str(WEIGHTS / "semo-tiny.safetensors"),
+                        help="weights to measure (default: the embedded)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+    return parser
+
+
+def write_json(path, values):
+    """Write plain values to a file, and make its folder."""
+    with atomic_write(path, make_folder=True) as temporary:
+        Path(temporary).write_text(json.dumps(values, indent=1) + "\n")
+
 
 def open_checkpoint(args, *kinds):
-    """-> what a command needs: the networks `kinds`, the space they work in, meta, device. InputError if one
-    is missing."""
+    """Load what a command needs -> the networks `kinds`, their space, meta, device. Raises InputError."""
     device = pick_device(args.device)
     models, meta = sample.load_models(args.ckpt, device)
     for kind in kinds:
@@ -45,14 +59,13 @@ def encode(checkpoint, images, ratio=0.0, rng=None):
         patches = (c.image_size // c.patch_size) ** 2
         ids_keep = random_masking(len(part), patches, ratio, rng).to(checkpoint.device) if ratio else None
         with autocast(checkpoint.device):
-            tokens.append(checkpoint.encoder(checkpoint.space.encode(part.to(checkpoint.device)),
-                                             ids_keep).flatten(1).float())
+            z = checkpoint.space.encode(part.to(checkpoint.device))
+            tokens.append(checkpoint.encoder(z, ids_keep).flatten(1).float())
     return torch.cat(tokens)
 
 
 def decode_clip(checkpoint, photo, motions, steps, seed, m_ref=None):
-    """The decoder's frames of the person on photo (3, H, W) in motions (n, L*D) -> (n, 3, H, W). m_ref: the
-    photo's own."""
+    """Generate the person on photo (3, H, W) in motions (n, L*D) -> (n, 3, H, W). m_ref: the photo's own."""
     z_r = checkpoint.space.encode(photo[None].to(checkpoint.device))
     noise = torch.randn(z_r.shape, generator=step_rng(1, 0, seed)).to(checkpoint.device)
     m_ref = encode(checkpoint, photo[None]) if m_ref is None else m_ref
@@ -62,19 +75,19 @@ def decode_clip(checkpoint, photo, motions, steps, seed, m_ref=None):
 
 
 def summary(clips):
-    """Measures of each clip, [{name: number}, ...] -> {name: its mean and the 95% interval of that}."""
+    """Average the measures of clips, [{name: number}, ...] -> {name: mean and its 95% interval}."""
     return {name: metrics.interval([measured[name] for measured in clips]) for name in clips[0]}
 
 
 def cell(value, digits, bounds=False):
-    """Mean, and if wanted its interval -> list of texts."""
+    """Write a mean, and if wanted its interval -> list of texts."""
     interval = f"[{value['low']:.{digits}f} {value['high']:.{digits}f}]"
     return [f"{value['mean']:.{digits}f}"] + [interval] * bounds
 
 
 def table(head, rows):
-    """Columns aligned: the first (names) to the left, the rest to the right."""
+    """Print aligned columns: the first (names) to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for cells in [head, *rows]:
-        print("  ".join(x.rjust(w) if k else x.ljust(w) for k,
-                        (x, w) in enumerate(zip(cells, widths, strict=True))).rstrip())
+    for name, *cells in [head, *rows]:
+        numbers = (text.rjust(width) for text, width in zip(cells, widths[1:], strict=True))
+        print("  ".join([name.ljust(widths[0]), *numbers]).rstrip())
