@@ -136,10 +136,12 @@ def test_options_named_alone_exist():
 
 
 def source_of(name):
-    """Text of a module of this repository, '' if it is none."""
+    """Text of a module of this repository and of the options it shares, '' if it is none."""
     name = {"data": "media.prepare"}.get(name, name)
     paths = (ROOT / (name.replace(".", "/") + ".py"), ROOT / name.replace(".", "/") / "__main__.py")
-    return next((path.read_text(encoding="utf-8") for path in paths if path.is_file()), "")
+    text = next((path.read_text(encoding="utf-8") for path in paths if path.is_file()), "")
+    shared = "command_parser" in text and not name.endswith("checkpoint")
+    return text + source_of("measure.checkpoint") if shared else text
 
 
 def test_readme_is_short():
