@@ -102,12 +102,12 @@ def charbonnier(x: Tensor, target: Tensor) -> Tensor:
     return ((x - target).square().mean(1, keepdim=True) + 1e-4).sqrt()
 
 
-def dssim(x: Tensor, y: Tensor, window: int = 7) -> Tensor:
-    """(1 - SSIM) / 2 of the luminance of pictures (B, C, H, W) in [-1, 1] -> (B, 1, H-6, W-6) (Wang et al.
-    2004)."""
+def dssim(x: Tensor, y: Tensor, window: int = 7, stride: int = 3) -> Tensor:
+    """(1 - SSIM) / 2 of the luminance of pictures (B, C, H, W) in [-1, 1], of windows `stride` pixels apart
+    -> (B, 1, (H-7)//3 + 1, (W-7)//3 + 1) (Wang et al. 2004)."""
     x, y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
-    moments = F.avg_pool2d(torch.cat([x, y, x * x, y * y, x * y]), (window, 1), 1)
-    mx, my, xx, yy, xy = F.avg_pool2d(moments, (1, window), 1).chunk(5)
+    moments = torch.cat([x, y, x * x, y * y, x * y], 1)
+    mx, my, xx, yy, xy = F.avg_pool2d(moments, window, stride).chunk(5, 1)
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     return (1 - (2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
             / ((mx * mx + my * my + c1) * (xx - mx * mx + yy - my * my + c2))) / 2
@@ -230,7 +230,7 @@ class AutoEncoder(nn.Module):
             loss = loss + weight * weighted_mean(error, part) / (weighted_mean(copy, part) + least)
         if structure:
             inside = 0.3 * face + features
-            ring = F.avg_pool2d(inside, 7, 1)
+            ring = F.avg_pool2d(inside, 7, 3)
             loss = loss + structure * (weighted_mean(dssim(x, target), ring)
                                        / (weighted_mean(dssim(copies, target), ring) + 0.05))
             for scale in (1, 2, 4):
