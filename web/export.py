@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from media import audio_features
+from media.compose import CHANGED
 from media.files import InputError, atomic_write
 from media.sound import SAMPLE_RATE, SAMPLES_PER_FRAME
 from sample import DEFAULT, load_models
@@ -204,7 +205,8 @@ def export(ckpt, out):
     about = {
         "format": "semo-web-1", "release": Path(ckpt).name, "fingerprint": fingerprint(ckpt),
         "bytes": {name: len(data) for name, data in made.items()}, "cache": count,
-        "size": meta["size"], "border": BORDER, "token": c.num_tokens * c.token_dim, "steps": meta["steps"],
+        "size": meta["size"], "border": BORDER, "changed": CHANGED, "token": c.num_tokens * c.token_dim,
+        "steps": meta["steps"],
         "generator": {"window": g.window, "past": g.past, "ahead": g.lookahead, "steps": meta["gen_steps"],
                       "guidance": meta["guidance"], "moods": moods_of(models["generator"])},
         "mel": {"rate": SAMPLE_RATE, "frame": SAMPLES_PER_FRAME, "bins": audio_features.BINS,

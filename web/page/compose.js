@@ -1,47 +1,44 @@
-// Frames at the photo's own resolution, in WebGL: the photo's face square moved by the network's field, its own details kept
-// where nothing is painted. out = up(low) + (moved_hi - up(moved)) * (1 - up(alpha)), up: bicubic. As Python's composer.
+// Frames at the photo's own resolution, in WebGL: the pixels of the photo's face square are moved by the network's
+// displacements, faded by alpha, and the residual is added. out = moved * up(keep) + up(residual). As media/compose.py.
 
 const VERTEX = `#version 300 es
 void main() { gl_Position = vec4(gl_VertexID == 1 ? 3.0 : -1.0, gl_VertexID == 2 ? 3.0 : -1.0, 0.0, 1.0); }`;
 
-function finer({ data, width, height }) {                    // twice the pixels but one, those between by cubic interpolation
-  const w = 2 * width - 1, h = 2 * height - 1, out = new Uint8ClampedArray(4 * w * h);
-  const between = (from, at, step, most) => {                // between `at` and the next of a line of most + 1
-    const tap = k => from(Math.min(Math.max(at + k, 0), most) * step);
-    return 0.59375 * (tap(0) + tap(1)) - 0.09375 * (tap(-1) + tap(2));
-  };
-  for (let y = 0; y < height; y++) for (let x = 0; x < w; x++) for (let c = 0; c < 4; c++) {
-    const at = n => data[4 * y * width + n + c];
-    out[4 * (2 * y * w + x) + c] = x % 2 ? between(at, x >> 1, 4, width - 1) : at(2 * x);
-  }
-  for (let y = 1; y < h; y += 2) for (let n = 0; n < 4 * w; n++) out[4 * y * w + n] = between(k => out[k + n], y >> 1, 8 * w, height - 1);
-  return { data: out, width: w, height: h };
-}
+const clamp = (v, low, high) => Math.min(Math.max(v, low), high);
 
 function edgeWindow(size, border, still) {                   // 0 in the outer `still` cells, 1 from the share `border` inwards
   const ramp = Float32Array.from({ length: size }, (_, k) => {
     const depth = (Math.min(k, size - 1 - k) + 1 - still) / Math.max(1, border * size - still);
-    return 0.5 - 0.5 * Math.cos(Math.PI * Math.min(Math.max(depth, 0), 1));
+    return 0.5 - 0.5 * Math.cos(Math.PI * clamp(depth, 0, 1));
   });
   return Float32Array.from({ length: size * size }, (_, k) => ramp[k % size] * ramp[Math.floor(k / size)]);
+}
+
+function greatestNear(values, size) {                        // the maximum over 3 x 3 cells, one axis after the other
+  const along = (from, step) => from.map((v, k) => {
+    const at = Math.floor(k / step) % size;
+    return Math.max(v, at ? from[k - step] : v, at < size - 1 ? from[k + step] : v);
+  });
+  return along(along(values, 1), size);
 }
 
 export class Composer {
   static async make(canvas, model, base) {                   // base: address of the folder that holds the shaders
     const text = async name => (await fetch(new URL(name, base))).text();
-    return new Composer(canvas, model, await text("widen.glsl"), await text("frame.glsl"));
+    return new Composer(canvas, model, await text("double.glsl"), await text("frame.glsl"));
   }
 
-  constructor(canvas, model, widen, frame) {
+  constructor(canvas, model, double, frame) {
     const gl = canvas.getContext("webgl2", { preserveDrawingBuffer: true, antialias: false });
-    if (!gl || !gl.getExtension("EXT_color_buffer_float")) throw new Error("This browser has no WebGL 2 with float textures, which the page needs.");
-    Object.assign(this, { gl, canvas, model, view: 0 });
+    if (!gl || !gl.getExtension("EXT_color_buffer_float")) {
+      throw new Error("This browser has no WebGL 2 with float textures, which the page needs.");
+    }
+    Object.assign(this, { gl, canvas, model, view: 0, buffer: gl.createFramebuffer() });
     this.paintWindow = edgeWindow(model.size, model.border, 2);
     this.fieldWindow = edgeWindow(model.size, model.border, 1);
-    this.widen = this.program(widen, ["painted", "moved"]);
-    this.frame = this.program(frame, ["photo", "painted", "moved", "field"]);
-    [this.photo, this.painted, this.moved, this.wideA, this.wideB, this.field] = Array.from({ length: 6 }, () => gl.createTexture());
-    this.buffer = gl.createFramebuffer();
+    this.double = this.program(double, ["image"]);
+    this.frame = this.program(frame, ["photo", "parts", "field"]);
+    for (const name of ["photo", "parts", "given", "turned", "field"]) this[name] = gl.createTexture();
   }
 
   program(source, samplers) {
@@ -69,65 +66,63 @@ export class Composer {
     for (const scale of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, scale, filter);
   }
 
-  bind(...textures) {
-    textures.forEach((texture, unit) => {
-      this.gl.activeTexture(this.gl.TEXTURE0 + unit);
-      this.gl.bindTexture(this.gl.TEXTURE_2D, texture);
-    });
-  }
-
-  setPhoto(image) {                                          // ImageData
+  doubled(target, internal, width, height, type, data) {     // target becomes data, twice as fine: linear sampling keeps it sharp
     const { gl } = this;
-    Object.assign(this.canvas, { width: image.width, height: image.height });
-    const { data, width, height } = finer(image);            // linear sampling of it keeps a moved photo sharp
-    this.texture(this.photo, gl.RGBA, width, height, gl.RGBA, gl.UNSIGNED_BYTE, data, gl.LINEAR);
-  }
-
-  setSquare(square) {                                        // {cx, cy, side, angle} in pixels of the photo
-    const { gl } = this, width = Math.max(1, Math.round(square.side)), size = this.model.size;
-    Object.assign(this, { square, width });
-    for (const wide of [this.wideA, this.wideB]) this.texture(wide, gl.RGBA16F, width, size, gl.RGBA, gl.HALF_FLOAT, null, gl.LINEAR);
+    this.texture(this.given, internal, width, height, gl.RGBA, type, data, gl.NEAREST);
+    gl.useProgram(this.double.program);
     gl.bindFramebuffer(gl.FRAMEBUFFER, this.buffer);
-    gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, this.wideA, 0);
-    gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT1, gl.TEXTURE_2D, this.wideB, 0);
-  }
-
-  draw(parts) {                                              // of Networks.frame
-    const { gl, square, model: { size } } = this, n = size * size, { x, moved, alpha } = parts, field = parts.field.slice();
-    const painted = new Float32Array(4 * n), below = new Float32Array(4 * n);
-    for (let k = 0; k < n; k++) {
-      const w = this.paintWindow[k];
-      for (let c = 0; c < 3; c++) {
-        const m = moved[c * n + k];
-        painted[4 * k + c] = m + (Math.min(Math.max(x[c * n + k], -1), 1) - m) * w;
-        below[4 * k + c] = m;
-      }
-      painted[4 * k + 3] = Math.min(Math.max(alpha[k], 0), 1) * w;
-      field[2 * k] *= this.fieldWindow[k];
-      field[2 * k + 1] *= this.fieldWindow[k];
+    for (const [from, to] of [[this.given, this.turned], [this.turned, target]]) {
+      [width, height] = [height, 2 * width - 1];             // each pass doubles the columns and makes rows of them
+      this.texture(to, internal, width, height, gl.RGBA, type, null, to === target ? gl.LINEAR : gl.NEAREST);
+      gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, to, 0);
+      gl.viewport(0, 0, width, height);
+      gl.bindTexture(gl.TEXTURE_2D, from);
+      gl.drawArrays(gl.TRIANGLES, 0, 3);
     }
-    this.texture(this.painted, gl.RGBA32F, size, size, gl.RGBA, gl.FLOAT, painted, gl.NEAREST);
-    this.texture(this.moved, gl.RGBA32F, size, size, gl.RGBA, gl.FLOAT, below, gl.NEAREST);
-    this.texture(this.field, gl.RG32F, size, size, gl.RG, gl.FLOAT, field, gl.NEAREST);
+  }
 
-    gl.useProgram(this.widen.program);
-    gl.bindFramebuffer(gl.FRAMEBUFFER, this.buffer);
-    gl.drawBuffers([gl.COLOR_ATTACHMENT0, gl.COLOR_ATTACHMENT1]);
-    gl.viewport(0, 0, this.width, size);
-    gl.uniform1f(this.widen.at("width"), this.width);
-    this.bind(this.painted, this.moved);
-    gl.drawArrays(gl.TRIANGLES, 0, 3);
+  setPhoto({ width, height, data }) {                        // ImageData
+    const { gl } = this;
+    Object.assign(this.canvas, { width, height });
+    this.doubled(this.photo, gl.RGBA, width, height, gl.UNSIGNED_BYTE, data);
+  }
 
-    gl.useProgram(this.frame.program);
+  setSquare(square) { Object.assign(this, { square, fresh: true }); }     // {cx, cy, side, angle} in pixels of the photo
+
+  draw({ x, moved, alpha, field }) {                         // of Networks.frame
+    const { gl, model: { size, changed } } = this, n = size * size, parts = new Float32Array(4 * n), move = new Float32Array(2 * n);
+    const paint = (c, k) => clamp(x[c * n + k], -1, 1) - moved[c * n + k];
+    const change = new Float32Array(n).map((_, k) => 127.5 * Math.max(Math.abs(paint(0, k)), Math.abs(paint(1, k)), Math.abs(paint(2, k))));
+    greatestNear(change, size).forEach((most, k) => {        // where little changes, the photo keeps its own detail
+      const w = this.paintWindow[k], keep = 1 - clamp(alpha[k], 0, 1) * Math.min(1, most / changed) * w;
+      for (let c = 0; c < 3; c++) parts[4 * k + c] = moved[c * n + k] * (1 - keep) + paint(c, k) * w;
+      parts[4 * k + 3] = keep;
+      for (const at of [2 * k, 2 * k + 1]) move[at] = field[at] * this.fieldWindow[k];
+    });
+    this.doubled(this.parts, gl.RGBA16F, size, size, gl.FLOAT, parts);
+    this.texture(this.field, gl.RG16F, size, size, gl.RG, gl.FLOAT, move, gl.LINEAR);
+    this.fill();
+  }
+
+  fill() {                                                   // the canvas: all of it at first, then around the square alone
+    const { gl, canvas: { width, height }, square: { cx, cy, side, angle } } = this, { program, at } = this.frame;
+    const cos = Math.cos(angle), sin = Math.sin(angle), reach = Math.ceil(side / 2 * (Math.abs(cos) + Math.abs(sin))) + 1;
+    gl.useProgram(program);
     gl.bindFramebuffer(gl.FRAMEBUFFER, null);
-    gl.viewport(0, 0, this.canvas.width, this.canvas.height);
-    const at = this.frame.at;
-    gl.uniform2f(at("centre"), square.cx, square.cy);
-    gl.uniform2f(at("turn"), Math.cos(square.angle), Math.sin(square.angle));
-    gl.uniform1f(at("side"), square.side);
+    gl.viewport(0, 0, width, height);
+    if (!this.fresh) gl.enable(gl.SCISSOR_TEST);
+    gl.scissor(Math.floor(cx) - reach, Math.floor(height - cy) - reach, 2 * reach + 1, 2 * reach + 1);
+    gl.uniform2f(at("centre"), cx, cy);
+    gl.uniform2f(at("turn"), cos, sin);
+    gl.uniform1f(at("side"), side);
     gl.uniform1i(at("view"), this.view);
-    this.bind(this.photo, this.wideA, this.wideB, this.field);
+    [this.photo, this.parts, this.field].forEach((texture, unit) => {
+      gl.activeTexture(gl.TEXTURE0 + unit);
+      gl.bindTexture(gl.TEXTURE_2D, texture);
+    });
     gl.drawArrays(gl.TRIANGLES, 0, 3);
+    gl.disable(gl.SCISSOR_TEST);
+    this.fresh = false;
   }
 
   clear() {                                                  // the photo as it is
