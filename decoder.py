@@ -1,11 +1,11 @@
-"""Chapter 2, generation: a DiT that predicts the target frame from a reference photo and two motions (section
-3.1, eq. 3).
+"""Chapter 2, generation: a DiT that predicts the target frame from a photo and two motions (section 3.1, eq.
+3).
 
     reference patches Z_r + motion M_r --> tokens without time t that attend only to themselves, once a video
                                                 | keys and values of every layer
     noised target patches Z_t^n + motion M_t ---+--> tokens that attend to the reference and to themselves
-                                    (and, in a video model, the same patch of the other frames: temporal align
-                                    block) -> velocity V
+                    (in a video model also to the same patch of the other frames: temporal block) -> velocity
+                    V
 
 One set of weights serves both rows. The paper lets all tokens attend to all (full_attention=True); the
 default is faster, since one reference serves every frame and every sampling step.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from encoder import Attention, attention, mlp, patchify, rms_norm, sincos, sincos_2d, unpatchify
+from encoder import Attention, attention, check_sizes, mlp, patchify, rms_norm, sincos, sincos_2d, unpatchify
 from flow import integrate, x_to_v
 
 
@@ -37,27 +37,19 @@ class DecoderConfig:
     width: int = 256                # E
     depth: int = 6
     heads: int = 4
-    num_tokens: int = 1           # L
-    token_dim: int = 64           # D
-    frames: int = 1               # F; above 1, the video model: a temporal align block after each transfer
-                                  # block
-    full_attention: bool = False  # the paper's attention: the reference attends to the target, too
-    predict: str = "x"            # "x": an edit of the reference (pixels), "v": the velocity (latents, the
-                                  # paper)
-    tokens_per_motion: int = 8    # decoder tokens made from one motion token; a single narrow one is easily
-                                  # ignored
-    motion_delta: bool = True     # M_t - M_r enters each target patch and the adaLN condition (class
-                                  # MotionDelta)
-    ref_context: bool = True      # each target patch receives the reference patch at its place
-    warp_grid: int = 1            # displacement vectors per side of a patch
-    overlap: bool = False         # residual and alpha of a patch cover twice its side under a Hann window
+    num_tokens: int = 1             # L
+    token_dim: int = 64             # D
+    frames: int = 1                 # F; above 1, the video model, with temporal blocks
+    full_attention: bool = False    # the reference attends to the target, too
+    predict: str = "x"              # "x": an edit of the reference (pixels), "v": the velocity (latents)
+    tokens_per_motion: int = 8      # decoder tokens of each motion token; one narrow token is easily ignored
+    motion_delta: bool = True       # M_t - M_r enters target patches and adaLN condition (class MotionDelta)
+    ref_context: bool = True        # each target patch receives the reference patch at its place
+    warp_grid: int = 1              # displacement vectors per side of a patch
+    overlap: bool = False           # residual and alpha of a patch cover twice its side under a Hann window
 
     def __post_init__(self):
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size "
-                             f"{self.patch_size}")
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
+        check_sizes(self)
         if self.predict not in ("x", "v"):
             raise ValueError(f"predict must be 'x' or 'v', not {self.predict!r}")
         if self.overlap and self.patch_size % 2:
@@ -90,9 +82,15 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def zero_init(*layers: nn.Module) -> None:
+    """Set weights and biases to zero: a block then starts as identity, the decoder as a copy."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+
+
 class DiTBlock(nn.Module):
-    """Transformer block whose norms are shifted, scaled and gated by a condition; starts as identity
-    (adaLN-zero, DiT)."""
+    """Transformer block with norms shifted, scaled and gated by a condition (adaLN-zero, DiT)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -101,10 +99,13 @@ class DiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = mlp(width)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        zero_init(self.modulation)
 
     def forward(self, x, condition, ref_kv=None):
-        """x (B, n, E), condition (B, E), ref_kv: keys and values (B, heads, m, d) attended to beside x's own
-        -> x, its own (k, v)."""
+        """x (B, n, E), condition (B, E) -> x, its own (k, v).
+
+        ref_kv: keys and values (B, heads, m, d) that are attended to beside x's own.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=1)
         q, k, v = self.attention.project(modulate(self.norm1(x), shift1, scale1))
         kv = (k, v)
@@ -117,8 +118,7 @@ class DiTBlock(nn.Module):
 
 
 class TemporalBlock(nn.Module):
-    """Temporal align block: each patch position attends over the F frames of its clip; adds zero at first
-    (ours).
+    """Temporal align block: each patch position attends over the F frames of its clip; adds zero at first.
 
     The paper says "flattens to f x t" and gives the cost as o(f); attention per position has that cost. A
     single frame passes unchanged, so an image model becomes a video model without forgetting.
@@ -129,6 +129,7 @@ class TemporalBlock(nn.Module):
         self.width = width
         self.norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
+        zero_init(self.attention.out)
 
     def forward(self, x, frames: int):
         if frames == 1:
@@ -167,7 +168,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = c = config
-        side, patch = c.image_size // c.patch_size, c.patch_size**2
+        grid_size, patch = c.image_size // c.patch_size, c.patch_size**2
         self.embed = nn.Linear(patch * c.channels, c.width)
         self.motion = nn.Linear(c.token_dim, c.tokens_per_motion * c.width)
         self.motion_pos_embed = nn.Parameter(0.02 * torch.randn(c.num_tokens * c.tokens_per_motion, c.width))
@@ -178,10 +179,11 @@ class Decoder(nn.Module):
         if c.ref_context:
             self.ref_patch_embed = nn.Linear(patch * c.channels, c.width, bias=False)
         if c.motion_delta:
-            self.motion_delta = MotionDelta(c.num_tokens * c.token_dim, c.width, side**2, c.tokens_per_motion)
+            motion = c.num_tokens * c.token_dim
+            self.motion_delta = MotionDelta(motion, c.width, grid_size**2, c.tokens_per_motion)
         self.blocks = nn.ModuleList(DiTBlock(c.width, c.heads) for _ in range(c.depth))
-        self.temporal = nn.ModuleList(TemporalBlock(c.width, c.heads)
-                                      for _ in range(c.depth if c.frames > 1 else 0))
+        temporal_blocks = c.depth if c.frames > 1 else 0
+        self.temporal = nn.ModuleList(TemporalBlock(c.width, c.heads) for _ in range(temporal_blocks))
         self.norm = nn.LayerNorm(c.width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 2 * c.width))
         if c.predict == "v":
@@ -190,47 +192,36 @@ class Decoder(nn.Module):
             painted = (4 if c.overlap else 1) * patch * (c.channels + 1)               # residual and alpha
             self.head = nn.Linear(c.width, painted + 2 * c.warp_grid**2)
             self.affine_head = nn.Linear(c.width, 6)
+            zero_init(self.affine_head)
             if c.overlap:
-                window = torch.sin(torch.pi * (torch.arange(2 * c.patch_size) + 0.5)
-                                   / (2 * c.patch_size)) ** 2
-                window = (window[:, None] * window).flatten()                          # (4*p*p,) Hann
-                self.register_buffer("window", window, persistent=False)
-                total = self.overlap_add(window.expand(1, side**2, -1))      # below 1 at the picture's border
-                self.register_buffer("window_sum", total, persistent=False)
-        self.register_buffer("pos_embed", sincos_2d(side, c.width), persistent=False)  # (N, E)
-        self.init_weights()
-
-    def init_weights(self):
-        for block in [*self.blocks, self]:                        # adaLN-zero: every block starts as identity
-            nn.init.zeros_(block.modulation[1].weight)
-            nn.init.zeros_(block.modulation[1].bias)
-        outputs = [self.head, *([self.affine_head] if self.config.predict == "x" else [])]
-        for layer in [*outputs, *(block.attention.out for block in self.temporal)]:
-            nn.init.zeros_(layer.weight)                          # output 0: at first the reference is copied
-            nn.init.zeros_(layer.bias)
+                angle = torch.pi * (torch.arange(2 * c.patch_size) + 0.5) / (2 * c.patch_size)
+                hann = torch.sin(angle) ** 2
+                self.register_buffer("window", (hann[:, None] * hann).flatten(), persistent=False)
+                window_sum = self.overlap_add(self.window.expand(1, grid_size**2, -1))
+                self.register_buffer("window_sum", window_sum, persistent=False)       # below 1 at the border
+        zero_init(self.modulation, self.head)
+        self.register_buffer("pos_embed", sincos_2d(grid_size, c.width), persistent=False)     # (N, E)
 
     def embed_tokens(self, z, motion, segment: int):
-        """Embed picture z (B, C, H, W) and motion (B, L, D) as one sequence of N patches and L*K tokens ->
-        (B, n, E)."""
+        """Embed picture z (B, C, H, W) and motion (B, L, D) as one sequence of N patches and L*K tokens."""
         patches = self.embed(patchify(z, self.config.patch_size)) + self.pos_embed     # (B, N, E)
         tokens = rearrange(self.motion(motion), "b l (k e) -> b (l k) e", k=self.config.tokens_per_motion)
         return torch.cat([patches, tokens + self.motion_pos_embed], dim=1) + self.segment_embed[segment]
 
     def embed_target(self, z_t, t, m_t, z_r, m_r):
-        """-> the target's sequence (B, n, E) and condition (B, E). The two shortcuts enter here and nowhere
-        else."""
+        """-> sequence (B, n, E) and condition (B, E) of the target. The two shortcuts enter here alone."""
         x, condition = self.embed_tokens(z_t, m_t, segment=1), self.time(t)            # (B, n, E), (B, E)
-        context = torch.zeros_like(x[:, : len(self.pos_embed)])                        # (B, N, E)
+        patches, tokens = x.split([len(self.pos_embed), x.shape[1] - len(self.pos_embed)], dim=1)
+        context = torch.zeros_like(patches)
         if self.config.ref_context:
             context = context + self.ref_patch_embed(patchify(z_r, self.config.patch_size))
         if self.config.motion_delta:
             delta, delta_patches = self.motion_delta(m_t, m_r)
             condition, context = condition + delta, context + delta_patches
-        return torch.cat([x[:, : context.shape[1]] + context, x[:, context.shape[1]:]], dim=1), condition
+        return torch.cat([patches + context, tokens], dim=1), condition
 
     def encode_reference(self, z_r, m_r) -> dict:
-        """Compute what all frames of a video share, from the reference z_r (B, C, H, W) and its motion m_r
-        (B, L, D)."""
+        """Compute what all frames of a video share, of photo z_r (B, C, H, W) and motion m_r (B, L, D)."""
         x = self.embed_tokens(z_r, m_r, segment=0)
         if self.config.full_attention:                                       # only the tokens can be shared
             return {"z": z_r, "m": m_r, "tokens": x}
@@ -241,8 +232,7 @@ class Decoder(nn.Module):
         return {"z": z_r, "m": m_r, "kv": kv_cache}
 
     def features(self, z_t, t, m_t, cache):
-        """The transformer: target patches -> head's output (B*F, N, ...), condition (B*F, E), references
-        (B*F, C, H, W)."""
+        """The transformer -> head's output (B*F, N, ...), condition (B*F, E), references (B*F, C, H, W)."""
         frames = len(z_t) // len(cache["z"])
         z_r, m_r = (repeat(cache[k], "b ... -> (b f) ...", f=frames) for k in ("z", "m"))
         x, condition = self.embed_target(z_t, t, m_t, z_r, m_r)                        # (B*F, n, E), (B*F, E)
@@ -261,25 +251,27 @@ class Decoder(nn.Module):
         return self.head(modulate(self.norm(x), shift, scale)).float(), condition, z_r
 
     def forward(self, z_t, t, m_t, cache, as_picture=False):
-        """Velocity of the target. z_t (B*F, C, H, W), t (B*F,), m_t (B*F, L, D), cache: encode_reference of B
-        references -> (B*F, C, H, W), or with as_picture (predict="x" only) the Picture. The F frames of a
-        clip are consecutive in the batch: (b f)."""
+        """Velocity of the target (B*F, C, H, W), or with as_picture (predict="x" only) the Picture.
+
+        z_t (B*F, C, H, W), t (B*F,), m_t (B*F, L, D), cache: encode_reference of B references. The F frames
+        of a clip are consecutive in the batch: (b f).
+        """
         out, condition, z_r = self.features(z_t, t, m_t, cache)
         if self.config.predict == "v":
             return unpatchify(out, self.config.patch_size)                             # eq. (3)
         picture = warp_and_blend(z_r, *self.split_head(out, condition))
-        # eq. (3), from x
-        return picture if as_picture else x_to_v(picture.x, z_t, t, 0.05 if self.training else 1e-3)
+        if as_picture:
+            return picture
+        return x_to_v(picture.x, z_t, t, t_min=0.05 if self.training else 1e-3)        # eq. (3), from x
 
     def split_head(self, out, condition):
-        """Head's output (B, N, ...) -> affine (B, 2, 3), displacement (B, 2, g, g), alpha (B, 1, H, W),
-        residual (B, C, H, W); see warp_and_blend."""
+        """Head's output (B, N, ...) -> affine, displacement, alpha, residual of warp_and_blend."""
         c, p = self.config, self.config.patch_size
         k = (4 if c.overlap else 1) * p * p
         painted, displacement = out.split([(c.channels + 1) * k, 2 * c.warp_grid**2], dim=2)
         if c.overlap:
-            painted = self.overlap_add((painted.unflatten(2, (-1, k))
-                                        * self.window).flatten(2)) / self.window_sum
+            windows = painted.unflatten(2, (-1, k)) * self.window                      # (B, N, C+1, 4*p*p)
+            painted = self.overlap_add(windows.flatten(2)) / self.window_sum
         else:
             residual, alpha = painted.split([c.channels * k, k], dim=2)
             painted = torch.cat([unpatchify(residual, p), unpatchify(alpha, p)], dim=1)       # (B, C+1, H, W)
@@ -292,19 +284,17 @@ class Decoder(nn.Module):
         return F.fold(x.transpose(1, 2), self.config.image_size, 2 * p, stride=p, padding=p // 2)
 
 
-def warp_and_blend(z_r: Tensor, affine: Tensor, displacement: Tensor, alpha: Tensor,
-                   residual: Tensor) -> Picture:
-    """Compose the picture x = warp(z_r) (1 - alpha) + residual. Ours (compare FOMM, Siarohin et al. 2019: a
-    displacement field and an occlusion map).
+def warp_and_blend(z_r, affine, displacement, alpha, residual) -> Picture:
+    """Compose the picture x = warp(z_r) (1 - alpha) + residual (ours).
 
     z_r (B, C, H, W); affine (B, 2, 3), added to the identity, and displacement (B, 2, g, g), bilinear between
     its points, in halves of the picture; alpha (B, 1, H, W); residual (B, C, H, W). Outside the picture its
-    border is repeated.
+    border is repeated. Compare FOMM (Siarohin et al. 2019): a displacement field and an occlusion map.
     """
+    affine, displacement = affine.nan_to_num(), displacement.nan_to_num()          # NaN crashes grid_sample
     displacement = F.interpolate(displacement, size=z_r.shape[-2:], mode="bilinear", align_corners=False)
-    # NaN crashes grid_sample
-    displacement = rearrange(displacement.nan_to_num().clamp(-1, 1), "b c h w -> b h w c")
-    field = F.affine_grid(affine.nan_to_num(), z_r.shape, align_corners=False) + displacement   # (B, H, W, 2)
+    displacement = rearrange(displacement.clamp(-1, 1), "b c h w -> b h w c")
+    field = F.affine_grid(affine, z_r.shape, align_corners=False) + displacement       # (B, H, W, 2)
     grid = F.affine_grid(torch.eye(2, 3, device=z_r.device)[None], z_r[:1].shape, align_corners=False)
     moved = F.grid_sample(z_r, grid + field, padding_mode="border", align_corners=False)
     return Picture(moved * (1 - alpha) + residual, moved, alpha, field)

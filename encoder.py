@@ -21,25 +21,27 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    image_size: int = 128     # H = W, pixels or latent cells
-    channels: int = 3         # C
-    patch_size: int = 16      # p
-    width: int = 192          # E
+    image_size: int = 128       # H = W, pixels or latent cells
+    channels: int = 3           # C
+    patch_size: int = 16        # p
+    width: int = 192            # E
     depth: int = 4
     heads: int = 3
-    num_tokens: int = 1   # L
-    token_dim: int = 64   # D
-    token_init: int = 16  # ours: the learnable tokens start from so many numbers of each patch; 0 (the
-                          # paper): they do not
-    # ours: each number of the token normalised by running statistics; False: LayerNorm alone
-    running_norm: bool = True
+    num_tokens: int = 1         # L
+    token_dim: int = 64         # D
+    token_init: int = 16        # ours: numbers of each patch from which the tokens start (TokenInit); 0: none
+    running_norm: bool = True   # ours: motion normalised by running statistics; False: LayerNorm alone
 
     def __post_init__(self):
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size "
-                             f"{self.patch_size}")
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
+        check_sizes(self)
+
+
+def check_sizes(c) -> None:
+    """Refuse sizes that no ViT can have, of the config of an encoder or a decoder. Raises ValueError."""
+    if c.image_size % c.patch_size:
+        raise ValueError(f"image_size {c.image_size} is not a multiple of patch_size {c.patch_size}")
+    if c.width % c.heads or c.width % 4:
+        raise ValueError(f"width {c.width} must be a multiple of heads {c.heads} and of 4")
 
 
 def patchify(x: Tensor, p: int) -> Tensor:
@@ -53,18 +55,16 @@ def unpatchify(x: Tensor, p: int) -> Tensor:
 
 
 def sincos(positions: Tensor, width: int) -> Tensor:
-    """Fixed sinusoidal embedding of positions (n,) -> (n, width), wavelengths 2 pi .. 2 pi 10^4 (Vaswani et
-    al. 2017)."""
+    """Embed positions (n,) -> (n, width), wavelengths 2 pi .. 2 pi 10^4 (Vaswani et al. 2017)."""
     freq = 1e-4 ** torch.linspace(0, 1, width // 2, device=positions.device)
     angle = positions[:, None].float() * freq                                          # (n, width/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)                                # (n, width)
 
 
-def sincos_2d(side: int, width: int) -> Tensor:
-    """Embedding of a side x side grid in reading order -> (side*side, width): one half for rows, one for
-    columns."""
-    axis = sincos(torch.arange(side), width // 2)                                      # (side, width/2)
-    return torch.cat([axis.repeat_interleave(side, 0), axis.repeat(side, 1)], dim=1)   # (N, width)
+def sincos_2d(grid_size: int, width: int) -> Tensor:
+    """Embed a square grid in reading order -> (grid_size^2, width): one half for rows, one for columns."""
+    axis = sincos(torch.arange(grid_size), width // 2)                                 # (grid_size, width/2)
+    return torch.cat([axis.repeat_interleave(grid_size, 0), axis.repeat(grid_size, 1)], dim=1)   # (N, width)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -156,8 +156,7 @@ class RunningNorm(nn.Module):
 
 
 class TokenInit(nn.Module):
-    """Add to the learnable tokens a linear function of the visible patches, with weights of its own per
-    position (ours).
+    """Add to the learnable tokens a linear function of the visible patches, with weights per position (ours).
 
     Without it a token first holds the mean over all patches, in which a mouth is a fiftieth of the variation;
     learning to attend to it takes several times the steps.
@@ -170,8 +169,7 @@ class TokenInit(nn.Module):
         self.project = nn.Linear(patches * dim, num_tokens * width, bias=False)
 
     def forward(self, z, ids_keep, patches: int):
-        """z (B, n, E): visible patches, ids_keep (B, n) their numbers of `patches`, or None for all -> (B, L,
-        E)."""
+        """Visible patches z (B, n, E) and their numbers ids_keep (B, n), None: all -> (B, L, E)."""
         summary = self.patch_summary(z)                                                # (B, n, dim)
         if ids_keep is not None:                      # each at its place, scaled up for those that are hidden
             index = ids_keep[..., None].expand_as(summary)
@@ -186,19 +184,23 @@ class MotionEncoder(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = c = config
-        side = c.image_size // c.patch_size
+        grid_size = c.image_size // c.patch_size
         self.embed = nn.Linear(c.patch_size**2 * c.channels, c.width)
         self.tokens = nn.Parameter(0.02 * torch.randn(c.num_tokens, c.width))
-        self.token_init = TokenInit(side**2, c.width, c.token_init, c.num_tokens) if c.token_init else None
+        self.token_init = None
+        if c.token_init:
+            self.token_init = TokenInit(grid_size**2, c.width, c.token_init, c.num_tokens)
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.depth))
         self.head = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, c.token_dim),
                                   nn.LayerNorm(c.token_dim, elementwise_affine=False))
         self.running_norm = RunningNorm(c.token_dim) if c.running_norm else nn.Identity()
-        self.register_buffer("pos_embed", sincos_2d(side, c.width), persistent=False)  # (N, E)
+        self.register_buffer("pos_embed", sincos_2d(grid_size, c.width), persistent=False)     # (N, E)
 
     def forward(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Encode x (B, C, H, W) -> motion (B, L, D), fp32. ids_keep (B, n): sorted numbers of the visible
-        patches, see random_masking; None: all are visible."""
+        """Encode x (B, C, H, W) -> motion (B, L, D), fp32.
+
+        ids_keep (B, n): sorted numbers of the visible patches, see random_masking; None: all are visible.
+        """
         z = self.embed(patchify(x, self.config.patch_size)) + self.pos_embed           # (B, N, E)
         patches = z.shape[1]
         if ids_keep is not None:
@@ -213,8 +215,7 @@ class MotionEncoder(nn.Module):
 
 
 def random_masking(batch: int, patches: int, ratio: float, generator=None, device=None) -> Tensor:
-    """Choose the patches that a mask of share `ratio` leaves visible, a different subset for each sample
-    (MAE).
+    """Choose the patches that stay visible, a different subset for each sample (MAE, He et al. 2022).
 
     -> ids_keep (batch, n) sorted, n = patches - floor(ratio * patches), at least 1. One ratio for all, so
     that the batch stays a rectangle.

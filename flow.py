@@ -1,12 +1,11 @@
-"""Rectified flow: the path, the loss, the samplers. Knows no model (paper section 3.3; Liu et al. 2022, arXiv
-2209.03003).
+"""Rectified flow: the path, the loss, the sampler (paper section 3.3; Liu et al. 2022, arXiv 2209.03003).
 
 The one convention, used everywhere: t = 0 is data, t = 1 is noise,
 
     z_t = (1 - t) z + t eps      eqs. (2), (6)          v = z - eps = -dz_t/dt      eqs. (8), (9)
 
-so a sampler walks t from 1 down to 0, adding v * (step). A model is any callable model(z_t, t (B,), **cond)
--> v.
+so a sampler walks t from 1 down to 0, adding v * (step). This file knows no model: a model is any callable
+model(z_t, t (B,), **cond) -> v.
 """
 import torch
 
@@ -23,10 +22,10 @@ def interpolate(z, eps, t):
 
 
 def sample_timesteps(batch, generator=None, device=None, p_pure_noise=0.5, mean=0.8, std=0.8):
-    """Training times (batch,): a share at exactly t = 1, the rest logit-normal (Esser et al. 2024), leaning
-    to noise (ours).
+    """Draw training times (batch,): a share at exactly t = 1, the rest logit-normal, leaning to noise (ours).
 
-    At pure noise a picture can be told only from the condition; low noise teaches nothing but denoising.
+    At pure noise a picture can be told only from the condition; low noise teaches nothing but denoising
+    (logit-normal: Esser et al. 2024).
     """
     t = torch.sigmoid(mean + std * torch.randn(batch, generator=generator, device=device))
     pure = torch.rand(batch, generator=generator, device=device) < p_pure_noise
@@ -34,15 +33,14 @@ def sample_timesteps(batch, generator=None, device=None, p_pure_noise=0.5, mean=
 
 
 def flow_loss(model, z, eps, t, weight=None, **cond):
-    """Mean squared distance between predicted and true velocity, in fp32 -> scalar. weight (B,): of each
-    sample."""
+    """Mean squared error of the velocity, in fp32 -> scalar. weight (B,): of each sample."""
     v = model(interpolate(z, eps, t), t, **cond)
     error = (v.float() - (z - eps).float()).square().flatten(1).mean(1)                # (B,)   eqs. (8), (9)
     return (error if weight is None else weight * error).mean()
 
 
 def x_to_v(x, z_t, t, t_min=0.05):
-    """Velocity towards predicted data x at time t: v = (x - z_t) / t, t not below t_min (JiT, arXiv
+    """Velocity towards predicted data x at time t, v = (x - z_t) / t, t not below t_min (JiT, arXiv
     2511.13720).
 
     In training t_min bounds the gradient. In sampling it must lie below the last step's time, 1 / steps, so
@@ -52,8 +50,7 @@ def x_to_v(x, z_t, t, t_min=0.05):
 
 
 def with_cfg(model, guidance, null):
-    """Classifier-free guidance, u + s (c - u) (Ho and Salimans 2022). `null` replaces conditions; s = 1 is
-    the model."""
+    """Classifier-free guidance, u + s (c - u), where u has the conditions `null` (Ho and Salimans 2022)."""
     if guidance == 1:
         return model
 
@@ -64,36 +61,28 @@ def with_cfg(model, guidance, null):
     return guided
 
 
-def integrate(model, noise, steps, method="euler", skip_last=0, **cond):
-    """Walk from noise (t = 1) to data (t = 0) in equal steps -> the same shape as noise.
+def integrate(model, noise, steps, skip_last=0, **cond):
+    """Walk from noise (t = 1) to data (t = 0) in equal Euler steps -> the same shape as noise.
 
-    method: "euler", one call a step; "heun", two calls a step, second order. skip_last: so many steps are
-    left to take.
+    skip_last: so many steps are left to take.
     """
-    if steps < 1 or method not in ("euler", "heun"):
-        raise ValueError(f"steps must be at least 1 and method 'euler' or 'heun', not {steps} and {method!r}")
-    z = noise
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    z, dt = noise, 1 / steps
     for k in range(steps - skip_last):
-        t, dt = 1 - k / steps, 1 / steps
-        v = model(z, z.new_full((len(z),), t), **cond)
-        # the last step's end, t = 0, is where v is least defined: Euler there
-        if method == "heun" and k < steps - 1:
-            v_next = model(z + v * dt, z.new_full((len(z),), t - dt), **cond)
-            v = (v + v_next) / 2
-        z = z + v * dt
+        z = z + model(z, z.new_full((len(z),), 1 - k / steps), **cond) * dt
     return z
 
 
 def straightness(model, noise, steps=20, **cond):
-    """How far the paths are from straight -> (B,): mean over time of |v - chord|^2 by |chord|^2, by Euler
-    steps.
+    """How far the paths are from straight -> (B,); 0: one step is exact.
 
-    The straightness of Liu et al. 2022 (section 2.2), relative. 0: one step is exact.
+    The straightness of Liu et al. 2022 (section 2.2), relative: mean over time of |v - chord|^2 by |chord|^2.
     """
     z, sq_norms, total = noise, [], 0.0
     for k in range(steps):
         v = model(z, z.new_full((len(z),), 1 - k / steps), **cond)
         z, total = z + v / steps, total + v / steps
-        sq_norms.append(v.float().square().flatten(1).sum(1))                           # (B,)
+        sq_norms.append(v.float().square().flatten(1).sum(1))                          # (B,)
     chord = total.float().square().flatten(1).sum(1)                                   # |mean v|^2
     return torch.stack(sq_norms).mean(0) / chord - 1             # mean |v - chord|^2 = mean |v|^2 - |chord|^2

@@ -73,16 +73,15 @@ def test_training_times():
 
 # ---- samplers ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
-def test_a_point_is_found_in_any_number_of_steps(steps, method):
-    """The true field of data that is one point a is (a - z) / t: straight lines, so every step count is
-    exact."""
+def test_a_point_is_found_in_any_number_of_steps(steps):
+    """The true field of data that is one point a is (a - z) / t: straight lines, so any steps are exact."""
     point = draw(4, 3, 2)
+
     def field(z, t):
         return flow.x_to_v(point, z, t, t_min=1e-6)
 
-    out = flow.integrate(field, draw(4, 3, 2, seed=1), steps, method)
+    out = flow.integrate(field, draw(4, 3, 2, seed=1), steps)
     torch.testing.assert_close(out, point, atol=1e-9, rtol=0)
 
 
@@ -104,22 +103,18 @@ def gaussian(z, t):
     return MEAN + ((1 - t) * DEVIATION**2 - t) / variance * (z - (1 - t) * MEAN)
 
 
-@pytest.mark.parametrize("method, steps", [("euler", 200), ("heun", 30)])
-def test_noise_becomes_the_gaussian_of_the_data(method, steps):
-    out = flow.integrate(gaussian, draw(20000, 1), steps, method)
+def test_noise_becomes_the_gaussian_of_the_data():
+    out = flow.integrate(gaussian, draw(20000, 1), 200)
     assert out.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert out.std().item() == pytest.approx(DEVIATION, abs=0.02)
 
 
-def test_halving_the_step_halves_eulers_error_and_quarters_heuns():
+def test_halving_the_step_halves_the_error():
     noise = draw(500, 1)
     exact = MEAN + DEVIATION * noise                                  # the flow keeps the order of the points
-    error = {(method, steps): (flow.integrate(gaussian, noise, steps, method) - exact).abs().mean()
-             for method in ("euler", "heun") for steps in (40, 80, 160)}
+    error = {steps: (flow.integrate(gaussian, noise, steps) - exact).abs().mean() for steps in (40, 80, 160)}
     for steps in (40, 80):
-        assert error["euler", steps] / error["euler", 2 * steps] == pytest.approx(2, abs=0.2)
-        assert error["heun", steps] / error["heun", 2 * steps] == pytest.approx(4, abs=0.5)
-    assert error["heun", 40] < error["euler", 160]
+        assert error[steps] / error[2 * steps] == pytest.approx(2, abs=0.2)
 
 
 def test_steps_left_to_take():
@@ -131,8 +126,7 @@ def test_steps_left_to_take():
     assert torch.equal(flow.integrate(gaussian, noise, 1, skip_last=1), noise)
 
 
-@pytest.mark.parametrize("method, calls", [("euler", 5), ("heun", 9)])
-def test_calls_and_times_of_a_walk(method, calls):
+def test_calls_and_times_of_a_walk():
     times = []
 
     def model(z, t, tag):
@@ -140,8 +134,8 @@ def test_calls_and_times_of_a_walk(method, calls):
         times.append(t[0].item())
         return torch.zeros_like(z)
 
-    flow.integrate(model, torch.zeros(3, 2), 5, method, tag="kept")
-    assert len(times) == calls and times[0] == 1 and min(times) == pytest.approx(0.2)   # never asks at t = 0
+    flow.integrate(model, torch.zeros(3, 2), 5, tag="kept")
+    assert times == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])                             # never asks at t = 0
 
 
 @pytest.mark.parametrize("steps", [1, 4, 25])
@@ -163,10 +157,10 @@ def test_trajectory_equals_diffusers(steps):
     torch.testing.assert_close(flow.integrate(field, noise, steps), z, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("steps, method", [(0, "euler"), (-1, "heun"), (4, "ddim")])
-def test_bad_walks_are_refused(steps, method):
-    with pytest.raises(ValueError, match=f"{steps}.*{method}"):
-        flow.integrate(gaussian, draw(2, 1), steps, method)
+@pytest.mark.parametrize("steps", [0, -1])
+def test_bad_walks_are_refused(steps):
+    with pytest.raises(ValueError, match=f"not {steps}"):
+        flow.integrate(gaussian, draw(2, 1), steps)
 
 
 # ---- guidance ----------------------------------------------------------------------------------------------
@@ -194,8 +188,7 @@ def test_guidance_nearly_one_is_nearly_the_model():
 
 
 def test_straightness_of_known_paths():
-    """Velocity 3 in the first half of the walk and 1 in the second: mean square 5 against a chord of 2.
-    Straight: 0."""
+    """Velocity 3 in the first half of the walk, 1 in the second: mean square 5, chord 2. Straight: 0."""
     noise = draw(4, 3)
     two = flow.straightness(lambda z, t: torch.where(t[:, None] > 0.525, 3.0, 1.0).expand_as(z), noise, 20)
     torch.testing.assert_close(two, torch.full((4,), 0.25))
