@@ -191,6 +191,8 @@ def test_frames_of_a_video_model_see_each_other(full):
 def test_temporal_block_keeps_to_a_position():
     torch.manual_seed(0)
     block, x = TemporalBlock(24, 2), torch.randn(2 * 3, 5, 24)
+    assert torch.equal(block(x, 3), x)                                       # adds nothing at first
+    torch.nn.init.normal_(block.attention.out.weight, std=0.2)
     changed = x.clone()
     changed[1, 2] += torch.randn(24)                                         # clip 0, frame 1, position 2
     moved = (block(changed, 3) - block(x, 3)).abs().amax(2) > 1e-5           # (B*F, n)
