@@ -73,9 +73,11 @@ PRESETS = {
                   clips=4096, seconds=4, voices=20000, balanced=True, augment=False, lr=1e-4, muon_lr=0.005),
 }
 FACTORS = ("opening", "width", "lids", "yaw", "pitch", "roll")          # what motion_loss balances
+MIRRORED = torch.tensor([1, 1, 1, -1, 1, -1])                           # sign of each in a mirrored picture
 SHARES = (0.4, 0.2, 0.2, 0.07, 0.07, 0.06)
 LEVELS = {1: 0.4, 2: 0.7, 3: 1.0}             # strength of MEAD's levels
 OTHERS = 4                                # pictures of the same person in other moods kept beside each clip
+TEMPI = 1.0, 0.87, 1.15                   # real clips are few: augment keeps each at these speeds
 
 
 def parse(argv, presets=PRESETS):
@@ -210,9 +212,9 @@ def mood_label(record):
     return mood
 
 
-def real_clips(args, folder, size, rank, world):
-    """Clips with sound of a prepared folder, its train split. Others of a labelled clip: the person's neutral
-    clips, else any."""
+def real_clips(args, preset, folder, size, rank, world):
+    """Clips with sound of a prepared folder, its train split; with augment each once more, mirrored. Others
+    of a labelled clip: the person's neutral clips, else any."""
     people, = data.load_sets([folder], "train", sound=True)
     rows = [record for identity in sorted(people) for record in people[identity]]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
@@ -228,8 +230,12 @@ def real_clips(args, folder, size, rank, world):
                                                     for x in found]))
         known = torch.from_numpy(data.load_landmarks(record)[1])[: len(frames)]                    # (F, 10)
         factors = torch.stack([known[:, 0], known[:, 1], known[:, 2:4].mean(1), *known[:, 4:7].unbind(1)], 1)
-        yield Clip(frames.split(25), wave[None], mood.expand(len(frames), -1), len(frames), mood, others,
-                   factors)
+        clip = Clip(frames.split(25), wave[None], mood.expand(len(frames), -1), len(frames), mood, others,
+                    factors)
+        yield clip
+        if preset["augment"]:
+            yield clip._replace(parts=[part.flip(-1) for part in clip.parts], factors=factors * MIRRORED,
+                                others=None if others is None else others.flip(-1))
 
 
 def fingerprint(path):
@@ -241,8 +247,8 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
     """This process's clips, encoded. Kept in --out, for the next start."""
     inputs = [args.ae, *(os.path.join(name, "manifest.jsonl") for name in args.data if name != "synthetic")]
     key = [*map(fingerprint, inputs), args.clips, args.seed, args.mask_max, preset["seconds"], world,
-           args.whisper,
-           preset.get("audio", "mel"), size, preset.get("agree", False), *Encoded._fields, *args.data]
+           args.whisper, preset.get("audio", "mel"), size, preset.get("agree", False), preset["augment"],
+           *Encoded._fields, *args.data]
     path = os.path.join(args.out, f"clips-{rank}.pt")
     if os.path.exists(path):
         cached = torch.load(path, map_location="cpu", weights_only=True)
@@ -256,7 +262,7 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
         if name == "synthetic":
             clips = synthetic_clips(args, preset, size, rank, world)
         else:
-            clips = real_clips(args, name, size, rank, world)
+            clips = real_clips(args, preset, name, size, rank, world)
         for clip in tqdm(clips, desc=f"encoding {name}", unit="clip", disable=rank > 0):
             rng = training.step_rng(args.seed, rank, number)
             motion, masked = encode_clip(encoder, space, clip.parts, args.mask_max, rng, device, bf16)
@@ -269,12 +275,15 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
             if clip.others is not None:
                 others = encode_clip(encoder, space, [clip.others], args.mask_max, rng, device, bf16)[1]
             number += 1
-            if frames >= preset["generator"].window:
-                parts.append((motion[:frames], masked[:frames], features[:frames], clip.mood[:frames],
-                              clip.factors[:frames], others[None]))
-                clip_index.append([first, frames, k, min(clip.change, frames)])
-                voices.append(clip.voice)
-                first += frames
+            rows = [x[:frames] for x in (motion, masked, features, clip.mood, clip.factors)]
+            vary = name != "synthetic" and preset["augment"] and preset.get("audio", "mel") == "mel"
+            for tempo in TEMPI if vary else (1.0,):
+                count = int(frames / tempo)
+                if count >= preset["generator"].window:
+                    parts.append((*(change_tempo(x, count) for x in rows), others[None]))
+                    clip_index.append([first, count, k, min(int(clip.change / tempo), count)])
+                    voices.append(clip.voice)
+                    first += count
     if not parts:
         window = preset["generator"].window
         raise InputError(f"no clip of {', '.join(args.data)} is as long as a window, {window} frames")
@@ -282,6 +291,16 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
                       torch.stack(voices))
     training.atomic_save(path, key=key, **encoded._asdict())
     return encoded
+
+
+def change_tempo(rows, count):
+    """Resample what is known of each frame, (F, n), to `count` frames, (count, n). Mel features, four spectra
+    a frame, are resampled as spectra."""
+    if count == len(rows):
+        return rows
+    parts = 4 if rows.shape[1] == audio_features.FEATURE_DIM["mel"] else 1
+    x = rows.view(len(rows) * parts, -1).T[None]
+    return F.interpolate(x, size=count * parts, mode="linear")[0].T.reshape(count, -1)
 
 
 def sample_windows(encoded, config, count, rng, silence_features, augment=False):
@@ -334,16 +353,22 @@ def sample_windows(encoded, config, count, rng, silence_features, augment=False)
 
 
 def vary_sound(audio, silence_features, rng):
-    """Vary mel features (B, rows, 320) as other microphones and rooms do, alike in all rows of a window:
-    loudness, a tilt and gentle waves of the spectrum, and for 4 in 10 a floor of noise."""
+    """Vary mel features (B, rows, 320) as other speakers, microphones and rooms do, alike in all rows of a
+    window: the length of the vocal tract (Jaitly & Hinton 2013), loudness, a tilt and gentle waves of the
+    spectrum, and for 4 in 10 a floor of noise."""
     def normal(*shape):
         return torch.randn(*shape, generator=rng)
 
     count, rows, bins = len(audio), audio.shape[1], audio_features.BINS
+    mel = audio.view(count, rows, -1, bins)                                             # (B, rows, 4, bins)
+    stretch = torch.exp(0.15 * (2 * torch.rand(count, 1, generator=rng) - 1))           # on the mel axis
+    place = (torch.arange(bins) * stretch).clamp(max=bins - 1)                          # (B, bins)
+    low, share = place.floor().long(), place.frac()[:, None, None]
+    low, high = (k[:, None, None].expand_as(mel) for k in (low, (low + 1).clamp(max=bins - 1)))
+    mel = mel.gather(3, low) * (1 - share) + mel.gather(3, high) * share
     waves = F.interpolate(normal(count, 1, 6), size=bins, mode="linear", align_corners=True)    # (B, 1, bins)
-    change = 0.25 * normal(count, 1, 1) + 0.2 * normal(count, 1, 1) * torch.linspace(-1, 1,
-        bins) + 0.1 * waves
-    mel = audio.view(count, rows, -1, bins) + change[:, None]                           # (B, rows, 4, bins)
+    tilt = normal(count, 1, 1) * torch.linspace(-1, 1, bins)
+    mel = mel + (0.25 * normal(count, 1, 1) + 0.2 * tilt + 0.1 * waves)[:, None]
     per_unit = math.log(10) * audio_features.MEL_STD                                    # natural log of power
     floor = -1.2 + 0.6 * torch.rand(count, 1, 1, 1, generator=rng) + 0.1 * normal(mel.shape)
     floor = torch.where(torch.rand(count, 1, 1, 1, generator=rng) < 0.4, floor, torch.tensor(-10.0))

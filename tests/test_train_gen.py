@@ -192,13 +192,35 @@ def test_sets_are_drawn_equally_and_short_clips_from_their_start():
 def test_varied_sound_keeps_silence_and_its_rows():
     """Loudness and colour change alike in all rows of a window; nothing falls below silence."""
     quiet, rng = torch.full((320,), -1.4), torch.Generator().manual_seed(0)
-    sound = torch.randn(50, 9, 320, generator=rng) + 2
+    sound = torch.randn(50, 9, 4, 1, generator=rng).expand(-1, -1, -1, 80).flatten(2) + 2
     varied = train_gen.vary_sound(sound, quiet, rng)
     assert varied.shape == sound.shape and (varied >= quiet).all()
     change = (varied - sound).unflatten(2, (4, 80))
     loud = sound.unflatten(2, (4, 80)) > 2.5                                 # far above any floor of noise
     spread = torch.stack([change[k][..., 40][loud[k][..., 40]].std() for k in range(50)])
     assert spread.max() < 0.05 and change[:, :, :, 40].std() > 0.15
+
+
+def test_varied_sound_moves_the_formants_of_a_window_alike():
+    sound = torch.full((200, 3, 4, 80), 1.0)
+    sound[..., 40] = 20.0
+    quiet, rng = torch.full((320,), -1.4), torch.Generator().manual_seed(0)
+    varied = train_gen.vary_sound(sound.flatten(2), quiet, rng)
+    peak = varied.unflatten(2, (4, 80)).argmax(-1)                            # (200, 3, 4)
+    assert (peak == peak[:, :1, :1]).all() and peak.min() in (34, 35) and peak.max() in (46, 47)
+
+
+def test_a_slower_clip_keeps_sound_and_motion_together():
+    """A ramp of motion and the same ramp in the spectra, in a quarter of a frame's steps."""
+    time = torch.arange(40.0)
+    spectra = (time[:, None] + (torch.arange(4) - 1.5) / 4)[..., None].expand(-1, -1, 80)    # (40, 4, 80)
+    motion = train_gen.change_tempo(time[:, None].expand(-1, 6), 50)
+    features = train_gen.change_tempo(spectra.reshape(40, 320), 50).unflatten(1, (4, 80))
+    assert motion.shape == (50, 6) and features.shape == (50, 4, 80)
+    torch.testing.assert_close(motion[5:45, 0], (torch.arange(5, 45) + 0.5) * 0.8 - 0.5)
+    torch.testing.assert_close(features.mean((1, 2))[5:45], motion[5:45, 0], atol=1e-4, rtol=0)
+    rows = torch.randn(40, 7)
+    assert train_gen.change_tempo(rows, 40) is rows
 
 
 def test_directions_read_what_is_known():
@@ -346,11 +368,25 @@ def test_processes_read_different_real_clips(monkeypatch, no_landmarks):
     read = []
     monkeypatch.setattr(train_gen.data, "read_clip", lambda path,
                         size: read.append(path) or (torch.zeros(1), torch.zeros(1)))
+    args = train_gen.parse(command("", "", "--clips", "9"))
     for rank in range(2):
-        found = list(train_gen.real_clips(train_gen.parse(command("", "", "--clips", "9")), "set", 32, rank,
-                                          2))
+        found = list(train_gen.real_clips(args, {"augment": False}, "set", 32, rank, 2))
         assert all(not clip.mood.any() and clip.others is None for clip in found)  # nobody said how they feel
     assert sorted(read) == ["a0", "a1", "a2", "b0", "b1"]                    # all, each once
+
+
+def test_augmented_clips_are_seen_mirrored_too(monkeypatch):
+    monkeypatch.setattr(train_gen.data, "load_sets", lambda *_, **__: [{"a": [{"path": "a0"}]}])
+    frames = torch.randn(30, 3, 4, 4)
+    monkeypatch.setattr(train_gen.data, "read_clip", lambda *_: (frames, torch.zeros(30 * 640)))
+    known = np.tile(np.arange(1, 11, dtype=np.float32), (30, 1))
+    monkeypatch.setattr(train_gen.data, "load_landmarks", lambda row: (None, known))
+    args = train_gen.parse(command("", "", "--clips", "9"))
+    plain, mirrored = train_gen.real_clips(args, {"augment": True}, "set", 4, 0, 1)
+    assert torch.equal(torch.cat(list(mirrored.parts)), torch.cat(list(plain.parts)).flip(-1))
+    assert torch.equal(mirrored.wave, plain.wave)
+    assert plain.factors[0].tolist() == [1, 2, 3.5, 5, 6, 7]   # opening, width, lids, head pose
+    assert mirrored.factors[0].tolist() == [1, 2, 3.5, -5, 6, -7]
 
 
 def test_a_labelled_person_is_also_seen_in_neutral_clips(monkeypatch, no_landmarks):
@@ -363,7 +399,8 @@ def test_a_labelled_person_is_also_seen_in_neutral_clips(monkeypatch, no_landmar
                         size: (torch.zeros(9, 3, 2, 2), torch.zeros(9 * 640)))
     monkeypatch.setattr(train_gen.data, "read_at", lambda path, numbers,
                         size: np.full((1, 2, 2, 3), ord(path[1]), np.uint8))
-    found = list(train_gen.real_clips(train_gen.parse(command("", "", "--clips", "9")), "set", 2, 0, 1))
+    found = list(train_gen.real_clips(train_gen.parse(command("", "", "--clips", "9")), {"augment": False},
+                                      "set", 2, 0, 1))
     seen = [None if x.others is None else set((127.5 * (x.others[:, 0, 0, 0] + 1)).round().int().tolist())
             for x in found]
     zero, three = ord("0"), ord("3")
