@@ -1,2 +1,1 @@
-"""Between files and tensors: pictures, sound, video, faces, speech features, latents, weights, and the
-preparation of data sets."""
+"""Between files and tensors: pictures, sound, video, faces, speech features, latents, weights, data sets."""

@@ -1,16 +1,13 @@
-"""Sound -> one feature row per video frame.
+"""Sound -> one feature vector per video frame.
 
-    wave (B, S) at 16 kHz --normalise_loudness--> same loudness in every file --extract_features--> (B, F, A),
-    F = num_frames(S)
+    wave (B, S) at 16 kHz --normalise_loudness--> the same at one loudness --extract_features--> (B, F, A)
 
 Two kinds: "mel", a log-mel spectrogram that needs no weights (A = 320), and "whisper", the states of a
-Whisper encoder (arXiv 2212.04356), as in the paper (A = twice the model's width). Call `normalise_loudness`
-on whole recordings before `extract_features`, in training and in use alike. Long recordings: `loudness_gain`,
-then `stream_features`, both over chunks of any sizes; the rows equal those of the whole file, and memory does
-not grow with its length. Live sound, whose end nobody knows, is levelled by what was heard so far:
-`streaming_gain` in place of `loudness_gain`.
+Whisper encoder (arXiv 2212.04356), as in the paper (A = twice the model's width). F = num_frames(S). Long
+recordings: `loudness_gain`, then `stream_features`, both over chunks of any sizes; the features equal those
+of the whole file, and memory does not grow with its length. Live sound, whose end is not known, is levelled
+by its past: `streaming_gain` in place of `loudness_gain`.
 """
-
 import functools
 import itertools
 import math
@@ -26,35 +23,35 @@ BINS, N_FFT, STEP = 80, 400, 160  # mel bins, window of 25 ms, hop of 10 ms
 CONTEXT = N_FFT // 2 - STEP // 2  # samples that a frame's mel windows reach beyond the frame, on either side
 MEL_FLOOR, MEL_MEAN, MEL_STD = 1e-4, -1.9, 1.5  # of log10 mel power: measured once, on levelled speech
 WHISPER = "openai/whisper-tiny"
+FEATURE_DIM = {"mel": BINS * SAMPLES_PER_FRAME // STEP, "whisper": 2 * 384}     # of WHISPER: 2 * d_model
 GAIN_HISTORY = 3000  # frames of loudness that streaming_gain remembers
-# the latter for WHISPER; 2 * d_model in general
-FEATURE_DIM = {"mel": BINS * SAMPLES_PER_FRAME // STEP, "whisper": 2 * 384}
 
 
 def num_frames(samples):
-    """Number of video frames, and so of feature rows, of a sound: rounded, at least one."""
+    """Number of video frames, and so of feature vectors, of a sound: rounded, at least one."""
     return max(1, round(samples / SAMPLES_PER_FRAME))
 
 
 def loudness_gain(chunks, target=0.1):
-    """The factor that brings the loud part of a recording to RMS `target`; chunks: iterable of (S_i,)
-    tensors.
+    """Compute the factor that brings the loud part of a recording, an iterable of (S_i,), to RMS `target`.
 
     Loud means within 20 dB of the 95th percentile of 40 ms frames, so pauses do not count. Silence (below -66
     dB of full scale) is left alone, a sound without ups and downs (hum, hiss: under 6 dB between the 10th and
     the 95th percentile) is never raised, and nothing is raised by more than 40 dB.
     """
-    power, rest = array("f"), torch.zeros(0)        # not thousands of small tensors, which scatter the memory
+    power, rest = array("f"), torch.zeros(0)        # thousands of small tensors would fragment the memory
     for chunk in chunks:
         chunk = torch.cat([rest, chunk.detach().float().cpu()])
         complete = len(chunk) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME
         power.extend(chunk[:complete].view(-1, SAMPLES_PER_FRAME).square().mean(1).tolist())
         rest = chunk[complete:].clone()
-    return gain_from_power(torch.tensor([*power, *([rest.square().mean()] if len(rest) else [])]), target)
+    if len(rest):
+        power.append(rest.square().mean())
+    return gain_from_power(torch.tensor(power), target)
 
 
 def gain_from_power(power, target):
-    """The factor of `loudness_gain` from the power of each frame, (n,)."""
+    """Compute the factor of `loudness_gain` from the power of each frame, (n,)."""
     power = power[power > 1e-12]  # digital silence says nothing about the noise floor
     if len(power) == 0:
         return 1.0
@@ -67,12 +64,11 @@ def gain_from_power(power, target):
 
 
 def streaming_gain(chunks, target=0.1):
-    """Live sound, levelled by the past alone: iterable of (S_i,) -> iterator of its frames (FRAME,), the last
-    shorter, each times a gain that does not depend on how the sound was cut.
+    """Level live sound by its past alone: iterable of (S_i,) -> iterator of frames (640,), the last shorter.
 
-    The gain follows the `loudness_gain` of what was heard so far: at first as the mean of it, later within a
-    second upwards and a tenth downwards. So the first words of a quiet voice are still quiet. Two minutes of
-    loudness are kept; whenever they are full, every other frame is forgotten, so that old sound counts ever
+    The gain follows the `loudness_gain` of the past, whatever the chunks: at first as its mean, later within
+    a second upwards and a tenth downwards. So the first words of a quiet voice are still quiet. Two minutes
+    of loudness are kept; whenever they are full, every other frame is dropped, so that old sound counts ever
     less and memory does not grow.
     """
     power, log_gain, held = torch.zeros(0), 0.0, torch.zeros(0)
@@ -89,11 +85,9 @@ def streaming_gain(chunks, target=0.1):
 
 
 def normalise_loudness(wave, target=0.1):
-    """Whole recordings (..., S) -> the same, each scaled by its `loudness_gain`."""
+    """Scale whole recordings (..., S), each by its `loudness_gain`."""
     waves = wave.reshape(-1, wave.shape[-1])
-    gains = torch.tensor([loudness_gain([sound], target) for sound in waves], dtype=wave.dtype,
-                         device=wave.device)
-    return (waves * gains[:, None]).view(wave.shape)
+    return torch.stack([sound * loudness_gain([sound], target) for sound in waves]).view(wave.shape)
 
 
 def mel_filters():
@@ -105,20 +99,18 @@ def mel_filters():
     return torch.minimum((f - left) / (centre - left), (right - f) / (right - centre)).clamp(min=0).float()
 
 
-def mel_rows(wave):
-    """(B, F * FRAME + 2 * CONTEXT) -> (B, F, 320): four log-mel spectra a frame, centred 5, 15, 25, 35 ms
-    into it."""
+def mel_features(wave):
+    """(B, F * 640 + 2 * CONTEXT) -> (B, F, 320): four log-mel spectra a frame, at 5, 15, 25, 35 ms of it."""
     windows = wave.unfold(-1, N_FFT, STEP) * torch.hann_window(N_FFT, device=wave.device)  # (B, 4F, N_FFT)
     power = torch.fft.rfft(windows).abs().square()  # (B, 4F, N_FFT/2+1)
     mel = (power @ mel_filters().to(wave.device)).clamp(min=MEL_FLOOR).log10()  # (B, 4F, BINS)
-    # (B, F, 320)
-    return ((mel - MEL_MEAN) / MEL_STD).unflatten(1, (-1, SAMPLES_PER_FRAME // STEP)).flatten(2)
+    mel = (mel - MEL_MEAN) / MEL_STD
+    return mel.unflatten(1, (-1, SAMPLES_PER_FRAME // STEP)).flatten(2)  # (B, F, 320)
 
 
-def pad_or_trim(wave, count, context):
-    """Cut or zero-pad the end of (..., S), which begins `context` samples early, to `count` frames and
-    context."""
-    return F.pad(wave, (0, count * SAMPLES_PER_FRAME + 2 * context - wave.shape[-1]))
+def pad_or_trim(wave, count):
+    """Cut or zero-pad the end of (..., S), which begins CONTEXT early, to `count` frames and CONTEXT."""
+    return F.pad(wave, (0, count * SAMPLES_PER_FRAME + 2 * CONTEXT - wave.shape[-1]))
 
 
 def stream_mel(chunks):
@@ -129,10 +121,10 @@ def stream_mel(chunks):
         samples += len(chunk)
         ready = (len(held) - 2 * CONTEXT) // SAMPLES_PER_FRAME
         if ready > 0:
-            yield mel_rows(pad_or_trim(held, ready, CONTEXT)[None])[0]
+            yield mel_features(pad_or_trim(held, ready)[None])[0]
             held, done = held[ready * SAMPLES_PER_FRAME:], done + ready
     if held is not None and num_frames(samples) > done:
-        yield mel_rows(pad_or_trim(held, num_frames(samples) - done, CONTEXT)[None])[0]
+        yield mel_features(pad_or_trim(held, num_frames(samples) - done)[None])[0]
 
 
 @functools.lru_cache(maxsize=2)
@@ -143,18 +135,16 @@ def load_whisper(name=WHISPER):
         return WhisperModel.from_pretrained(name).encoder.eval().requires_grad_(False)
     except OSError as error:
         raise InputError(f"cannot load the Whisper model {name!r}: it is neither a folder with config.json "
-                         f"and model.safetensors "
-                         "nor reachable on the hub; to work offline, download it elsewhere and pass the "
-                         "folder's path instead of "
-                         "the id") from error
+                         "and model.safetensors nor reachable on the hub; to work offline, download it "
+                         "elsewhere and pass the folder's path instead of the id") from error
 
 
 @torch.no_grad()
 def stream_whisper(chunks, model=None):
     """Iterable of (S_i,) -> iterator of (n, 2 * d_model); model: hub id, local folder or a loaded encoder.
 
-    The encoder sees fixed windows (30 s). Windows overlap, and only rows at least an eighth of a window away
-    from an inner edge are kept. The encoder gives 50 states a second: two make a row.
+    The encoder sees fixed windows (30 s). Windows overlap, and only frames at least an eighth of a window
+    away from an inner edge are kept. The encoder gives 50 states a second: two for a frame.
     """
     from transformers import WhisperFeatureExtractor
     encoder = model if isinstance(model, torch.nn.Module) else load_whisper(str(model or WHISPER))
@@ -162,27 +152,24 @@ def stream_whisper(chunks, model=None):
     window, margin = positions // 2, positions // 16  # in video frames
     extract = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins, chunk_length=positions // 50)
 
-    def rows(sound):
+    def encode(sound):
         spectrum = extract(sound.cpu().numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
-        weight = encoder.conv1.weight
-        # (1, 2 * window, d_model)
-        states = encoder(spectrum.to(weight.device, weight.dtype)).last_hidden_state
+        states = encoder(spectrum.to(encoder.conv1.weight)).last_hidden_state  # (1, 2 * window, d_model)
         return states.float().unflatten(1, (-1, 2)).flatten(2)[0].to(sound.device)  # (window, 2 * d_model)
 
     held, samples, skip, done = torch.zeros(0), 0, 0, 0
     for chunk in chunks:
         held, samples = torch.cat([held.to(chunk.device), chunk.float()]), samples + len(chunk)
         while len(held) > window * SAMPLES_PER_FRAME:
-            yield rows(held[:window * SAMPLES_PER_FRAME])[skip:window - margin]
+            yield encode(held[:window * SAMPLES_PER_FRAME])[skip:window - margin]
             done += window - margin - skip
             held, skip = held[(window - 2 * margin) * SAMPLES_PER_FRAME:], margin
     if samples and num_frames(samples) > done:
-        yield rows(held)[skip:skip + num_frames(samples) - done]
+        yield encode(held)[skip:skip + num_frames(samples) - done]
 
 
 def stream_features(chunks, kind="mel", model=None):
-    """Iterable of (S_i,) chunks of one levelled recording -> iterator of (n, A): the rows of
-    `extract_features`, in order."""
+    """Iterable of (S_i,) of one levelled recording -> iterator of (n, A), together extract_features' own."""
     if kind not in FEATURE_DIM:
         raise ValueError(f"audio features must be one of {sorted(FEATURE_DIM)}, got {kind!r}")
     return stream_mel(chunks) if kind == "mel" else stream_whisper(chunks, model)
@@ -193,6 +180,6 @@ def extract_features(wave, kind="mel", model=None):
     if wave.ndim != 2 or wave.shape[1] == 0:
         raise ValueError(f"wave must be (B, S) with S > 0, got {tuple(wave.shape)}")
     if kind == "mel":
-        return mel_rows(pad_or_trim(F.pad(wave.float(), (CONTEXT, 0)), num_frames(wave.shape[1]), CONTEXT))
-    # (B, F, A)
-    return torch.stack([torch.cat(list(stream_features([sound], kind, model))) for sound in wave])
+        return mel_features(pad_or_trim(F.pad(wave.float(), (CONTEXT, 0)), num_frames(wave.shape[1])))
+    features = [torch.cat(list(stream_features([sound], kind, model))) for sound in wave]
+    return torch.stack(features)  # (B, F, A)

@@ -31,8 +31,7 @@ def output_size(width, height, side, size):
 
 
 def edge_window(size, border, still=1):
-    """(size, size) float32: 0 in the outer `still` cells, 1 from the share `border` of the side inwards, a
-    raised cosine between them."""
+    """(size, size) float32: 0 in the outer `still` cells, a ramp, 1 from the share `border` inwards."""
     cells = np.arange(size)
     depth = (np.minimum(cells, size - 1 - cells) + 1 - still) / max(1.0, border * size - still)
     ramp = 0.5 - 0.5 * np.cos(np.pi * depth.clip(0, 1))
@@ -40,7 +39,7 @@ def edge_window(size, border, still=1):
 
 
 class Composer:
-    """Made once a photo; frame() composes each picture of the model into it.
+    """Made once for a photo; frame() composes each picture of the model into it.
 
     photo: (H, W, 3) uint8 at output size; square: the face in it; border: the share of the square's side
     within which all change fades out, so that the edge of the square is the photo itself.
@@ -61,7 +60,7 @@ class Composer:
         self.source = cv2.warpAffine(source, to_photo, size, flags=cv2.INTER_LANCZOS4 | cv2.WARP_INVERSE_MAP,
                                      borderMode=cv2.BORDER_REPLICATE)
         x, y = np.meshgrid(np.arange(left, right), np.arange(top, bottom))
-        self.places = (FINE * np.stack([x - x0, y - y0], axis=-1)).astype(np.float32)          # (h, w, 2)
+        self.grid = (FINE * np.stack([x - x0, y - y0], axis=-1)).astype(np.float32)          # (h, w, 2)
 
     @property
     def size(self):
@@ -85,12 +84,14 @@ class Composer:
         return self.enlarge(cv2.resize(x, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC))
 
     def move(self, field):
-        """The bounding box (h, w, 3) uint8 with the photo's pixels moved by a field (n, n, 2): displacements
-        x, y in halves of the square. The square's edge stands still."""
+        """The bounding box (h, w, 3) uint8 with the photo's pixels moved by a field (n, n, 2).
+
+        Its displacements x, y are in halves of the square, whose edge does not move.
+        """
         c, s = np.cos(self.square.angle), np.sin(self.square.angle)
         to_source = np.array([[c, s], [-s, c]], np.float32) * (FINE * self.square.side / 2)
         displacement = self.enlarge((field * self.window(len(field), 1)) @ to_source)          # (h, w, 2)
-        return cv2.remap(self.source, cv2.add(self.places, displacement), None, cv2.INTER_LINEAR,
+        return cv2.remap(self.source, cv2.add(self.grid, displacement), None, cv2.INTER_LINEAR,
                          borderMode=cv2.BORDER_REPLICATE)
 
     def frame(self, low, moved, alpha, field):
@@ -128,11 +129,13 @@ class Composer:
 
 
 def load_composer(image, square, size, crop=False):
-    """Composer for a PIL photo and the Square of its face; the video's long side is at most `size`. crop: it
-    shows the square alone, upright."""
+    """Make the Composer of a PIL photo and the Square of its face; the video's long side is at most `size`.
+
+    crop: it shows the square alone, upright.
+    """
     if crop:
-        side, _ = output_size(square.side, square.side, square.side, size)
-        return Composer(crop_square(image, square, side), Square(side / 2, side / 2, side))
+        width, _ = output_size(square.side, square.side, square.side, size)
+        return Composer(crop_square(image, square, width), Square(width / 2, width / 2, width))
     width, height = output_size(*image.size, square.side, size)
     fx, fy = width / image.width, height / image.height
     square = Square(square.cx * fx, square.cy * fy, square.side * (fx * fy) ** 0.5, square.angle)

@@ -7,16 +7,16 @@ the top of the forehead to the chin, the centre is the midpoint of the two, the 
 found by the cascades in OpenCV's wheel (Viola and Jones 2001), or by YuNet where its file is given.
 """
 import os
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import chain, islice
 
 import cv2
 import numpy as np
 
 from media.files import InputError
-from media.image import from_uint8, square_box
+from media.image import from_uint8
 from media.sound import FPS
-from media.video import square_pixel_frames
+from media.video import read_frames
 
 YUNET = "face_detection_yunet_2023mar.onnx"
 SEARCH_SIZE = 640                # pixels of the long side of the picture in which faces are searched
@@ -28,14 +28,16 @@ YUNET_SIDE, YUNET_DOWN = 2.15, 0.48
 EYE_DISTANCE = (0.32, 0.6)       # plausible distance of two eyes, by the side of the cascade's box
 MAX_SLOPE = np.deg2rad(23)       # a pair of eyes that slopes more is not a pair
 TILTS = (0, 25, -25)             # degrees by which the picture is turned when no upright face is found
-DETECT_EVERY = 5                   # faces of a video are searched in one frame of so many
+DETECT_EVERY = 5                 # faces of a video are searched in one frame of so many
 FACE_BOX = (0.22, 0.08, 0.78, 0.85)     # left, top, right, bottom of YuNet's box, by the square's side
 
 
 @dataclass(frozen=True)
 class Square:
-    """A square in a picture. Centre and side in pixels, pixel k covering k to k + 1; angle of the upper edge
-    in radians, positive where it falls to the right."""
+    """A square in a picture: centre and side in pixels, pixel k covering k to k + 1.
+
+    angle: of the upper edge, in radians, positive where it falls to the right.
+    """
     cx: float
     cy: float
     side: float
@@ -81,9 +83,9 @@ class Cascades:
             pair = []
             for left in (24, 74):                          # left and right half of the face, overlapping
                 part = patch[40:100, left:left + 70]
-                found, votes = cascade.detectMultiScale2(part, 1.05, 2, minSize=(18, 18), maxSize=(56, 56))
-                if len(found):
-                    ex, ey, ew, eh = found[int(np.argmax(votes))]
+                boxes, votes = cascade.detectMultiScale2(part, 1.05, 2, minSize=(18, 18), maxSize=(56, 56))
+                if len(boxes):
+                    ex, ey, ew, eh = boxes[int(np.argmax(votes))]
                     pair.append((left + ex + ew / 2, 40 + ey + eh / 2, ew))
             if len(pair) < 2:
                 continue
@@ -176,21 +178,22 @@ def frame_photo(image, detector, number=None, name="the photo"):
         return middle_square(*image.size), f"no face found in {name}; the middle of the picture is used"
     square = largest(faces) if number is None else faces[number - 1][0]
     if number is None and len(faces) > 1:
-        place = [face[0] for face in faces].index(square) + 1
-        largest_is = f"the largest, number {place} from the left, is used"
-        return square, f"{len(faces)} faces found in {name}; {largest_is}"
+        position = [face[0] for face in faces].index(square) + 1
+        used = f"the largest, number {position} from the left, is used"
+        return square, f"{len(faces)} faces found in {name}; {used}"
     return square, None
 
 
 def frame_video(path, size, detector):
-    """The face of a driving video -> (iterator of (3, size, size) float in [-1, 1], 25 a second; a sentence
-    for the user or None). One Square for all frames: the median of the first second. Raises InputError."""
-    images = square_pixel_frames(path)
+    """Frame the face of a driving video -> (iterator of (3, size, size) in [-1, 1], a note or None).
+
+    25 frames a second. One Square for all frames: the median of the first second. Raises InputError.
+    """
+    images = read_frames(path)
     first = list(islice(images, FPS))
-    squares = [largest(find_faces(detector, image)) for image in first[::DETECT_EVERY]]
-    squares = [square for square in squares if square]
-    square = median_square(squares) if squares else middle_square(*first[0].size)
-    note = None if squares else f"no face found at the start of {path}; the middle of the picture is used"
+    faces = [face for image in first[::DETECT_EVERY] if (face := largest(find_faces(detector, image)))]
+    square = median_square(faces) if faces else middle_square(*first[0].size)
+    note = None if faces else f"no face found at the start of {path}; the middle of the picture is used"
 
     def crops():
         last, crop = None, None
@@ -203,27 +206,34 @@ def frame_video(path, size, detector):
 
 
 def middle_square(width, height):
-    """The Square of a picture in which no face is found: its middle, of a tall one the upper part."""
-    left, top, right, bottom = square_box(width, height)
-    return Square((left + right) / 2, (top + bottom) / 2, right - left)
+    """The Square of a picture in which no face is found: its middle, of a tall one the upper part.
+
+    A tenth of what is cut lies above, the rest below: heads sit there.
+    """
+    side = min(width, height)
+    return Square(width / 2, (height - side) / 10 + side / 2, side)
 
 
-def median_square(squares):
+def median_square(faces):
     """The median of Squares, number by number."""
-    return Square(*np.median([(s.cx, s.cy, s.side, s.angle) for s in squares], axis=0).tolist())
+    return Square(*np.median([astuple(square) for square in faces], axis=0).tolist())
 
 
 def square_matrix(square, size):
-    """The (2, 3) matrix from places (x, y) of the picture to places of a crop of size x size pixels. Both are
-    counted as in cv2: pixel k has its centre at k."""
+    """The (2, 3) matrix from points (x, y) of the picture to points of a crop of size x size pixels.
+
+    Both are counted as in cv2: pixel k has its centre at k.
+    """
     c, s, scale = np.cos(square.angle), np.sin(square.angle), size / square.side
     turn = scale * np.array([[c, s], [-s, c]])
     return np.column_stack([turn, (size - 1) / 2 - turn @ (square.cx - 0.5, square.cy - 0.5)])
 
 
 def crop_square(image, square, size):
-    """Cut the Square of a picture, PIL or (H, W, 3) uint8, upright -> (size, size, 3) uint8. Outside of the
-    picture its edge is repeated."""
+    """Cut the Square of a picture, PIL or (H, W, 3) uint8, upright -> (size, size, 3) uint8.
+
+    Outside of the picture its edge is repeated.
+    """
     pixels, shrink = np.asarray(image), square.side / size
     if shrink > 2:                                         # first to twice the resolution wanted, by area
         height, width = pixels.shape[:2]

@@ -5,7 +5,8 @@ what would be right.
 """
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import av
 
@@ -39,10 +40,11 @@ def check_file(path, wanted):
         raise InputError(f"{path} is empty (0 bytes); give {wanted}")
 
 
-# ------------------------------------------------------------------------------------------------------ sound
+# ---- sound and video ---------------------------------------------------------------------------------------
+
 @contextmanager
 def open_media(path, wanted):
-    """libav on a local file; nothing but MEDIA_FORMATS in files may be opened by it. Raises InputError."""
+    """Open a local file by libav, which may open nothing but MEDIA_FORMATS in files. Raises InputError."""
     check_file(path, wanted)
     try:
         options = {"format_whitelist": MEDIA_FORMATS, "protocol_whitelist": "file"}
@@ -55,9 +57,9 @@ def open_media(path, wanted):
 
 def picture_stream(container):
     """The first real video stream that can be decoded, or None; the cover picture of a song is no video."""
-    covers = av.stream.Disposition.attached_pic
-    return next((stream for stream in container.streams.video if stream.codec_context
-                 and not stream.disposition & covers), None)
+    cover = av.stream.Disposition.attached_pic
+    streams = (stream for stream in container.streams.video if not stream.disposition & cover)
+    return next((stream for stream in streams if stream.codec_context), None)
 
 
 def sound_stream(container):
@@ -66,14 +68,11 @@ def sound_stream(container):
 
 
 def decode_stream(container, stream):
-    """Frames of a stream in order. What is damaged is skipped; check_not_truncated tells how much was
-    lost."""
+    """Yield the frames of a stream in order. Damaged ones are left out; see check_not_truncated."""
     try:
         for packet in container.demux(stream):
-            try:
+            with suppress(av.error.InvalidDataError):
                 yield from packet.decode()
-            except av.error.InvalidDataError:
-                continue
     except (av.FFmpegError, OSError):                             # the file breaks off here
         return
 
@@ -85,15 +84,16 @@ def check_not_truncated(path, container, stream, seconds):
         with open(path, "rb") as file:
             head = file.read(8)
         size = int.from_bytes(head[4:], "little") if head[:4] == b"RIFF" else 0
-        # endless streams write such numbers
-        promised *= size / os.path.getsize(path) if size < 0x7FFF0000 else 0
+        promised *= size / os.path.getsize(path) if size < 0x7FFF0000 else 0         # endless streams: more
     if name.startswith(("wav", "flac", "mov")) and seconds < 0.9 * promised - 0.1:
-        raise InputError(f"{path} is cut off: only {seconds:.1f} s of {promised:.1f} s can be read; copy it "
-                         f"again")
+        part = f"only {seconds:.1f} s of {promised:.1f} s can be read"
+        raise InputError(f"{path} is cut off: {part}; copy it again")
 
+
+# ---- writing -----------------------------------------------------------------------------------------------
 
 def disk_fault(path):
-    """The OSError of adding a megabyte to a file, or None."""
+    """Try to add a megabyte to a file -> the OSError of that, or None."""
     try:
         with open(path, "ab") as file:
             file.write(bytes(2**20))
@@ -111,23 +111,26 @@ def printable(path):
 
 @contextmanager
 def atomic_write(path, suffix="", make_folder=False):
-    """A temporary file beside `path`, moved to it at the end of `with`. After an exception it is removed and
-    `path` keeps what it held. An output that cannot be written is refused before any work: InputError.
+    """Give a temporary file beside `path`, moved to it at the end of `with`.
 
-    suffix: how the name must end. make_folder: make the folder it is in, if there is none."""
+    After an exception it is removed and `path` keeps what it held. An output that cannot be written is
+    refused before any work: OutputError. suffix: how the name must end. make_folder: make its folder.
+    """
     path = os.fspath(path)
     folder, name = os.path.split(os.path.abspath(path))
+
+    def refusal(error):
+        return OutputError(f"{path} cannot be written: {error.strerror or error}; choose another place")
+
     if not name.lower().endswith(suffix):
         raise OutputError(f"{path} cannot be written: give a name that ends in {suffix}")
     if make_folder:
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose "
-                              f"another place") from None
+            raise refusal(error) from None
     if not os.path.isdir(folder):
-        raise OutputError(f"{path} cannot be written: there is no folder {folder}; make it first or choose "
-                          f"another")
+        raise OutputError(f"{path} cannot be written: there is no folder {folder}; make it first")
     if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
         raise OutputError(f"{path} cannot be written: it is a folder or protected; choose another name")
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.part")
@@ -140,14 +143,12 @@ def atomic_write(path, suffix="", make_folder=False):
         os.chmod(temporary, mode)                       # safetensors writes files that only their owner reads
         os.replace(temporary, path)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose "
-                          f"another place") from None
+        raise refusal(error) from None
     except InputError:
         raise
     except Exception as error:              # torch, safetensors and libsndfile tell a full disk in their ways
         if fault := disk_fault(temporary):
-            raise OutputError(f"{path} cannot be written: {fault.strerror or fault}; choose "
-                              f"another place") from error
+            raise refusal(fault) from error
         raise
     finally:
         if os.path.exists(temporary):
@@ -167,8 +168,7 @@ def read_lines(path):
 
 
 def write_lines(path, rows):
-    """dicts -> a .jsonl file, complete or absent. Bytes of file names that are not UTF-8 become JSON's
-    escapes."""
-    with atomic_write(path, ".jsonl") as temporary, open(temporary, "w", encoding="utf-8",
-                                                         errors="backslashreplace") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in rows)
+    """dicts -> a .jsonl file, complete or absent. Bytes of names that are not UTF-8 become JSON's escapes."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in rows)
+    with atomic_write(path, ".jsonl") as temporary:
+        Path(temporary).write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -1,7 +1,4 @@
-"""Photos: any picture file -> (3, size, size) in [-1, 1], and back to bytes.
-
-    photo --load_image--> (3, size, size) in [-1, 1]
-"""
+"""Photos: any picture file -> a PIL picture in RGB; bytes <-> numbers in [-1, 1]."""
 import io
 import warnings
 
@@ -18,26 +15,8 @@ IMAGE_WANTED = "a jpg, png or webp picture"
 BACKDROP = (128, 128, 128)  # what shows through a transparent picture
 
 
-# --------------------------------------------------------------------------------------------------- pictures
-def square_box(width, height, aspect=1.0):
-    """The square to keep, (left, top, right, bottom) in pixels: the middle of a wide picture, the upper part
-    of a tall one (a tenth of what is cut lies above, the rest below: heads sit there). aspect: a pixel's
-    width by its height."""
-    side = min(width * aspect, height)
-    left, top = (width - side / aspect) / 2, (height - side) / 10
-    return left, top, left + side / aspect, top + side
-
-
-def to_tensor(image, size, aspect=1.0):
-    """RGB picture -> (3, size, size) float in [-1, 1]: cropped to a square, scaled by Lanczos with
-    anti-aliasing."""
-    image = image.resize((size, size), Image.Resampling.LANCZOS, box=square_box(*image.size, aspect))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1      # (3, H, W)
-
-
 def to_rgb(image):
-    """Any PIL mode -> RGB: wide numbers scaled to 8 bits, colour profiles applied, transparency over
-    BACKDROP."""
+    """Any PIL mode -> RGB: 16 bits scaled to 8, colour profiles applied, transparency over BACKDROP."""
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
         if image.mode.startswith("I;") or grey.max() > 255:   # "I" holds 16-bit grey, or 8 bits in wide cells
@@ -58,8 +37,10 @@ def to_rgb(image):
 
 
 def open_image(path, least=None):
-    """A picture file -> PIL picture, upright, opaque, RGB. Raises InputError. least: a jpeg larger than that
-    is decoded at a half, a quarter or an eighth of its size."""
+    """A picture file -> PIL picture, upright, opaque, RGB. Raises InputError.
+
+    least: a jpeg of twice this size or more is decoded at a half, a quarter or an eighth of its size.
+    """
     check_file(path, IMAGE_WANTED)
     try:
         with warnings.catch_warnings():
@@ -67,17 +48,17 @@ def open_image(path, least=None):
             Image.init()
             image = Image.open(path, formats=[kind for kind in IMAGE_FORMATS if kind in Image.OPEN])
     except Image.DecompressionBombError:
-        raise InputError(f"{path} claims more than {MAX_PIXELS // 10**6} megapixels; give a "
-                         f"smaller picture") from None
+        most = f"{MAX_PIXELS // 10**6} megapixels"
+        raise InputError(f"{path} claims more than {most}; give a smaller picture") from None
     except Exception:                                          # each of Pillow's readers fails in its own way
         raise InputError(f"{path} is not a picture that can be read; give {IMAGE_WANTED}") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise InputError(f"{path} is {width}x{height}, above {MAX_PIXELS // 10**6} megapixels; give a "
-                         f"smaller picture")
+        most = f"{MAX_PIXELS // 10**6} megapixels"
+        raise InputError(f"{path} is {width}x{height}, above {most}; give a smaller picture")
     if min(width, height) < MIN_SIDE:
-        raise InputError(f"{path} is {width}x{height} pixels; give a picture of at least "
-                         f"{MIN_SIDE}x{MIN_SIDE}")
+        least = f"{MIN_SIDE}x{MIN_SIDE}"
+        raise InputError(f"{path} is {width}x{height} pixels; give a picture of at least {least}")
     with image:
         try:
             if least:
@@ -89,18 +70,11 @@ def open_image(path, least=None):
                 pass
             return to_rgb(image)
         except Exception:
-            raise InputError(f"{path} is a damaged or cut-off picture; copy it again or "
-                             f"give another") from None
-
-
-def load_image(path, size):
-    """A picture file -> (3, size, size) float in [-1, 1]: upright, opaque, square (square_box). Raises
-    InputError."""
-    return to_tensor(open_image(path, 2 * size), size)
+            raise InputError(f"{path} is a damaged or cut-off picture; copy it again") from None
 
 
 def to_uint8(x):
-    """Numbers of pictures in [-1, 1], any shape, clipped to it -> whole numbers 0..255, uint8."""
+    """Numbers in [-1, 1], any shape, clipped to it -> whole numbers 0..255, uint8."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 

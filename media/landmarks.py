@@ -16,12 +16,10 @@ import sys
 import numpy as np
 
 FACTORS = ("opening", "width", "lid_left", "lid_right", "yaw", "pitch", "roll", "brow", "corner", "furrow")
-# Usual difference of two frames of a clip, per factor (median over clips), and what mirroring the picture
-# does to a factor.
+# Usual difference of two frames of a clip (median over clips); what mirroring a picture does to the factors.
 SCALE = (0.023, 0.019, 0.040, 0.040, 0.070, 0.062, 0.039, 0.0104, 0.0088, 0.0053)
 MIRROR, SIGN = (0, 1, 3, 2, 4, 5, 6, 7, 8, 9), (1, 1, 1, 1, -1, 1, -1, 1, 1, 1)
-# Ellipses (x, y, half width, half height) of mouth, eyes and face in the tight square, in [-1, 1]: medians of
-# real clips.
+# Ellipses (x, y, half width, half height) of mouth, eyes and face in [-1, 1] of the square: medians of clips.
 USUAL = ((0.0, 0.33, 0.27, 0.17), (-0.25, -0.25, 0.15, 0.095), (0.25, -0.25, 0.15, 0.095),
          (0.0, 0.0, 0.59, 0.78))
 
@@ -31,8 +29,10 @@ def distance(points, a, b):
 
 
 def read_factors(points):
-    """Compute FACTORS from mesh points (F, 468, 3) in pixels, x right, y down -> (F, 10): lengths as shares
-    of forehead to chin or of the eye's width, angles in radians."""
+    """Compute FACTORS from mesh points (F, 468, 3) in pixels, x right, y down -> (F, 10).
+
+    Lengths are shares of forehead to chin or of the eye's width, angles are in radians.
+    """
     flat, face = points[..., :2], distance(points, 10, 152)
     eyes = flat[:, 263] - flat[:, 33]
     roll = np.arctan2(eyes[:, 1], eyes[:, 0])
@@ -51,24 +51,25 @@ def read_factors(points):
 
 
 def ellipses(points, size):
-    """Compute the ellipses of mouth, left and right eye, face from mesh points (F, 468, 3) in pixels of a
-    square of `size` -> (F, 4, 4): x, y, half width, half height in [-1, 1] of the square."""
+    """Compute the ellipses of mouth, left and right eye, face from mesh points (F, 468, 3) in pixels.
+
+    size: of the square -> (F, 4, 4): x, y, half width, half height in [-1, 1] of the square.
+    """
     p = points[..., :2] / size * 2 - 1
     wide, high = distance(p, 61, 291) / 2, distance(p, 0, 17) / 2
     mouth = [p[:, [0, 13, 14, 17, 61, 291]].mean(1), 1.35 * wide, 1.35 * high + 0.25 * wide]
-    eyes = [[(p[:, a] + p[:, b]) / 2, 0.675 * distance(p, a, b), 0.425 * distance(p, a, b)] for a,
-            b in ((33, 133), (362, 263))]
+    eyes = [[(p[:, a] + p[:, b]) / 2, 0.675 * distance(p, a, b), 0.425 * distance(p, a, b)]
+            for a, b in ((33, 133), (362, 263))]
     face = [(p[:, 10] + p[:, 152]) / 2, 0.54 * distance(p, 234, 454), 0.56 * distance(p, 10, 152)]
     return np.stack([np.column_stack(part) for part in (mouth, *eyes, face)], axis=1)
 
 
 def read_clip(path, mesh_class):
-    """Track the mesh through a clip -> points (F, 468, 3) in pixels, nan where no face; side of the clip's
-    square."""
+    """Track the mesh through a clip -> points (F, 468, 3) in pixels, nan where no face; size of the clip."""
     import av
     points = []
-    with mesh_class(max_num_faces=1, min_detection_confidence=0.4) as mesh, av.open("file:"
-        + path) as container:
+    mesh = mesh_class(max_num_faces=1, min_detection_confidence=0.4)
+    with mesh, av.open(f"file:{path}") as container:
         for frame in container.decode(video=0):
             image = frame.to_ndarray(format="rgb24")
             faces = mesh.process(image).multi_face_landmarks

@@ -25,8 +25,10 @@ class Pixel:
 
 
 class StableDiffusion:
-    """(B, 3, H, W) in [-1, 1] <-> (B, 4, H/8, W/8), scaled to about unit variance. Frozen; one picture at a
-    time bounds its memory; in bf16 on GPUs."""
+    """(B, 3, H, W) in [-1, 1] <-> (B, 4, H/8, W/8), scaled to about unit variance.
+
+    Frozen; one picture at a time bounds its memory; in bf16 on GPUs.
+    """
 
     channels, factor = 4, 8
 
@@ -40,15 +42,16 @@ class StableDiffusion:
             self.vae = kind.from_pretrained(source, torch_dtype=dtype).to(device).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
             raise InputError(f"cannot load the autoencoder {source!r}: download it once on a machine with "
-                             f"internet, or "
-                             "give the path of a local folder that holds it") from error
+                             "internet, or give the path of a local folder that holds it") from error
         self.scale = self.vae.config.scaling_factor        # 0.18215; 1 of the twin, whose latents come scaled
         self.vae.enable_slicing()
 
     @torch.no_grad()
     def encode(self, images):
-        """The mean of the posterior, for photo, target and motion alike (ours; the paper does not say): a
-        sample would add noise that no motion explains."""
+        """Compute the mean of the posterior (ours; the paper does not say).
+
+        A sample would add noise that no motion explains.
+        """
         z = self.vae.encode(images.to(self.vae.dtype))
         return ((z.latents if self.tiny else z.latent_dist.mean) * self.scale).float()
 

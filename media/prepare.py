@@ -43,7 +43,7 @@ from media.face import (
 )
 from media.files import InputError, OutputError, printable, read_lines, write_lines
 from media.sound import FPS, SAMPLES_PER_FRAME, audio_chunks, has_audio
-from media.video import VideoWriter, square_pixel_frames
+from media.video import VideoWriter, read_frames
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".ts", ".wmv",
                  ".flv", ".3gp")
@@ -101,7 +101,7 @@ def split_of(identity):
 def scan_video(path, detector):
     """First pass -> number of frames, first frames of new scenes, faces {frame: Square or None}, size."""
     last, cuts, faces, size, n = None, [], {}, None, 0
-    for n, image in enumerate(square_pixel_frames(path), 1):
+    for n, image in enumerate(read_frames(path), 1):
         size = size or image.size
         small = np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32)
         if last is not None and np.abs(small - last).mean() > SCENE_THRESHOLD:
@@ -224,7 +224,7 @@ def write_clips(path, scenes, kept, out, size):
     """Second pass: write a clip for each of the scenes [(first frame, frames)] that has a manifest row."""
     if not kept:
         return
-    rows, images = {round(record["start"] * FPS): record for record in kept}, square_pixel_frames(path)
+    rows, images = {round(record["start"] * FPS): record for record in kept}, read_frames(path)
     sounds = split_audio(path, scenes) if kept[0]["sound"] else [None] * len(scenes)
     for (start, count), audio in zip(scenes, sounds, strict=True):
         if start not in rows:

@@ -27,7 +27,7 @@ from media.files import (
 
 FPS = 25                                   # frames per second of every video here
 SAMPLE_RATE = 16000                        # samples per second of every sound here
-SAMPLES_PER_FRAME = SAMPLE_RATE // FPS                 # samples per video frame
+SAMPLES_PER_FRAME = SAMPLE_RATE // FPS
 LAYOUTS = {1: "mono", 2: "stereo"}
 
 
@@ -49,8 +49,7 @@ def samples_to_float(frame):
 
 
 def decode_audio(path):
-    """Sound of a file, in blocks: yields ((channels, n) float32, rate). Raises InputError, at the end at the
-    latest.
+    """Yield the sound of a file in blocks: (channels, n) float32, rate. Raises InputError, maybe at the end.
 
     In a video, silence fills what its timestamps leave open, so that sample 0 belongs to the first picture.
     """
@@ -64,11 +63,11 @@ def decode_audio(path):
             x, rate = samples_to_float(frame), frame.sample_rate
             if not np.isfinite(x).all():
                 raise InputError(f"{path} holds NaN or infinite samples; export it again as 16-bit wav")
-            late = 0 if zero is None or frame.time is None else round((frame.time - float(zero))
-                                                                      * rate) - given
+            late = 0                                                # samples missing before this block
+            if zero is not None and frame.time is not None:
+                late = round((frame.time - float(zero)) * rate) - given
             drop = max(0, -late) if drop is None else drop
-            # less is jitter of the timestamps
-            if 0 < late < MAX_GAP * rate and (given == 0 or late > 0.1 * rate):
+            if 0 < late < MAX_GAP * rate and (given == 0 or late > 0.1 * rate):      # less: timestamps jitter
                 yield np.zeros((len(x), late), np.float32), rate
                 given += late
             cut = min(drop, x.shape[1])
@@ -81,8 +80,7 @@ def decode_audio(path):
 
 
 def resample(blocks, rate, channels):
-    """Blocks of ((C, n), their rate) -> tensors (m, channels) at `rate`; other channel counts become their
-    mean."""
+    """Blocks ((C, n), their rate) -> tensors (m, channels) at `rate`; other channel counts are averaged."""
     source, resampler = None, None
     for x, new in chain(blocks, [(None, None)]):
         frames = []
@@ -104,8 +102,7 @@ def sound_frame(x, rate, pts=None):
 
 
 def rechunk(blocks, n):
-    """Iterable of tensors (any, ...) -> iterator of (n, ...), cut and joined in order; the last is
-    shorter."""
+    """Iterable of tensors (any, ...) -> iterator of (n, ...), in order; the last is shorter."""
     held = None
     for block in blocks:
         held = block if held is None else torch.cat([held, block])
@@ -117,16 +114,17 @@ def rechunk(blocks, n):
 
 
 def audio_chunks(path, seconds=1.0):
-    """Sound of a file as (S,) float32 pieces of `seconds` (the last is shorter), 16 kHz mono; memory does not
-    grow."""
+    """Read a sound file as (S,) float32 chunks of `seconds` (the last is shorter), 16 kHz mono."""
     for chunk in rechunk(resample(decode_audio(path), SAMPLE_RATE, 1), round(seconds * SAMPLE_RATE)):
         yield chunk[:, 0].clone()                                                                       # (S,)
 
 
 def pcm_chunks(pipe, name="stdin"):
-    """Raw sound, 16-bit little-endian mono at 16 kHz, as it arrives on an open binary file -> (S,) float32
-    pieces of any size; a read waits for no more than there is. Raises InputError, at the end of the sound,
-    for half a sample or under 0.1 s."""
+    """Raw sound, 16-bit little-endian mono at 16 kHz, as it arrives on an open binary file -> (S,) float32.
+
+    A read waits for no more than there is. Raises InputError at the end of the sound, if it is shorter than
+    0.1 s or ends within a sample.
+    """
     wanted, given, half = "signed 16-bit little-endian PCM, mono, 16 kHz, 0.1 s or more", 0, b""
     while data := pipe.read1(SAMPLE_RATE):                                                  # 0.5 s at most
         given, data = given + len(data), half + data
@@ -143,20 +141,18 @@ def pcm_chunks(pipe, name="stdin"):
 
 
 def load_audio(path):
-    """A whole sound file -> (S,) float32, 16 kHz mono (the mean of the channels, not levelled). Raises
-    InputError."""
+    """A whole sound file -> (S,) float32, 16 kHz mono, the mean of the channels. Raises InputError."""
     return torch.cat(list(audio_chunks(path)))
 
 
 def probe_audio(path):
-    """One pass over a sound file, nothing kept -> rate, channels, gain. Raises InputError for what is
-    unusable.
+    """Read through a sound file, keeping nothing -> rate, channels, gain. Raises InputError.
 
     gain: what the written sound is multiplied by. Peaks above full scale are brought down to it; the mean of
     more than two channels is brought up to the peak of the loudest of them.
     """
     rate, channels, peak, mixed = 0, 0, 1e-9, 1e-9
-    for x, here in decode_audio(path):
-        rate, channels = rate or here, channels or len(x)
+    for x, block_rate in decode_audio(path):
+        rate, channels = rate or block_rate, channels or len(x)
         peak, mixed = max(peak, float(np.abs(x).max())), max(mixed, float(np.abs(x.mean(0)).max()))
     return rate, channels, min(1.0, peak) / (mixed if channels > 2 else peak)

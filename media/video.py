@@ -1,6 +1,6 @@
 """Video: any file -> frames at 25 a second, and frames with sound -> mp4.
 
-    video --read_video--> (3, size, size) in [-1, 1] at 25 fps, by timestamp
+    video --read_frames--> PIL pictures at 25 fps, by timestamp
     frames + sound --VideoWriter--> H.264 + AAC mp4: a file, complete or absent, or a stream of fragments
 """
 import sys
@@ -23,7 +23,7 @@ from media.files import (
     open_media,
     picture_stream,
 )
-from media.image import MIN_SIDE, to_tensor
+from media.image import MIN_SIDE
 from media.sound import FPS, LAYOUTS, SAMPLE_RATE, decode_audio, probe_audio, rechunk, resample, sound_frame
 
 PROVENANCE = "AI-generated video: made by SeMo from one photo; not a recording of a real event."
@@ -31,8 +31,9 @@ LARGE = 512 * 512          # pixels of a picture
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
+
 def to_upright_rgb(frame, aspect):
-    """Turn a decoded frame upright and into RGB -> (PIL image, a pixel's width by its height).
+    """Turn a decoded frame whose pixels are `aspect` times as wide as high into an upright PIL picture.
 
     Of an interlaced frame every other line is kept: both fields in one picture show a moving mouth twice.
     """
@@ -43,11 +44,12 @@ def to_upright_rgb(frame, aspect):
     image, turns = Image.fromarray(pixels), round(frame.rotation / 90) % 4
     if turns:
         image = image.transpose(getattr(Image.Transpose, f"ROTATE_{90 * turns}"))
-    return image, 1 / aspect if turns % 2 else aspect
+    aspect = 1 / aspect if turns % 2 else aspect
+    return image if aspect == 1 else image.resize((max(1, round(image.width * aspect)), image.height))
 
 
 def read_frames(path):
-    """Pictures of a video as to_upright_rgb() gives them, 25 a second: (image, aspect). Raises InputError.
+    """Read a video as PIL pictures, 25 a second; the same object where one is shown again. Raises InputError.
 
     At each 1/25 s the frame nearest in time, so that 30 fps and variable rates keep their speed.
     """
@@ -84,29 +86,6 @@ def read_frames(path):
         end = last + min(step, 1.0) - zero
         check_not_truncated(path, container, stream, end)
         yield from [shown] * max(count == 0, round(end * FPS) - count)
-
-
-def square_pixel_frames(path):
-    """Read a video as PIL images with square pixels, 25 a second; the same object for one shown again."""
-    last, image = None, None
-    for frame, aspect in read_frames(path):
-        if frame is not last:
-            last = frame
-            width = max(1, round(frame.width * aspect))
-            image = frame if aspect == 1 else frame.resize((width, frame.height))
-        yield image
-
-
-def read_video(path, size):
-    """Read a video as (3, size, size) float in [-1, 1], 25 a second, upright and square (square_box).
-
-    Raises InputError.
-    """
-    last, tensor = None, None
-    for image, aspect in read_frames(path):
-        if image is not last:                                     # slow videos show a picture more than once
-            last, tensor = image, to_tensor(image, size, aspect)
-        yield tensor
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -186,7 +165,7 @@ class VideoWriter:
         if self.size[0] % 2 or self.size[1] % 2:
             raise ValueError(f"size {size}: yuv420p needs even numbers")
         self.output = Mp4Stream(path) if hasattr(path, "write") else Mp4File(path)
-        self.path, self.sound, self.comment, self.keyframes, self.frames = path, sound, comment, keyframes, 0
+        self.sound, self.comment, self.keyframes, self.frames = sound, comment, keyframes, 0
 
     def __enter__(self):
         with ExitStack() as stack:

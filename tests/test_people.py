@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from test_image import read_video
 
 from media.sound import FPS
-from media.video import read_video
 from world import people
 from world.people import HELD_OUT, consecutive_frames, random_clip, random_motion, random_pairs, render_clip
 from world.render import IDENTITY, MOTION, POSE, random_identity, render

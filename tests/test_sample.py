@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from test_image import read_video
 
 import sample
 from decoder import Decoder, DecoderConfig
@@ -29,7 +30,7 @@ from media.compose import load_composer
 from media.files import InputError
 from media.image import from_uint8, open_image
 from media.sound import has_audio, load_audio
-from media.video import VideoWriter, read_video
+from media.video import VideoWriter
 from media.weights import save_weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

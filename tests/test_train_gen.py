@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from test_image import read_video
 from test_train_ae import same, state
 
 import flow
@@ -22,7 +23,6 @@ from generator import Generator, GeneratorConfig
 from media import audio_features, prepare
 from media.latents import Pixel
 from media.sound import load_audio
-from media.video import read_video
 from media.weights import save_weights
 from sample import load_models
 from world.people import HELD_OUT, random_clip, random_moods

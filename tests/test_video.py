@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_image import BLUE, ORANGE, colour, refused
+from test_image import BLUE, ORANGE, colour, read_video, refused
 from test_sound import check_sine, sine
 
 from media.sound import has_audio, load_audio
-from media.video import VideoWriter, read_video
+from media.video import VideoWriter
 
 torch.set_num_threads(1)
 
 
-# ------------------------------------------------------------------------------------------------------ video
 def save_video(path, ticks, rate=1000, shape=(64, 64), paint=None, colorspace=1):
     """An mp4 whose frame k is shown from ticks[k] / rate seconds on and is a grey of 3 k + 20."""
     with av.open(str(path), "w") as container:
@@ -77,8 +76,7 @@ def test_colours_of_either_matrix(tmp_path, colorspace):
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_phone_rotation_is_undone(tmp_path, turns):
-    """The matrix of the track header says how a player must turn; the picture must come out as it shows
-    it."""
+    """The matrix of the track header says how a player must turn; the picture comes out as it shows it."""
     upright = np.zeros((64, 64, 3), np.uint8)
     upright[:32, :32], upright[:32, 32:], upright[32:, :32] = (200, 40, 40), (40, 200, 40), (40, 40, 200)
     stored = np.ascontiguousarray(np.rot90(upright, turns))  # a player turns it clockwise by `turns` quarters
@@ -130,8 +128,8 @@ def test_a_picture_need_not_be_square(tmp_path, width, height):
             video.write(frame)
     with av.open(str(tmp_path / "o.mp4")) as container:
         shown = [x.to_ndarray(format="rgb24", src_colorspace="ITU709") for x in container.decode(video=0)]
-    assert len(shown) == 3 and shown[0].shape == frame.shape and np.abs(shown[2].astype(int)
-        - frame).mean() < 3
+    assert len(shown) == 3 and shown[0].shape == frame.shape
+    assert np.abs(shown[2].astype(int) - frame).mean() < 3
     with pytest.raises(ValueError, match="even"):
         VideoWriter(tmp_path / "p.mp4", (width, height + 1))
 

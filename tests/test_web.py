@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_image import load_image
 
 import sample
 from decoder import Decoder, DecoderConfig, decode_frames
@@ -29,7 +30,7 @@ from media.compose import Composer
 from media.controls import parse_controls
 from media.face import Square, crop_square
 from media.files import InputError
-from media.image import from_uint8, load_image, open_image, to_uint8
+from media.image import from_uint8, open_image, to_uint8
 from media.sound import SAMPLES_PER_FRAME, audio_chunks
 from media.weights import save_weights
 from sample import DEFAULT, load_models
