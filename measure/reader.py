@@ -1,11 +1,9 @@
-"""The motion reader, a factor regressor: a small network that reads the motion factors of the synthetic world
-off a picture.
+"""The motion reader: a small network that reads the motion factors of the synthetic world off a picture.
 
     python -m measure.reader [--minutes 15]        train it again; its weights are embedded
 
-It learns from true frames alone, before and apart from everything else, and is used for nothing but
-measuring: evaluate.py reads with it what generated frames show, and says beside every reading how well true
-frames are read (the ceiling).
+It learns from true frames alone and is used for nothing but measuring: evaluate.py reads with it what
+generated frames show, and says beside every reading how well true frames are read (the ceiling).
 """
 import argparse
 import copy
@@ -34,8 +32,7 @@ NAMES = list(MOTION)
 
 
 class FactorRegressor(nn.Module):
-    """Picture (B, 3, H, W) in [-1, 1] -> motion factors (B, M). Keeps the place of what it sees (no global
-    pooling)."""
+    """Picture (B, 3, H, W) in [-1, 1] -> motion factors (B, M). No global pooling, so positions are kept."""
 
     def __init__(self, size=128, widths=(24, 48, 64, 96)):
         super().__init__()
@@ -51,14 +48,12 @@ class FactorRegressor(nn.Module):
         self.register_buffer("reach", (high - low) / 2)
 
     def forward(self, x):
-        # as it is, if that size
         x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
         return self.middle + self.reach * self.head(self.features(x)).float()
 
 
 def true_frames(number, count, start=0, render_fn=render):
-    """The number-th `count` frames, no person twice: half in free motion, half speaking -> images, motion
-    (count, M)."""
+    """Draw the number-th `count` frames, half in free motion, half speaking -> images, motion (count, M)."""
     ids = start + number * count + torch.arange(count)
     motion = random_motion(ids)
     speaking = random_clip(ids[: math.ceil(count / 16)], 40)["motion"][:, 4::5].flatten(0, 1)[: count // 2]
@@ -67,16 +62,18 @@ def true_frames(number, count, start=0, render_fn=render):
 
 
 def mirror(images, motion):
-    """The same seen in a mirror: left and right change places."""
-    sign = torch.tensor([1 - 2.0 * (name in ("yaw", "roll", "shift_x", "gaze_x", "light_x"))
+    """Mirror images and motion: left and right change places."""
+    sign = torch.tensor([-1.0 if name in ("yaw", "roll", "shift_x", "gaze_x", "light_x") else 1.0
                          for name in NAMES])
     order = [NAMES.index({"blink_l": "blink_r", "blink_r": "blink_l"}.get(name, name)) for name in NAMES]
     return images.flip(-1), motion[:, order] * sign
 
 
 def augment(images, rng):
-    """Softness (the first quarter), half the pixels (the second), a colour cast, noise: generated frames have
-    some, and must still be read fairly."""
+    """Blur the first quarter of images, halve the pixels of the second, add a colour cast and noise to all.
+
+    Generated frames have some of it, and must still be read fairly.
+    """
     soft, noisy, gain, lift = torch.rand(len(images), 8, 1, 1, generator=rng).split([1, 1, 3, 3], dim=1)
     x, n = images.clone(), math.ceil(len(images) / 4)
     x[:n] = x[:n].lerp(metrics.blur(x[:n], 1.2, 7), soft[:n])
@@ -86,9 +83,10 @@ def augment(images, rng):
 
 
 def train_regressor(path, minutes, batch=64, rate=2e-3, reuse=4, compiled=True):
-    """Minutes of processor time: a busy machine gets the same reader. Every frame drawn serves `reuse` times.
-    What is saved on the way (averaged weights) is already usable. compiled: draw faster, after a minute's
-    start."""
+    """Train for minutes of processor time, so that a busy machine gets the same reader; save on the way.
+
+    Every frame drawn is used `reuse` times. compiled: draw faster, after a start of a minute.
+    """
     torch.manual_seed(0)
     render_fn = torch.compile(render, dynamic=False) if compiled else render
     regressor = FactorRegressor().to(memory_format=torch.channels_last)                # faster on CPUs
@@ -100,19 +98,17 @@ def train_regressor(path, minutes, batch=64, rate=2e-3, reuse=4, compiled=True):
         if step % reuse == 0:
             new, motion = true_frames(step // reuse, batch, render_fn=render_fn)
             images, motions = (images + [to_uint8(new)])[-200:], (motions + [motion])[-200:]
-        a, b = torch.randint(len(images), (batch,), generator=rng), torch.randint(batch, (batch,),
-            generator=rng)
+        a = torch.randint(len(images), (batch,), generator=rng)
+        b = torch.randint(batch, (batch,), generator=rng)
         x = torch.stack([images[i][j] for i, j in zip(a, b, strict=True)]) / 127.5 - 1          # (B, 3, H, W)
         y = torch.stack([motions[i][j] for i, j in zip(a, b, strict=True)])                     # (B, M)
         x[::2], y[::2] = mirror(x[::2], y[::2])
         x = augment(x, rng)
-        for group in optimiser.param_groups:
-            group["lr"] = rate * min(1,
-                                     (step + 1) / 50) * 0.5 * (1
-                                                               + math.cos(math.pi * seconds / (60 * minutes)))
+        warmup, progress = min(1, (step + 1) / 50), seconds / (60 * minutes)
+        optimiser.param_groups[0]["lr"] = rate * warmup * 0.5 * (1 + math.cos(math.pi * progress))
         with autocast(torch.device("cpu")):
-            guess = regressor(x)
-        loss = F.smooth_l1_loss((guess - y) / regressor.reach, torch.zeros_like(y), beta=0.2)
+            pred = regressor(x)
+        loss = F.smooth_l1_loss((pred - y) / regressor.reach, torch.zeros_like(y), beta=0.2)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(regressor.parameters(), 1.0)
@@ -122,59 +118,56 @@ def train_regressor(path, minutes, batch=64, rate=2e-3, reuse=4, compiled=True):
         if seconds - reported > 30 or seconds >= 60 * minutes:
             reported, ceiling = seconds, read_back(ema, test)
             save_regressor(path, ema, steps=step)
-            print(f"{seconds:.0f} s, step {step}, loss {loss:.4f}: correlation "
-                  + " ".join(f"{name} {value:.3f}" for name,
-                             value in zip(NAMES, ceiling.tolist(), strict=True)), flush=True)
+            text = " ".join(f"{name} {x:.3f}" for name, x in zip(NAMES, ceiling.tolist(), strict=True))
+            print(f"{seconds:.0f} s, step {step}, loss {loss:.4f}: correlation {text}", flush=True)
 
 
 @torch.no_grad()
 def read_back(regressor, batches):
-    """Correlation of what is read with what is true on (images, motion) batches -> (M,)."""
+    """Correlate what is read with what is true on (images, motion) batches -> (M,)."""
     return metrics.correlation(torch.cat([regressor(x) for x, _ in batches]),
                                torch.cat([y for _, y in batches]))
 
 
 def save_regressor(path, regressor, **meta):
-    """Half precision, and what it is in the metadata."""
-    weights = {name: value.half().contiguous() if value.ndim > 1 else value for name,
-               value in regressor.state_dict().items()}
+    """Write the weights in half precision, vectors in single, and plain values in the metadata."""
+    weights = {name: value.half().contiguous() if value.ndim > 1 else value
+               for name, value in regressor.state_dict().items()}
     meta = json.dumps({"format": "semo-motion-reader-1", "factors": NAMES, **meta})
     with atomic_write(path, make_folder=True) as temporary:
         save_file(weights, temporary, metadata={"semo": meta})
 
 
 def load_regressor(path):
-    """InputError if the file is not there, or not a motion reader of this world."""
+    """Read the weights of a motion reader. Raises InputError if the file holds none of this world."""
+    advice = "`python -m measure.reader` trains it"
     try:
         with safe_open(path, framework="pt") as f:
             meta = json.loads((f.metadata() or {}).get("semo", "{}"))
             weights = {name: f.get_tensor(name).float() for name in f.keys()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot read the motion reader; `python -m "
-                         f"measure.reader` trains it") from error
+        raise InputError(f"{path}: cannot read the motion reader; {advice}") from error
     known = isinstance(meta, dict) and meta.get("format") == "semo-motion-reader-1"
     if not known or meta.get("factors") != NAMES:
-        raise InputError(f"{path}: not a motion reader of this synthetic world; `python -m measure.reader` "
-                         f"trains it")
+        raise InputError(f"{path}: not a motion reader of this synthetic world; {advice}")
     regressor = FactorRegressor()
     try:
         regressor.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"{path}: the weights are not those of a motion reader; `python -m measure.reader` "
-                         f"trains it") from error
+        raise InputError(f"{path}: the weights are not those of a motion reader; {advice}") from error
     return regressor.eval().requires_grad_(False)
 
 
 def main(argv=None):
-    """The reader, and how well it reads what it never saw."""
-    p = argparse.ArgumentParser(prog="python -m measure.reader", description=__doc__.split("\n")[0],
-                                allow_abbrev=False)
-    p.add_argument("--out", default=str(WEIGHTS), help="its weights (default: the embedded, replaced)")
-    p.add_argument("--minutes", type=float, default=15,
-                   help="processor time to train for (default: %(default)s)")
-    args = p.parse_args(argv)
+    """Train the reader, and print how well it reads unseen people."""
+    parser = argparse.ArgumentParser(prog="python -m measure.reader", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=str(WEIGHTS), help="its weights (default: the embedded, replaced)")
+    parser.add_argument("--minutes", type=float, default=15,
+                        help="processor time to train for (default: %(default)s)")
+    args = parser.parse_args(argv)
     if args.minutes < 0.01:
-        p.error("--minutes must be at least 0.01")
+        parser.error("--minutes must be at least 0.01")
     try:
         train_regressor(args.out, args.minutes)
     except InputError as error:

@@ -27,39 +27,35 @@ HELD_OUT = 10**9  # identity ids and clip seeds below are for training, at or ab
 
 
 def random_motion(seeds):
-    """Independent draws of every motion factor, (B,) integers -> (B, M): wide coverage for stage 1 and for
-    probes."""
+    """Draw every motion factor alone, (B,) integers -> (B, M): wide coverage for stage 1 and for probes."""
     u = uniform(seeds, 3 * len(MOTION), stream=11).view(len(seeds), 3, len(MOTION))
     low, high = torch.tensor(list(MOTION.values()), device=u.device).unbind(1)
     column = {name: k for k, name in enumerate(MOTION)}
-    place, gate = u[:, 0].clone(), {name: u[:, 2, k] for k, name in enumerate(MOTION)}                # (B, M)
+    share, gate = u[:, 0].clone(), {name: u[:, 2, k] for k, name in enumerate(MOTION)}                # (B, M)
     for name in POSE:
-        place[:, column[name]] = u[:, :2, column[name]].mean(1)           # poses gather round the middle
-    motion = low + (high - low) * place                                                               # (B, M)
+        share[:, column[name]] = u[:, :2, column[name]].mean(1)           # poses gather round the middle
+    motion = low + (high - low) * share                                                               # (B, M)
+    left, right = motion[:, column["blink_l"]], motion[:, column["blink_r"]]                          # views
     motion[:, column["jaw"]] *= gate["jaw"] > 0.2                         # one mouth in five is shut
-    blinks = gate["blink_l"] > 0.5                                        # half of the eyes are open
-    for eye in ("blink_l", "blink_r"):
-        motion[:, column[eye]] *= blinks
-    both = gate["blink_r"] > 0.3                                          # most blinks are of both eyes
-    motion[:, column["blink_r"]] = torch.where(both, motion[:, column["blink_l"]],
-                                               motion[:, column["blink_r"]])
+    left *= gate["blink_l"] > 0.5                                         # half of the eyes are open
+    right *= gate["blink_l"] > 0.5
+    right.copy_(torch.where(gate["blink_r"] > 0.3, left, right))          # most blinks are of both eyes
     return motion
 
 
 def random_pairs(seeds, targets, near, size=128, render_fn=render, swap=False):
-    """Draw 1 + `targets` pictures of each of R people (R,) -> pictures (R, 1+T, 3, size, size) in [-1, 1],
-    their motion (R, 1+T, M), and what the motion encoder is to see, as pictures.
+    """Draw 1 + `targets` pictures of each of R people, (R,) -> pictures, motion, pictures for the encoder.
 
-    The share `near` of the people hold still between their pictures, as neighbouring frames of a speaker do:
-    pose and light are kept, and a random half of mouth, eyes and brows, so that a gaze is at times all there
-    is to explain. The others change in everything, as distant frames. swap: of three people in four the
-    encoder's views of the targets show another person in the same motion, of every second one also that of
-    the reference. render_fn: `render`, or the same compiled.
+    Pictures are (R, 1+T, 3, size, size) in [-1, 1], their motion (R, 1+T, M). The share `near` of the people
+    hold still between their pictures, as neighbouring frames of a speaker do: pose and light are kept, and a
+    random half of mouth, eyes and brows, so that a gaze is at times all there is to explain. The others
+    change in everything, as distant frames. swap: of three people in four the encoder's views of the targets
+    show another person in the same motion, of every second one also that of the reference. render_fn:
+    `render`, or the same compiled.
     """
-    count = targets + 1
+    count, split = targets + 1, HELD_OUT * (seeds >= HELD_OUT)
     motion_ids = (seeds % HELD_OUT)[:, None] * count + torch.arange(count, device=seeds.device)
-    # (R, 1+T) motions, too, are split
-    motion_ids = motion_ids % HELD_OUT + HELD_OUT * (seeds >= HELD_OUT)[:, None]
+    motion_ids = motion_ids % HELD_OUT + split[:, None]                    # (R, 1+T): motions, too, are split
     motion = random_motion(motion_ids.flatten()).unflatten(0, (-1, count))                # (R, 1+T, M)
     held = torch.tensor([name in (*POSE, "light_x", "light") for name in MOTION], device=seeds.device)
     keep = held | (uniform(seeds, len(MOTION), stream=12) < 0.5)                          # (R, M)
@@ -74,15 +70,14 @@ def random_pairs(seeds, targets, near, size=128, render_fn=render, swap=False):
     pictures = draw(seeds)
     if not swap:
         return pictures, motion, pictures
-    other = draw((seeds + 1 + 7919 * (seeds % 13 + 1)) % HELD_OUT + HELD_OUT * (seeds >= HELD_OUT))
+    other = draw((seeds + 1 + 7919 * (seeds % 13 + 1)) % HELD_OUT + split)
     own = (number % 4 == 3)[:, None].repeat(1, count)                                     # (R, 1+T)
     own[:, 0] = number % 2 == 1
     return pictures, motion, torch.where(own[:, :, None, None, None], pictures, other)
 
 
 def consecutive_frames(seeds, frames, size=128, render_fn=render):
-    """Draw a random frame of each of R clips and `frames` consecutive ones -> as random_pairs (the video
-    stage)."""
+    """Draw a random frame and `frames` consecutive ones of each of R clips -> as random_pairs."""
     motion = random_clip(seeds, 4 * frames)["motion"]                                     # (R, 4F, M)
     u = uniform(seeds, 2, stream=13)
     first = (u[:, :1] * 4 * frames).long()
@@ -98,41 +93,46 @@ def consecutive_frames(seeds, frames, size=128, render_fn=render):
 
 # What each emotion adds to the face (Ekman and Friesen 1978, as directions; sizes ours).
 EMOTION_FACE = {
-    "neutral": {}, "happy": {"lip_corner": 0.9, "brow_raise": 0.15},
+    "neutral": {},
+    "happy": {"lip_corner": 0.9, "brow_raise": 0.15},
     "sad": {"lip_corner": -0.8, "brow_raise": 0.4},
     "angry": {"brow_furrow": 0.9, "lip_corner": -0.3, "brow_raise": -0.3},
     "afraid": {"brow_raise": 0.7, "brow_furrow": 0.4},
-    "disgusted": {"brow_furrow": 0.5, "lip_corner": -0.6}, "surprised": {"brow_raise": 1.0}}
-# What each emotion does to movement: lids (added to both blinks), log of the head's speed and reach, log rate
-# of gaze jumps.
+    "disgusted": {"brow_furrow": 0.5, "lip_corner": -0.6},
+    "surprised": {"brow_raise": 1.0}}
+# and to movement: lids (added to both blinks), log of the head's speed and reach, log rate of gaze jumps.
 EMOTION_MOVEMENT = {
     "neutral": (0, 0, 0), "happy": (0, 0, 0), "sad": (0.2, math.log(0.6), 0), "angry": (0, math.log(1.4), 0),
     "afraid": (-0.1, math.log(1.4), math.log(2)), "disgusted": (0, 0, 0), "surprised": (-0.1, 0, 0)}
+# Slow movements: highest frequency in Hz, amplitude as a share of the range.
+WANDER = {"yaw": (0.5, 0.5), "pitch": (0.6, 0.45), "roll": (0.4, 0.4), "shift_x": (0.3, 0.4),
+          "shift_y": (0.3, 0.4), "scale": (0.15, 0.4), "lip_corner": (0.4, 0.25), "brow_raise": (0.7, 0.35),
+          "light_x": (0.1, 0.2)}
 
 
-def drift(seeds, clock, stream, hertz):
-    """Smooth wandering in about [-1, 1], (B,) -> (B, F): five sine waves up to `hertz`. clock: frames, (F,)
-    or (B, F)."""
+def drift(seeds, frame, stream, hertz):
+    """Wander in about [-1, 1] by five sine waves up to `hertz`: (B,), frame (F,) or (B, F) -> (B, F)."""
     u = uniform(seeds, 10, stream)
-    time = clock / FPS
+    time = frame / FPS
     rate, phase = hertz * (0.15 + 0.85 * u[:, :5, None]), 2 * math.pi * u[:, 5:, None]
     return 0.4 * torch.sin(2 * math.pi * rate * time.unsqueeze(-2) + phase).sum(1)
 
 
-def irregular_events(seeds, clock, stream, low, high):
-    """Irregular events every low..high seconds by a clock in frames, (F,) or (B, F) -> (frames since the
-    last, to the next, its random number)."""
+def irregular_events(seeds, frame, stream, low, high):
+    """Draw events every low..high seconds -> frames since the last (B, F), period (B, 1), draws (B, F, 2).
+
+    frame: time in frames, (F,) or (B, F).
+    """
     u = uniform(seeds, 3, stream)
     period = FPS * (low + (high - low) * u[:, :1])                                        # (B, 1) frames
-    time = clock + period * u[:, 1:2]
+    time = frame + period * u[:, 1:2]
     number = torch.div(time, period, rounding_mode="floor")                               # (B, F)
     u = uniform((seeds[:, None] * 65_537 + number.long()).flatten(), 2, stream).view(*number.shape, 2)
     return time - number * period, period, u
 
 
 def perform(seeds, jaw, lip_width, emotion, movement=False):
-    """Motion of a speaker, with all that the voice does not decide. (B, F), (B, F), (B, 7) or (B, F, 7) ->
-    (B, F, M).
+    """Draw a speaker's motion: jaw, lip_width (B, F), emotion (B, 7) or (B, F, 7) -> (B, F, M).
 
     movement: emotion also changes the lids, how fast and far the head moves and how often the eyes jump
     (EMOTION_MOVEMENT); without, only the expression (EMOTION_FACE). Neutral is the same in both.
@@ -144,37 +144,32 @@ def perform(seeds, jaw, lip_width, emotion, movement=False):
     moves = torch.tensor([EMOTION_MOVEMENT[e] for e in EMOTIONS], device=device) * movement
     lids, tempo, jumps = (emotion @ moves).unbind(2)                                      # (B, F)
     tempo, jumps = tempo.exp(), jumps.exp()
-    now = torch.arange(frames, device=device)
-    head_clock, gaze_clock = (x.cumsum(1) - x for x in (tempo, jumps))         # (B, F); frames where neutral
+    frame = torch.arange(frames, device=device)
+    head_frame, gaze_frame = (x.cumsum(1) - x for x in (tempo, jumps))        # (B, F): `frame` where neutral
     rest = uniform(seeds, len(MOTION), stream=20) * 2 - 1                      # (B, M) this clip's usual pose
     m = {}
-    for k, (name, hertz, wander) in enumerate((("yaw", 0.5, 0.5), ("pitch", 0.6, 0.45), ("roll", 0.4, 0.4),
-                                               ("shift_x", 0.3, 0.4),
-                                               ("shift_y", 0.3, 0.4), ("scale", 0.15, 0.4),
-                                               ("lip_corner", 0.4, 0.25),
-                                               ("brow_raise", 0.7, 0.35), ("light_x", 0.1, 0.2))):
-        head = name in POSE
-        m[name] = (wander * tempo if head else wander) * drift(seeds, head_clock if head else now, 21 + k,
-                                                               hertz)
-        m[name] = m[name] + 0.45 * rest[:, k, None]
-    m["brow_furrow"] = 0.25 * drift(seeds, now, 31, 0.5).clamp(min=0)
-    m["light"] = (0.5 + 0.5 * rest[:, 10, None] + 0.1 * drift(seeds, now, 32, 0.2))
-    since, _, u = irregular_events(seeds, gaze_clock, 33, 0.7, 2.0)                 # the eyes jump, then rest
+    for k, (name, (hertz, amplitude)) in enumerate(WANDER.items()):
+        if name in POSE:
+            path = amplitude * tempo * drift(seeds, head_frame, 21 + k, hertz)
+        else:
+            path = amplitude * drift(seeds, frame, 21 + k, hertz)
+        m[name] = path + 0.45 * rest[:, k, None]
+    m["brow_furrow"] = 0.25 * drift(seeds, frame, 31, 0.5).clamp(min=0)
+    m["light"] = 0.5 + 0.5 * rest[:, 10, None] + 0.1 * drift(seeds, frame, 32, 0.2)
+    since, _, u = irregular_events(seeds, gaze_frame, 33, 0.7, 2.0)                 # the eyes jump, then rest
     m["gaze_x"], m["gaze_y"] = 1.6 * u[..., 0] - 0.8, 1.2 * u[..., 1] - 0.6
-    since, period, u = irregular_events(seeds, now, 34, 2.0, 4.5)          # a blink takes a fifth of a second
+    since, period, u = irregular_events(seeds, frame, 34, 2.0, 4.5)        # a blink takes a fifth of a second
     blink = torch.exp(-(((since - (0.2 + 0.6 * u[..., 0]) * period) / 2.4) ** 4))
-    m["blink_l"] = m["blink_r"] = (blink + 0.12 * drift(seeds, now, 35, 0.3).clamp(min=0)) + lids
+    m["blink_l"] = m["blink_r"] = (blink + 0.12 * drift(seeds, frame, 35, 0.3).clamp(min=0)) + lids
     m["jaw"], m["lip_width"] = jaw, lip_width
     low, high = torch.tensor(list(MOTION.values()), device=device).unbind(1)
     motion = torch.stack([m[name] for name in MOTION], dim=2) + emotion @ face            # (B, F, M)
-    angles = torch.tensor([high[k] if name in ("yaw", "pitch", "roll") else 1.0 for k,
-                           name in enumerate(MOTION)], device=device)
-    return torch.minimum(torch.maximum(motion * angles, low), high)
+    angles = torch.tensor([name in ("yaw", "pitch", "roll") for name in MOTION], device=device)
+    return torch.minimum(torch.maximum(motion * torch.where(angles, high, 1.0), low), high)
 
 
 def random_clip(seeds, frames, face=None, emotion=None):
-    """Clips of people speaking. seeds (B,) -> identity (B, I), motion (B, F, M), wave (B, F*640), emotion (B,
-    7).
+    """Draw people who speak: (B,) -> identity (B, I), motion (B, F, M), wave (B, F*640), emotion (B, 7).
 
     emotion (B, 7): the mood of the voice (default: the seed's own). face (B, 7) or (B, F, 7): the mood of the
     face, with its movement (default: the voice's, expression alone).
@@ -193,8 +188,7 @@ FADE = 10         # frames from one mood to the next
 
 
 def random_mood(seeds, stream):
-    """(B,) -> (B, 7): 19% neutral, 56% one emotion at a strength of 0.4 to 1, 25% a seen pair at such a
-    strength."""
+    """(B,) -> (B, 7): 19% neutral, 56% one emotion, 25% a seen pair; at a strength of 0.4 to 1."""
     eye, u = torch.eye(len(EMOTIONS), device=seeds.device), uniform(seeds, 5, stream)
     pairs = [(a, b) for a in range(1, 7) for b in range(a + 1, 7)
              if (EMOTIONS[a], EMOTIONS[b]) not in UNSEEN_PAIRS]
@@ -206,9 +200,11 @@ def random_mood(seeds, stream):
 
 
 def random_moods(seeds, frames):
-    """Moods of training clips, (B,) -> of the voice (B, 7), of the face (B, F, 7), and the frame at which the
-    face's changes (B,), which half of them do; of the others it is `frames`. A fifth of the faces feel what
-    the voice does."""
+    """Draw moods of training clips, (B,) -> of the voice (B, 7), of the face (B, F, 7), frame of change (B,).
+
+    Half of the faces change their mood; of the others the frame is `frames`. A fifth of the faces have the
+    voice's.
+    """
     u = uniform(seeds, 4, stream=40)
     neutral = torch.eye(len(EMOTIONS), device=seeds.device)[0]
     voice = neutral.lerp(random_mood(seeds, 41), (2 * u[:, :1]).clamp(max=1))                # half are weaker
@@ -216,13 +212,13 @@ def random_moods(seeds, frames):
     first = torch.where(u[:, 1:2] < 0.2, voice, first)
     change = (frames * (0.25 + 0.5 * u[:, 3])).long()
     change = torch.where(u[:, 2] < 0.5, change, frames)
-    now = torch.arange(frames, device=seeds.device)
-    share = 0.5 - 0.5 * torch.cos(math.pi * ((now - change[:, None]) / FADE).clamp(0, 1))            # (B, F)
+    frame = torch.arange(frames, device=seeds.device)
+    share = 0.5 - 0.5 * torch.cos(math.pi * ((frame - change[:, None]) / FADE).clamp(0, 1))          # (B, F)
     return voice, first[:, None].lerp(second[:, None], share[..., None]), change
 
 
 def render_clip(identity, motion, size=128):
-    """identity (I,), motion (F, M) -> uint8 frames (H, W, 3), one after the other, drawn 16 at a time."""
+    """Draw identity (I,) in motion (F, M) -> iterator of uint8 frames (H, W, 3), 16 at a time."""
     for part in motion.split(16):
         frames = render(identity.expand(len(part), -1), part, size)
         yield from to_uint8(frames).permute(0, 2, 3, 1).cpu().numpy()
@@ -245,8 +241,8 @@ def main(argv=None):
     frames = round(args.seconds * FPS) if 0 < args.seconds < 1e6 else 0
     if args.clips < 1 or args.seed < 0 or frames < 1 or args.size < 16 or args.size % 2:
         print(f"world.people: --clips {args.clips} must be at least 1, --seed {args.seed} at least 0, "
-              f"--seconds {args.seconds} "
-              f"at least a frame, --size {args.size} an even number from 16 on", file=sys.stderr)
+              f"--seconds {args.seconds} at least a frame, --size {args.size} an even number from 16 on",
+              file=sys.stderr)
         return 2
     try:
         os.makedirs(args.out, exist_ok=True)
@@ -259,8 +255,7 @@ def main(argv=None):
                 for frame in render_clip(factors["identity"], factors["motion"], args.size):
                     video.write(frame)
             with atomic_write(stem + ".npz") as temporary, open(temporary, "wb") as file:
-                np.savez(file, identity=factors["identity"], motion=factors["motion"],
-                         emotion=factors["emotion"],
+                np.savez(file, **{name: factors[name] for name in ("identity", "motion", "emotion")},
                          identity_names=IDENTITY, motion_names=list(MOTION), emotion_names=EMOTIONS)
     except (InputError, OSError) as error:
         print(f"world.people: {error}", file=sys.stderr)

@@ -65,7 +65,7 @@ def over(image, colour, alpha):
 
 @dataclass
 class Geometry:
-    """Where the pixels of B pictures are on the head, and what all parts of the drawing share.
+    """The pixels of B pictures in the coordinates of the head, and what all parts of the drawing share.
 
     Fields are (B, H, W), those of one number a person (B, 1, 1), so that they combine by broadcasting.
     """
@@ -203,8 +203,8 @@ def draw_clothes(image, geo, colour, p, m):
 def draw_head(image, geo, colour, p, m):
     """Paint ears, head, beard and cheeks."""
     size = 0.07 + 0.04 * p["ears"]
-    for side in (-1, 1):
-        ear = geo.ellipse(geo.u - side * (geo.half_width + 0.015) + 0.22 * torch.sin(m["yaw"]),
+    for sign in (-1, 1):
+        ear = geo.ellipse(geo.u - sign * (geo.half_width + 0.015) + 0.22 * torch.sin(m["yaw"]),
                           geo.v - 0.04 - 0.15 * torch.sin(m["pitch"]), size, 1.6 * size)
         image = over(image, colour.skin * 0.86, geo.cover(ear))
     image = over(image, colour.skin * geo.shade[:, None], geo.head)
@@ -216,8 +216,8 @@ def draw_head(image, geo, colour, p, m):
     moustache = soft(geo.ellipse(s, t - mouth_y + 0.085, 0.19, 0.045), 0.04)
     beard = torch.maximum(beard, moustache) * geo.head * density
     image = over(image, colour.hair * (0.8 * geo.strands * geo.shade)[:, None], 0.85 * beard)
-    for side in (-1, 1):
-        cheek = soft(geo.ellipse(s - side * 0.27, t - 0.17, 0.13, 0.10), 0.15) * geo.head
+    for sign in (-1, 1):
+        cheek = soft(geo.ellipse(s - sign * 0.27, t - 0.17, 0.13, 0.10), 0.15) * geo.head
         image = over(image, colour.skin * colour.constant(1.0, 0.80, 0.80), 0.35 * cheek)
     return image
 
@@ -242,8 +242,8 @@ def draw_eyes(image, geo, colour, p, m):
     height, white = 0.70 * width, colour.constant(0.95, 0.94, 0.92)
     glasses, frame_colour = p["glasses"] > 0.7, 0.16 + 0 * colour.skin
     tilt = 0.22 * (p["brow_tilt"] - 0.5) + 0.42 * m["brow_furrow"]
-    for side, blink in ((-1, m["blink_l"]), (1, m["blink_r"])):
-        x, y = geo.s - side * spacing, geo.t - geo.eye_y                          # from the middle of the eye
+    for sign, blink in ((-1, m["blink_l"]), (1, m["blink_r"])):
+        x, y = geo.s - sign * spacing, geo.t - geo.eye_y                          # from the middle of the eye
         arch = (1 - (x / width) ** 2).clamp(min=-1)
         upper, lower = -height * arch, 0.72 * height * arch
         lid = upper + (lower - upper + 0.012) * blink
@@ -264,12 +264,12 @@ def draw_eyes(image, geo, colour, p, m):
         image = over(image, colour.hair * 0.2, 0.85 * geo.cover(torch.minimum(lash, width * 1.06 - x.abs())))
 
         brow_y = y + 0.155 + 0.065 * m["brow_raise"] - 0.055 * m["brow_furrow"] + 0.02 * p["eye_size"]
-        brow_x = side * (geo.s - side * (spacing + 0.01 - 0.035 * m["brow_furrow"]))    # outwards positive
+        brow_x = sign * (geo.s - sign * (spacing + 0.01 - 0.035 * m["brow_furrow"]))    # outwards positive
         curve = brow_y + tilt * brow_x + 1.3 * brow_x**2 - 0.02
         thick = (0.018 + 0.020 * p["brow_thick"]) * (1 - 2.2 * brow_x.clamp(min=0))
         brow = torch.minimum(thick - curve.abs(), 1.15 * width - brow_x.abs())
         image = over(image, colour.hair * 0.55, 0.92 * geo.cover(brow))
-        lens = geo.ellipse(x - 0.01 * side, y - 0.02, 1.55 * width, 1.70 * height)
+        lens = geo.ellipse(x - 0.01 * sign, y - 0.02, 1.55 * width, 1.70 * height)
         image = over(image, frame_colour, 0.95 * (glasses * geo.cover(0.013 - lens.abs())))
     bridge = torch.minimum(0.012 - (geo.t - geo.eye_y).abs(), spacing - 1.5 * width - geo.s.abs())
     return over(image, frame_colour, 0.95 * (glasses * geo.cover(bridge)))
@@ -328,20 +328,25 @@ def render(identity, motion, size=128):
     return image.clamp(0, 1) * 2 - 1
 
 
-def face_box(people, motion, size):
-    """Mark the upright box round the head of people (I,) or (n, I) in motion (n, M) -> mask (n, size, size).
+def pose_forwards(u, v, m):
+    """Roll a point of the nodded and turned head about the neck, scale and shift it, as geometry() undoes it.
 
-    The pose of geometry() forwards: the ellipse is nodded, turned, rolled about the neck, scaled, shifted.
+    -> its x, y in the picture, cosine and sine of the roll, zoom.
     """
+    cos, sin, zoom = torch.cos(m["roll"]), torch.sin(m["roll"]), ZOOM * (1 + SCALE * m["scale"])
+    x = zoom * (cos * u - sin * v) + SHIFT_X * m["shift_x"]
+    y = zoom * (sin * u + cos * v) + 0.45 + SHIFT_Y * m["shift_y"]
+    return x, y, cos, sin, zoom
+
+
+def face_box(people, motion, size):
+    """Mark the box round the head of people (I,) or (n, I) in motion (n, M) -> mask (n, size, size)."""
     p = dict(zip(IDENTITY, people.expand(len(motion), -1).unbind(1), strict=True))
     m = dict(zip(MOTION, motion.unbind(1), strict=True))
     wide, high = 0.45 + 0.09 * p["face_width"], 0.60 + 0.08 * p["face_height"]
-    cos, sin, zoom = torch.cos(m["roll"]), torch.sin(m["roll"]), ZOOM * (1 + SCALE * m["scale"])
-    u = 0.10 * torch.sin(m["yaw"])
-    v = 0.05 * torch.sin(m["pitch"]) - 0.02 + 0.0375 * m["jaw"] - 0.47
     high = high + 0.0375 * m["jaw"]                                                       # the chin goes down
-    x = zoom * (cos * u - sin * v) + SHIFT_X * m["shift_x"]
-    y = zoom * (sin * u + cos * v) + 0.45 + SHIFT_Y * m["shift_y"]
+    v = 0.05 * torch.sin(m["pitch"]) - 0.02 + 0.0375 * m["jaw"] - 0.47
+    x, y, cos, sin, zoom = pose_forwards(0.10 * torch.sin(m["yaw"]), v, m)
     half_x, half_y = zoom * torch.hypot(wide * cos, high * sin), zoom * torch.hypot(wide * sin, high * cos)
     axis = (torch.arange(size) + 0.5) * 2 / size - 1
     across = (axis - x[:, None]).abs() <= half_x[:, None]                                 # (n, W)
@@ -355,14 +360,11 @@ def region_ellipses(motion):
     -> (..., 4, 4): x, y, half width, half height, in [-1, 1] of the picture.
     """
     m = dict(zip(MOTION, motion.unbind(-1), strict=True))
-    rx, ry = 1.15 * 0.495, 1.20 * 0.64
-    cos, sin, zoom = torch.cos(m["roll"]), torch.sin(m["roll"]), 1.12 * (1 + 0.05 * m["scale"])
-    rows = []
-    places = (0, 0.4, 0.27, 0.2), (-0.22, -0.06, 0.18, 0.13), (0.22, -0.06, 0.18, 0.13), (0, 0.05, 0.58, 0.78)
-    for s, t, wide, high in places:
+    rx, ry, ellipses = 1.15 * 0.495, 1.20 * 0.64, []
+    for s, t, wide, high in ((0, 0.4, 0.27, 0.2), (-0.22, -0.06, 0.18, 0.13), (0.22, -0.06, 0.18, 0.13),
+                             (0, 0.05, 0.58, 0.78)):
         u = rx * torch.sin(math.asin(s / rx) + m["yaw"]) + 0.10 * torch.sin(m["yaw"])
         v = ry * torch.sin(math.asin(t / ry) + m["pitch"]) + 0.05 * torch.sin(m["pitch"]) - 0.49
-        x = (cos * u - sin * v) * zoom + 0.05 * m["shift_x"]
-        y = (sin * u + cos * v) * zoom + 0.45 + 0.04 * m["shift_y"]
-        rows.append(torch.stack([x, y, torch.full_like(x, wide), torch.full_like(x, high)], -1))
-    return torch.stack(rows, -2)
+        x, y, *_ = pose_forwards(u, v, m)
+        ellipses.append(torch.stack([x, y, torch.full_like(x, wide), torch.full_like(x, high)], -1))
+    return torch.stack(ellipses, -2)

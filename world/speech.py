@@ -13,10 +13,10 @@ consonants' formants and noise bands, after Klatt 1980, rounded; band-limited pu
 how emotion moves a voice, Murray & Arnott 1993 and Scherer 2003 (directions theirs, sizes ours). The rest is
 our choice.
 """
-
 import math
 
 import torch
+import torch.nn.functional as F
 
 from media.sound import FPS, SAMPLE_RATE
 
@@ -24,8 +24,7 @@ HOP = 128  # samples per control step (8 ms): five steps are one video frame
 STEPS = SAMPLE_RATE // FPS // HOP
 WINDOW, FFT = 2 * HOP, 4 * HOP  # a filtered window of 256 samples rings for up to 256 more
 
-# What each emotion adds to the voice: log pitch, log pitch range, log energy, log rate, tilt in dB per
-# octave.
+# What each emotion adds to the voice: log pitch, log pitch range, log energy, log rate, tilt (dB an octave).
 EMOTION_VOICE = {
     "neutral": (0, 0, 0, 0, 0), "happy": (0.22, 0.4, 0.2, 0.1, 1.0), "sad": (-0.12, -0.6, -0.4, -0.2, -2.0),
     "angry": (0.18, 0.4, 0.4, 0.12, 2.0), "afraid": (0.28, 0.1, 0.05, 0.2, -1.0),
@@ -54,10 +53,9 @@ CONSONANTS = {
     "f": (250, 1100, 2200, 0, 90, 0, 0, 0.15, 5000, 3500),
     "h": (450, 1450, 2450, 0.0, 60, 0, 0.45, *REST[2:]), "l": (350, 1150, 2650, 0.1, 60, 0.6, *REST[1:]),
     "r": (350, 1150, 1600, -0.4, 60, 0.6, *REST[1:]), "w": (290, 700, 2200, -1.0, 70, 0.5, *REST[1:])}
-PHONES = {"pause": (200, 1500, 2500, 0, 0, 0, *REST[1:])} | {k: (*x, *REST) for k,
-                                                             x in VOWELS.items()} | CONSONANTS
-# lips closed; a stop: noise at release only
-PHONES = {k: (*x, k in "mbp", k in "bpdtgk") for k, x in PHONES.items()}
+PHONES = {"pause": (200, 1500, 2500, 0, 0, 0, *REST[1:]), **{k: (*x, *REST) for k, x in VOWELS.items()},
+          **CONSONANTS}
+PHONES = {k: (*x, k in "mbp", k in "bpdtgk") for k, x in PHONES.items()}  # lips closed; stops: a late noise
 F1_CLOSED, F1_SPAN, F2_LIPS = 200.0, 560.0, 300.0  # F1 rises with the jaw, F2 with the spread of the lips
 
 
@@ -86,20 +84,19 @@ def smooth(x, width):
 
 
 def voice(seeds, emotion=None):
-    """Who speaks, in what mood, into what microphone: dict of (B, 1) numbers, but tract (B, 3) and emotion
-    (B, 7).
+    """Draw who speaks, how, into what microphone -> dict of (B, 1) numbers, tract (B, 3), emotion (B, 7).
 
     emotion: weights (B, 7) in the order of EMOTIONS in place of those that the seeds draw.
     """
     u = uniform(seeds, 22, 1)[..., None]  # (B, 22, 1)
     strength, share = u[:, 0] ** 1.5, 0.7 + 0.3 * u[:, 1]  # most clips are mostly neutral
     first, second = (1 + (6 * u[:, i, 0]).long() for i in (2, 3))
-    one_hot = torch.eye(7, device=seeds.device)
     if emotion is None:
-        emotion = (1 - strength) * one_hot[0] + strength * (share * one_hot[first] + (1 - share)
-                                                            * one_hot[second])
-    # (B, 5)
-    mood = (emotion[:, :, None] * torch.tensor(list(EMOTION_VOICE.values()), device=seeds.device)).sum(1)
+        one_hot = torch.eye(7, device=seeds.device)
+        mixed = share * one_hot[first] + (1 - share) * one_hot[second]
+        emotion = (1 - strength) * one_hot[0] + strength * mixed
+    effects = torch.tensor(list(EMOTION_VOICE.values()), device=seeds.device)
+    mood = (emotion[:, :, None] * effects).sum(1)  # (B, 5)
     size = u[:, 4]  # 0 a large man .. 1 a small woman: pitch and formants rise together, loosely
     return {
         "emotion": emotion,
@@ -123,8 +120,7 @@ def voice(seeds, emotion=None):
 
 
 def phones(seeds, v, steps):
-    """What is said: (B, T, 12) columns of PHONES, (B, T, 3) stress, loudness and accent, (B, T) steps since a
-    pause.
+    """Draw what is said -> PHONES (B, T, 12); stress, loudness, accent (B, T, 3); steps since a pause (B, T).
 
     A syllable is [pause] [consonant] vowel [consonant]; a part that is absent lasts no time.
     """
@@ -152,8 +148,8 @@ def phones(seeds, v, steps):
     released = (phone[..., 11] > 0) & ~closing
     phone[..., 6:8] *= ~closing[..., None]
     phone[..., 10] *= ~released
-    how = torch.stack([0.75 + 0.35 * stress, 10 ** (0.8 * (u[..., 9] - 0.7) + 0.15 * stress), stress - 0.5],
-                      2)
+    loudness = 10 ** (0.8 * (u[..., 9] - 0.7) + 0.15 * stress)
+    how = torch.stack([0.75 + 0.35 * stress, loudness, stress - 0.5], 2)
     index = torch.arange(steps, device=seeds.device).expand_as(index_of_phone)
     since = index - torch.where(index_of_phone % 4 == 0, index, 0).cummax(1).values
     return phone, how.gather(1, (index_of_phone // 4)[..., None].expand(-1, -1, 3)), since
@@ -161,21 +157,22 @@ def phones(seeds, v, steps):
 
 def excitation(seeds, pitch):
     """Pitch (B, T) in Hz at control steps -> (pulses, noise), each (B, T * HOP), of about unit power."""
-    pitch = torch.nn.functional.interpolate(pitch[:, None], scale_factor=HOP, mode="linear")[:, 0]  # (B, S)
+    pitch = F.interpolate(pitch[:, None], scale_factor=HOP, mode="linear")[:, 0]  # (B, S)
     cycle = (pitch.double() / SAMPLE_RATE).cumsum(1)
     angle = math.pi * (cycle - cycle.round()).float()  # half the phase, in [-pi/2, pi/2]
     harmonics = (7800 / pitch).floor()
     angle = torch.where(angle.abs() < 1e-5, 1e-5, angle)
-    # the sum of cosines 1 .. harmonics
-    pulses = ((2 * harmonics + 1) * angle).sin() / (2 * angle.sin()) - 0.5
+    pulses = ((2 * harmonics + 1) * angle).sin() / (2 * angle.sin()) - 0.5  # sum of cosines 1 .. harmonics
     noise = uniform(seeds, pitch.shape[1], 3) - 0.5
     return pulses * (2 / harmonics).sqrt(), noise * math.sqrt(12)
 
 
 def resonances(formants, bandwidths):
-    """Vocal tract (B, T, 3) Hz -> complex response (B, T, FFT/2+1) of three resonators, relative to three
-    broad ones at 500, 1500 and 2500 Hz, which stand for the resonances above (so the response stays level at
-    high frequency)."""
+    """Formants (B, T, 3) in Hz -> complex response (B, T, FFT/2+1) of three resonators.
+
+    It is relative to three broad ones at 500, 1500 and 2500 Hz, which stand for the resonances above, so that
+    the response stays level at high frequency.
+    """
     f = torch.arange(FFT // 2 + 1, device=formants.device) * (SAMPLE_RATE / FFT)
     top, bottom = 1, 1
     for i, (neutral, width) in enumerate(zip((500.0, 1500.0, 2500.0), bandwidths, strict=True)):
@@ -186,15 +183,14 @@ def resonances(formants, bandwidths):
 
 
 def source_filter(seeds, v, pitch, levels, formants, hiss_band):
-    """Shape pulses and noise window by window and overlap-add them: (B, T * HOP) sound.
+    """Shape pulses and noise window by window and overlap-add them -> sound (B, T * HOP).
 
-    levels (B, T, 3): voicing, breath, hiss; formants and hiss_band (centre, width) in Hz, (B, T, 3) and (B,
-    T, 2).
+    levels (B, T, 3): voicing, breath, hiss; formants (B, T, 3), hiss_band (centre, width) (B, T, 2) in Hz.
     """
     B, T = pitch.shape
     hann = torch.hann_window(WINDOW, device=pitch.device)
     pad = (WINDOW - HOP) // 2  # window t is centred on control step t
-    pulses, noise = (torch.fft.rfft(torch.nn.functional.pad(x, (pad, pad)).unfold(1, WINDOW, HOP) * hann, FFT)
+    pulses, noise = (torch.fft.rfft(F.pad(x, (pad, pad)).unfold(1, WINDOW, HOP) * hann, FFT)
                      for x in excitation(seeds, pitch))  # (B, T, FFT/2+1)
     f = torch.arange(FFT // 2 + 1, device=pitch.device) * (SAMPLE_RATE / FFT)
     octaves = (f.clamp(min=100) / 1000).log2()
@@ -217,9 +213,10 @@ def source_filter(seeds, v, pitch, levels, formants, hiss_band):
 
 @torch.no_grad()
 def speak(seeds, frames, emotion=None):
-    """seeds (B,) int64 -> wave (B, frames * 640) at 16 kHz in [-1, 1]; jaw (B, frames) in [0, 1], 0 is shut;
-    lip_width (B, frames) in [-1, 1], rounded to spread, 0 at rest; emotion (B, 7), weights in the order of
-    EMOTIONS.
+    """Speak, (B,) int64 -> dict of wave (B, frames * 640), jaw and lip_width (B, frames), emotion (B, 7).
+
+    wave: 16 kHz, in [-1, 1]; jaw: in [0, 1], 0 is shut; lip_width: in [-1, 1], rounded to spread, 0 at rest;
+    emotion: weights in the order of EMOTIONS.
 
     Everything is a function of the seed alone, and a longer clip begins with the shorter one. emotion (B, 7):
     the mood of the voice in place of the seed's own.
