@@ -165,7 +165,7 @@ class VideoWriter:
         if self.size[0] % 2 or self.size[1] % 2:
             raise ValueError(f"size {size}: yuv420p needs even numbers")
         self.output = Mp4Stream(path) if hasattr(path, "write") else Mp4File(path)
-        self.sound, self.comment, self.keyframes, self.frames = sound, comment, keyframes, 0
+        self.path, self.sound, self.comment, self.keyframes, self.frames = path, sound, comment, keyframes, 0
 
     def __enter__(self):
         with ExitStack() as stack:
