@@ -37,7 +37,7 @@ from media.compose import read_photo
 from media.controls import parse_controls
 from media.device import autocast, pick_device
 from media.face import frame_video, load_detector
-from media.files import InputError, check_file, printable
+from media.files import InputError, check_file, printable, remove_unfinished
 from media.image import to_uint8
 from media.latents import SD, SPACES, load_latents
 from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks, has_audio, pcm_chunks, rechunk
@@ -390,6 +390,8 @@ def run(args):
     frames, total, sound, emotion = frames_and_sound(args, models, meta, image, composer, detector)
     comment = PROVENANCE if emotion is None else f"{PROVENANCE} Emotion: {emotion.describe()}."
     out = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) if live else args.out
+    if not live:
+        remove_unfinished(args.out)
     start = time.perf_counter()
     with VideoWriter(out, composer.size, sound, comment) as video, tqdm(total=total, unit="frame",
         disable=None) as bar:

@@ -473,7 +473,7 @@ def train(args, preset: dict) -> int:
     if teacher:                                                   # tokens must stay what the generator writes
         model.encoder.requires_grad_(False).eval()
     ddp_model = training.ddp_wrap(model, world, device)
-    stopper, began, first = training.Stopper(), time.time(), step
+    stopper, began, first = training.Stopper(), time.perf_counter(), step
     recent = deque(maxlen=100)                                      # losses, to print their mean
     numbers = [(k * args.accumulate + part) * world + rank for k in range(step, args.steps)
                for part in range(args.accumulate)]
@@ -512,7 +512,7 @@ def train(args, preset: dict) -> int:
             pictures = args.accumulate * world * len(batch.target)
             training.save_checkpoint(files["state.pt"], step, args, configs, model, ema, optimisers)
             training.log(files["log.jsonl"], step=step, loss=sum(recent) / len(recent), **samples,
-                         pictures_per_second=pictures * (step - first) / (time.time() - began))
+                         pictures_per_second=pictures * (step - first) / (time.perf_counter() - began))
             save_curves(files["log.jsonl"], files["progress.png"])
         if stop:
             break

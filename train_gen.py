@@ -243,6 +243,15 @@ def fingerprint(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_cache(path):
+    """What an earlier start kept there; None if there is nothing, or nothing whole: it is made again."""
+    try:
+        cached = torch.load(path, map_location="cpu", weights_only=True)
+        return cached if cached["key"] else None
+    except Exception:                                   # whatever torch and zipfile make of damage
+        return None
+
+
 def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16):
     """This process's clips, encoded. Kept in --out, for the next start."""
     inputs = [args.ae, *(os.path.join(name, "manifest.jsonl") for name in args.data if name != "synthetic")]
@@ -250,8 +259,8 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
            args.whisper, preset.get("audio", "mel"), size, preset.get("agree", False), preset["augment"],
            *Encoded._fields, *args.data]
     path = os.path.join(args.out, f"clips-{rank}.pt")
-    if os.path.exists(path):
-        cached = torch.load(path, map_location="cpu", weights_only=True)
+    cached = read_cache(path)
+    if cached:
         if cached["key"][0] != key[0] and os.path.exists(os.path.join(args.out, "state.pt")):
             raise InputError(f"the run in {args.out} learned the tokens of another encoder; give another "
                              f"--out")
@@ -421,15 +430,14 @@ def voice_statistics(args, preset, encoded, model, rank):
     seconds, (n, 3, S), and their moods, (n, 7). Those of the voices are kept in --out."""
     kind, frames = preset.get("audio", "mel"), round(preset["seconds"] * FPS)
     key = [args.voices, frames, args.seed, args.whisper, kind, "moods"]
-    path, cached = os.path.join(args.out, f"voices-{rank}.pt"), {"key": None}
+    path = os.path.join(args.out, f"voices-{rank}.pt")
 
     def at_three(features):
         return model.pool(features)[0][:, [min(k, features.shape[1]) - 1
                                            for k in (FPS, 2 * FPS, features.shape[1])]]
 
-    if os.path.exists(path):
-        cached = torch.load(path, map_location="cpu", weights_only=True)
-    if cached["key"] != key:
+    cached = read_cache(path)
+    if not cached or cached["key"] != key:
         statistics, moods = [], []
         seeds = HELD_OUT // 2 + args.seed * 100_000 + torch.arange(args.voices)
         for part in tqdm(seeds.split(16), desc="voices", unit="batch", disable=rank > 0):
@@ -552,7 +560,7 @@ def train(args, preset) -> int:
     directions = readout_directions(encoded) if preset["balanced"] and not args.reflow else None
     directions = None if directions is None else directions.to(device)
     ddp_model = training.ddp_wrap(model, world, device)
-    stopper, began, first = training.Stopper(), time.time(), step
+    stopper, began, first = training.Stopper(), time.perf_counter(), step
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
         training.set_lr(optimisers, step, args.steps, warmup=50)
@@ -592,8 +600,9 @@ def train(args, preset) -> int:
             save_weights(files["semo.safetensors"], models_out, meta_out)
             preview(os.path.join(args.out, f"step{step:06d}.mp4"), models_out, meta_out, space,
                     silence_features, args, device)
+            seconds = time.perf_counter() - began
             training.log(files["log.jsonl"], step=step, loss=loss.item(),
-                         windows_per_second=(step - first) * world * args.windows / (time.time() - began))
+                         windows_per_second=(step - first) * world * args.windows / seconds)
             save_curves(files["log.jsonl"], files["progress.png"])
             training.save_checkpoint(files["state.pt"], step, args, {"generator": config}, model, ema,
                                      optimisers)

@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from media.device import pick_device
-from media.files import InputError, atomic_write
+from media.files import InputError, atomic_write, remove_unfinished
 from media.image import to_uint8
 
 # ---- processes and randomness ------------------------------------------------------------------------------
@@ -230,9 +230,11 @@ def print_settings(args, model, rank, **more):
 
 
 def make_run_folder(folder):
-    """Make the folder of a run and check that it can be written to. Raises InputError."""
+    """Make the folder of a run, without what a killed run left unfinished in it, and check that it can be
+    written to. Raises InputError."""
     try:
         os.makedirs(folder, exist_ok=True)
+        remove_unfinished(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -6,6 +6,7 @@ what would be right.
 import json
 import os
 from contextlib import contextmanager, suppress
+from glob import escape, glob
 from pathlib import Path
 
 import av
@@ -69,12 +70,16 @@ def sound_stream(container):
 
 def decode_stream(container, stream):
     """Yield the frames of a stream in order. Damaged ones are left out; see check_not_truncated."""
-    try:
-        for packet in container.demux(stream):
-            with suppress(av.error.InvalidDataError):
-                yield from packet.decode()
-    except (av.FFmpegError, OSError):                             # the file breaks off here
-        return
+    while True:
+        try:
+            for packet in container.demux(stream):
+                with suppress(av.error.InvalidDataError):
+                    yield from packet.decode()
+            return
+        except IndexError:                                        # a packet of a stream that begins only here
+            continue
+        except (av.FFmpegError, OSError):                         # the file breaks off here
+            return
 
 
 def check_not_truncated(path, container, stream, seconds):
@@ -135,7 +140,7 @@ def atomic_write(path, suffix="", make_folder=False):
         raise OutputError(f"{path} cannot be written: it is a folder or protected; choose another name")
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.part")
     try:
-        open(temporary, "xb").close()
+        open(temporary, "wb").close()                   # a killed process of this number may have left one
         mode = os.stat(temporary).st_mode
         yield temporary
         with open(temporary, "rb+") as file:
@@ -153,6 +158,18 @@ def atomic_write(path, suffix="", make_folder=False):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def remove_unfinished(path):
+    """Remove what atomic_write left beside `path` (or, of a folder, in it) when its process was killed; only
+    where /proc tells whether a process lives."""
+    folder, name = (path, "*") if os.path.isdir(path) else os.path.split(os.path.abspath(path))
+    for left in glob(os.path.join(escape(folder), f".{name if name == '*' else escape(name)}.*.part")):
+        process = left.split(".")[-2]
+        dead = os.path.exists("/proc/self") and not os.path.exists(f"/proc/{process}")
+        if dead or process == str(os.getpid()):
+            with suppress(OSError):
+                os.remove(left)
 
 
 def read_lines(path):

@@ -344,7 +344,10 @@ def prepare(args):
         if not (isinstance(name, str) and isinstance(file, str) and split in (None, "train", "test")):
             raise InputError(f"{args.people}: each line needs file and identity, "
                              "and may have split: train or test")
-        path = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(args.people)), file))
+        try:
+            path = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(args.people)), file))
+        except ValueError:                                       # a zero byte, half a character
+            raise InputError(f"{args.people}: {file!a} cannot be the name of a file") from None
         known[path] = {"identity": name, "split": split or split_of(name)}
     if args.crop == "face":
         load_detector(args.detector)                             # refuse now rather than once a video
@@ -375,9 +378,9 @@ def read_part(path, out):
 
 def prepare_all(args, todo, known):
     """Prepare the videos todo [(path, source)] into args.out, which no other process writes to now."""
-    for folder in ("clips", "parts"):
+    for folder in ("clips", "parts", ""):
         for name in os.listdir(os.path.join(args.out, folder)):
-            if name.endswith(".part"):                           # left by a run that was killed
+            if name.startswith(".") and name.endswith(".part"):  # left by a run that was killed
                 os.remove(os.path.join(args.out, folder, name))
     settings = [{"size": args.size, "crop": args.crop, "framing": "1.44 forehead to chin", "margin": MARGIN}]
     settings_file = os.path.join(args.out, "settings.jsonl")

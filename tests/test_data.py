@@ -80,7 +80,7 @@ ROW = {"file": "clips/a.mp4", "identity": "a", "split": "train", "frames": 9, "s
     ({"file": "../a.mp4"}, "not a file inside the folder"),
     ({"file": "/a.mp4"}, "not a file inside the folder"),
     ({"file": "clips/../../a.mp4"}, "not a file inside the folder"), ({"file": 3}, "lacks"),
-    ({"frames": 0}, "lacks"),
+    ({"frames": 0}, "lacks"), ({"frames": 10**30}, "lacks"),
     ({"identity": None}, "lacks"), ({"split": "dev"}, "lacks"), ({"margin": 1.0}, "another framing"),
     ({"margin": None}, "another framing"),
     ({"identity": "b"}, "clips of b both in its train and in its test split")])

@@ -1,10 +1,14 @@
 """Every command: a user's mistake is one sentence and status 2; a fault of ours keeps its traceback. A full
 disk, odd paths and odd environments cost no file."""
+import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +18,11 @@ import torch
 from PIL import Image
 from test_prepare import video as make_video
 from test_sample import META, small_models
+from test_train_ae import same
 
 import sample
+import train_ae
+import train_gen
 import training
 from measure import ablate, bench, evaluate, pictures, reader
 from media import prepare
@@ -113,6 +120,55 @@ def test_a_full_disk_is_no_fault_of_a_video(tmp_path):
         prepare.prepare_one(str(tmp_path / "a.mp4"), "in/a.mp4", {"identity": "a", "split": "train"},
                             tmp_path, 64, "centre")
     assert os.listdir(tmp_path / "clips") == []
+
+
+@pytest.fixture
+def train(tmp_path):
+    """-> a function that trains stage 1 or stage 2 for two steps, in a folder of its own."""
+    save_weights(tmp_path / "w.safetensors", small_models(), META)
+    kept = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(stage, *more):
+        words = ["--ae", str(tmp_path / "w.safetensors")] if stage is train_gen else []
+        return stage.main(["--preset", "nano", "--device", "cpu", "--steps", "2", "--out",
+                           str(tmp_path / "run"), *words, *more])
+
+    yield run
+    for name, handler in kept.items():
+        signal.signal(name, handler)
+
+
+@pytest.mark.parametrize("stage", [train_ae, train_gen])
+def test_a_full_disk_ends_training_in_a_sentence(stage, train, tmp_path, capsys):
+    """While the cache of stage 2 is written, or the first weights."""
+    with disk_ends_after(3_000):
+        assert train(stage) == 2
+    said = capsys.readouterr().err
+    assert said.count("cannot be written: File too large") == 1 and "Traceback" not in said
+    assert not [name for name in os.listdir(tmp_path / "run") if name.startswith(".")]
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_damaged_caches_are_made_again(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gen, "preview", lambda *_: None)
+    assert train(train_gen) == 0
+    caches = [tmp_path / "run" / name for name in ("clips-0.pt", "voices-0.pt")]
+    whole = [torch.load(path, weights_only=True) for path in caches]
+    for path in caches:
+        path.write_bytes(path.read_bytes()[:-1000])
+    assert train(train_gen) == 0
+    assert all(same(torch.load(path, weights_only=True), held)
+               for path, held in zip(caches, whole, strict=True))
+
+
+@pytest.mark.parametrize("stage", [train_ae, train_gen])
+def test_a_clock_that_is_set_back_changes_nothing(stage, train, tmp_path, monkeypatch):
+    clock = count(2e9, -3600)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    monkeypatch.setattr(train_gen, "preview", lambda *_: None)
+    assert train(stage) == 0
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert row["step"] == 2 and row.get("pictures_per_second", row.get("windows_per_second")) > 0
 
 
 # ---- odd paths and environments ----------------------------------------------------------------------------

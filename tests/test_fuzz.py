@@ -142,13 +142,16 @@ def limits(what):
         Path("/proc/self/clear_refs").write_text("5")                          # resets the peak
     except OSError:
         pass
-    before, kept = peak(), signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    before, kept = peak(), [signal.signal(number, late) for number in (signal.SIGPROF, signal.SIGALRM)]
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)                # of its own work
+    signal.alarm(10 * SECONDS)                                   # and beside any work of others
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, kept)
+        for number, handler in zip((signal.SIGPROF, signal.SIGALRM), kept, strict=True):
+            signal.signal(number, handler)
     assert peak() - before < MEGABYTES, f"{what}: {peak() - before:.0f} MB"
 
 
