@@ -110,6 +110,11 @@ def pictures_to_frames(space, pictures, composer=None):
             yield from map(composer.frame, low, latents_to_frames(space, picture.moved), alpha, field)
 
 
+def encode_silence(kind, whisper=None):
+    """The speech features of no sound, (A,)."""
+    return audio_features.extract_features(torch.zeros(1, SAMPLES_PER_FRAME), kind, whisper)[0, 0]
+
+
 def prepare_reference(models, meta, image, seed):
     """What both jobs start with -> space of the latents, photo (1, C, H, W) in it, its motion (1, L*D),
     source of noise, the frames' noise (1, C, H, W). Noise is drawn on the CPU, so that every device gets the
@@ -130,9 +135,7 @@ def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidan
     weights (meta) where None. emotion: called with each part of features, it returns their moods
     (emotion.py). composer: makes frames whole photos (media/compose.py)."""
     space, z_r, m_ref, rng, noise = prepare_reference(models, meta, image, seed)
-    zeros = torch.zeros(1, SAMPLES_PER_FRAME)
-    # (A,)
-    silence_features = audio_features.extract_features(zeros, meta["audio"], meta.get("whisper"))[0, 0]
+    silence_features = encode_silence(meta["audio"], meta.get("whisper"))
     guidance = meta["guidance"] if guidance is None else guidance
     features = autocast_iter(z_r.device, features, models=False)                         # sound stays in fp32
     motions = generate_motion(models["generator"], m_ref, features, rng, silence_features,

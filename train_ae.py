@@ -1,10 +1,10 @@
 """Stage 1: train the motion encoder and the decoder together (paper section 3.1, eqs. 1-3 and 8).
 
     python train_ae.py --preset tiny                                   synthetic world, a laptop, no data
-    python train_ae.py --preset tiny --frames 8 --init runs/ae/semo.safetensors --out runs/video
-                                                                       image-to-video
     python train_ae.py --preset small --data DIR [DIR ...]             real clips, made by data.py prepare
     torchrun --nproc_per_node=8 train_ae.py --preset paper --data DIR  the paper's own method, on 8 GPUs
+    python train_ae.py --preset tiny --frames 8 --init runs/ae/semo.safetensors --out runs/video
+                                                                       image-to-video
     python train_ae.py --preset tiny --reflow runs/gen/semo.safetensors
                                                                        straighter paths, fewer sampling steps
 
@@ -12,9 +12,9 @@ Run the same command again to resume: --out holds state.pt (training state), sem
 use), log.jsonl and sample pictures: reference | target | 1 step | 4 steps. Ctrl-C and SIGTERM save first.
 """
 import argparse
+import copy
 import math
 import os
-import sys
 import time
 from collections import deque
 from dataclasses import replace
@@ -31,7 +31,6 @@ import training
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder, random_masking
 from media import latents
-from media.charts import save_curves
 from media.device import autocast
 from media.files import InputError
 from media.landmarks import FACTORS
@@ -43,36 +42,37 @@ from world.render import MOTION, region_ellipses, render
 PAPER = dict(full_attention=True, predict="v", tokens_per_motion=1, motion_delta=False, ref_context=False)
 
 # Sizes of the networks and of a run. persons: of a step and process; targets: pictures of each; near: share
-# of persons whose pictures are near in pose (world.people.pairs, data.Clips); mask_max: masks hide a share of
-# the patches, U(0, this); label_weight: weight of known motion in the loss, fading (0: none); loss: see
-# AutoEncoder; curriculum: see schedule; muon_lr None: AdamW for all weights.
+# of persons whose pictures are near in pose (world.people.random_pairs, data.Clips); mask_max: masks hide a
+# share of the patches, U(0, this); label_weight: weight of known motion in the loss, fading (0: none); loss:
+# see AutoEncoder; curriculum: see schedule; muon_lr None: AdamW for all weights.
 PRESETS = {
-    "nano": dict(encoder=EncoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8),
-                 decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8,
-                                       tokens_per_motion=2, warp_grid=4, overlap=True),
-                 loss="region", curriculum=True, steps=20, persons=2, targets=2, near=0.5, mask_max=0.9,
-                 label_weight=0.3, lr=3e-3, muon_lr=0.02),
-    "tiny": dict(encoder=EncoderConfig(96, patch_size=12, width=128, depth=4, heads=2),
-                 decoder=DecoderConfig(96, patch_size=12, width=192, depth=4, heads=3, warp_grid=6,
-                                       overlap=True),
-                 loss="region", curriculum=True, steps=4700, persons=16, targets=4, near=0.4, mask_max=0.2,
-                 label_weight=0.3, lr=1e-3, muon_lr=0.02),
-    "small": dict(encoder=EncoderConfig(256, width=384, depth=8, heads=6, token_dim=128),
-                  decoder=DecoderConfig(256, width=512, depth=12, heads=8, token_dim=128, warp_grid=8,
-                                        overlap=True),
-                  loss="region", curriculum=True, steps=200000, persons=16, targets=4, near=0.5, mask_max=0.9,
-                  label_weight=0.0, lr=5e-4, muon_lr=0.01),
-    "large": dict(encoder=EncoderConfig(32, 4, patch_size=2, width=512, depth=8, heads=8, token_dim=512),
-                  decoder=DecoderConfig(32, 4, patch_size=2, width=768, depth=12, heads=12, token_dim=512,
-                                        predict="v"),
-                  latents="sd", loss="weighted", curriculum=True, steps=400000, persons=8, targets=4,
-                  near=0.5, mask_max=0.9, label_weight=0.0, lr=1e-4, muon_lr=0.005),
-    "paper": dict(encoder=EncoderConfig(32, 4, patch_size=2, width=512, depth=8, heads=8, token_dim=512,
-                                        token_init=0, running_norm=False),
-                  decoder=DecoderConfig(32, 4, patch_size=2, width=768, depth=12, heads=12, token_dim=512,
-                                        **PAPER),
-                  latents="sd", loss="velocity", curriculum=False, steps=400000, persons=8, targets=4,
-                  near=0.0, mask_max=0.9, label_weight=0.0, lr=1e-4, muon_lr=None),
+    "nano": dict(
+        encoder=EncoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8),
+        decoder=DecoderConfig(32, patch_size=8, width=32, depth=1, heads=1, token_dim=8, tokens_per_motion=2,
+                              warp_grid=4, overlap=True),
+        loss="region", curriculum=True, steps=20, persons=2, targets=2, near=0.5, mask_max=0.9,
+        label_weight=0.3, lr=3e-3, muon_lr=0.02),
+    "tiny": dict(
+        encoder=EncoderConfig(96, patch_size=12, width=128, depth=4, heads=2),
+        decoder=DecoderConfig(96, patch_size=12, width=192, depth=4, heads=3, warp_grid=6, overlap=True),
+        loss="region", curriculum=True, steps=4700, persons=16, targets=4, near=0.4, mask_max=0.2,
+        label_weight=0.3, lr=1e-3, muon_lr=0.02),
+    "small": dict(
+        encoder=EncoderConfig(256, width=384, depth=8, heads=6, token_dim=128),
+        decoder=DecoderConfig(256, width=512, depth=12, heads=8, token_dim=128, warp_grid=8, overlap=True),
+        loss="region", curriculum=True, steps=200000, persons=16, targets=4, near=0.5, mask_max=0.9,
+        label_weight=0.0, lr=5e-4, muon_lr=0.01),
+    "large": dict(
+        encoder=EncoderConfig(32, 4, patch_size=2, width=512, depth=8, heads=8, token_dim=512),
+        decoder=DecoderConfig(32, 4, patch_size=2, width=768, depth=12, heads=12, token_dim=512, predict="v"),
+        latents="sd", loss="weighted", curriculum=True, steps=400000, persons=8, targets=4, near=0.5,
+        mask_max=0.9, label_weight=0.0, lr=1e-4, muon_lr=0.005),
+    "paper": dict(
+        encoder=EncoderConfig(32, 4, patch_size=2, width=512, depth=8, heads=8, token_dim=512, token_init=0,
+                              running_norm=False),
+        decoder=DecoderConfig(32, 4, patch_size=2, width=768, depth=12, heads=12, token_dim=512, **PAPER),
+        latents="sd", loss="velocity", curriculum=False, steps=400000, persons=8, targets=4, near=0.0,
+        mask_max=0.9, label_weight=0.0, lr=1e-4, muon_lr=None),
 }
 
 
@@ -91,11 +91,14 @@ def schedule(args, progress: float) -> dict:
     p_pure_noise = 1 - 0.1 * ramp if args.curriculum else 0.0
     if args.reflow:
         p_pure_noise = 1.0 if args.one_step else 0.5
-    return {"mask_max": ramp * args.mask_max, "p_pure_noise": p_pure_noise,
+    return {"mask_max": ramp * args.mask_max,
+            "p_pure_noise": p_pure_noise,
             "label": args.label_weight * min(1.0, 2 - 2 * progress),
             "warped": 0.5 * max(0.0, 1 - 3 * progress),
             "structure": 0.5 * min(1.0, max(0.0, (progress - 0.55) / 0.1))}
 
+
+# ---- loss --------------------------------------------------------------------------------------------------
 
 def charbonnier(x: Tensor, target: Tensor) -> Tensor:
     """Smooth L1 distance of pictures (B, C, H, W) at each pixel -> (B, 1, H, W)."""
@@ -103,8 +106,10 @@ def charbonnier(x: Tensor, target: Tensor) -> Tensor:
 
 
 def dssim(x: Tensor, y: Tensor, window: int = 7, stride: int = 3) -> Tensor:
-    """(1 - SSIM) / 2 of the luminance of pictures (B, C, H, W) in [-1, 1], of windows `stride` pixels apart
-    -> (B, 1, (H-7)//3 + 1, (W-7)//3 + 1) (Wang et al. 2004)."""
+    """(1 - SSIM) / 2 of the luminance of pictures (B, C, H, W) in [-1, 1] (Wang et al. 2004).
+
+    -> (B, 1, (H-7)//3 + 1, (W-7)//3 + 1), of windows `stride` pixels apart.
+    """
     x, y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
     moments = torch.cat([x, y, x * x, y * y, x * y], 1)
     mx, my, xx, yy, xy = F.avg_pool2d(moments, window, stride).chunk(5, 1)
@@ -118,9 +123,15 @@ def weighted_mean(error: Tensor, weight: Tensor) -> Tensor:
     return (error * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1e-6)
 
 
+def field_roughness(field: Tensor) -> Tensor:
+    """Mean squared difference in pixels between neighbouring displacements; field (B, H, W, 2) in halves."""
+    pixels = field * (field.shape[1] / 2)
+    return pixels.diff(dim=1).square().mean() + pixels.diff(dim=2).square().mean()
+
+
 class RunningRidge(nn.Module):
-    """Linear map from differences of tokens to differences of known motion, fitted by ridge regression on
-    running second moments (ours).
+    """Linear map from differences of tokens to differences of known motion, by running ridge regression
+    (ours).
 
     A head that is trained by gradient descent is wrong at first and lags behind the encoder; this one is the
     best linear map of about the last hundred batches, of all processes.
@@ -158,24 +169,27 @@ class AutoEncoder(nn.Module):
 
     Three losses. "velocity": eq. (8) as it is (the paper). "weighted": each sample's eq. (8) divided by the
     error of copying the reference, so that a mouth counts as much as a turning head, which changes ten times
-    the pixels (ours). "region" (ours, pixels): `region_loss` on the predicted picture.
+    the pixels (ours). "region" (ours, pixels): `region_loss` on the predicted picture. labels: with known
+    motion in the loss.
     """
 
     WHOLE, MOUTH_EYES, UPPER = 1.5, 3.0, 1.5           # weights of the parts of region_loss
 
-    def __init__(self, encoder: MotionEncoder, decoder: Decoder, loss: str = "region"):
+    def __init__(self, encoder: MotionEncoder, decoder: Decoder, loss: str = "region", labels: bool = True):
         super().__init__()
         self.encoder, self.decoder, self.loss = encoder, decoder, loss
         motion = encoder.config.num_tokens * encoder.config.token_dim
-        self.label_heads = nn.ModuleDict({"synthetic": RunningRidge(motion, len(MOTION)),
-                                          "real": RunningRidge(motion, len(FACTORS))})
+        known = {"synthetic": len(MOTION), "real": len(FACTORS)} if labels else {}
+        self.label_heads = nn.ModuleDict({kind: RunningRidge(motion, count) for kind, count in known.items()})
 
     def forward(self, batch: data.Batch, noise, t, ids_keep, weights: dict, endpoint=None):
-        """batch of R references and R*T targets; noise (R*T, C, H, W), t (R*T,), ids_keep (R + R*T, n):
-        visible patches; weights: schedule(); endpoint (R*T, C, H, W): where the paths end if not at the
-        target (reflow) -> scalar loss."""
+        """-> scalar loss of a batch of R references and R*T targets.
+
+        noise (R*T, C, H, W), t (R*T,), ids_keep (R + R*T, n): visible patches; weights: schedule(); endpoint
+        (R*T, C, H, W): where the paths end if not at the target (reflow).
+        """
         reference, target = batch.reference, batch.target
-        motion = self.encoder(batch.encoder_views, ids_keep)                      # (R + R*T, L, D)   eqs. (1)
+        motion = self.encoder(batch.encoder_views, ids_keep)                           # (R+R*T, L, D) eq. (1)
         m_r, m_t = motion[: len(reference)], motion[len(reference):]
         cache = self.decoder.encode_reference(reference, m_r)
         copies = reference.repeat_interleave(len(target) // len(reference), 0)         # (R*T, C, H, W)
@@ -184,16 +198,15 @@ class AutoEncoder(nn.Module):
             picture = self.decoder(z_t, t, m_t, cache, as_picture=True)
             loss = self.region_loss(picture.x, target, copies, batch.regions, weights["structure"])
             if weights["warped"]:
-                loss = loss + weights["warped"] * self.region_loss(picture.moved, target, copies,
-                                                                   batch.regions, 0.0)
+                warped = self.region_loss(picture.moved, target, copies, batch.regions, 0.0)
+                loss = loss + weights["warped"] * warped
             loss = loss + 0.2 * field_roughness(picture.field)
         else:
             weight = None
             if self.loss != "velocity":
                 weight = 0.1 / ((target - copies).square().mean((1, 2, 3)) + 0.0005)   # (R*T,)
-            endpoint = target if endpoint is None else endpoint
-            # eqs. (3), (8)
-            loss = flow.flow_loss(self.decoder, endpoint, noise, t, weight=weight, m_t=m_t, cache=cache)
+            z = target if endpoint is None else endpoint
+            loss = flow.flow_loss(self.decoder, z, noise, t, weight, m_t=m_t, cache=cache)     # eqs. (3), (8)
         if weights["label"]:
             delta = m_t - m_r.repeat_interleave(len(target) // len(reference), 0)      # (R*T, L, D)
             with torch.autocast(delta.device.type, enabled=False):
@@ -201,8 +214,10 @@ class AutoEncoder(nn.Module):
         return loss
 
     def label_loss(self, delta, batch: data.Batch):
-        """Error of known motion read from differences of tokens (R*T, L*D); 0 where none is known. Every
-        process updates all heads, as it sums with the others'."""
+        """Error of known motion read from differences of tokens (R*T, L*D); 0 where none is known.
+
+        Every process updates all heads, as it sums with the others'.
+        """
         loss = 0.0
         for kind, head in self.label_heads.items():
             known = kind == batch.kind and batch.factors is not None
@@ -215,42 +230,38 @@ class AutoEncoder(nn.Module):
         return loss
 
     def region_loss(self, x, target, copies, regions, structure: float):
-        """Error of the picture x relative to copying the reference: of the whole picture, of mouth and eyes,
-        and of eyes and brows, which move less than the mouth.
+        """Error of the picture x relative to copying the reference -> scalar.
 
-        x, target, copies (B, C, H, W); regions (B, 3, H, W) soft masks, see data.draw_regions -> scalar. The
-        area of mouth and eyes is a twelfth of the picture; divided by it, as in FLOAT (arXiv 2412.01064,
-        A.2), their error counts. Outside the face the weight is 0.2.
+        Of the whole picture, of mouth and eyes, and of eyes and brows, which move less than the mouth. x,
+        target, copies (B, C, H, W); regions (B, 3, H, W) soft masks, see data.draw_regions. The area of mouth
+        and eyes is a twelfth of the picture; divided by it, as in FLOAT (arXiv 2412.01064, A.2), their error
+        counts. Outside the face the weight is 0.2.
         """
         features, upper, face = regions.split(1, 1)                                    # (B, 1, H, W) each
-        error, copy = charbonnier(x, target), charbonnier(copies, target)
+        error, copy_error = charbonnier(x, target), charbonnier(copies, target)
         loss = 0.0
-        for part, weight, least in ((0.2 + 0.8 * face, self.WHOLE, 0.02), (features, self.MOUTH_EYES, 0.03),
+        for part, weight, least in ((0.2 + 0.8 * face, self.WHOLE, 0.02),
+                                    (features, self.MOUTH_EYES, 0.03),
                                     (upper, self.UPPER, 0.03)):
-            loss = loss + weight * weighted_mean(error, part) / (weighted_mean(copy, part) + least)
+            loss = loss + weight * weighted_mean(error, part) / (weighted_mean(copy_error, part) + least)
         if structure:
             inside = 0.3 * face + features
-            ring = F.avg_pool2d(inside, 7, 3)
-            loss = loss + structure * (weighted_mean(dssim(x, target), ring)
-                                       / (weighted_mean(dssim(copies, target), ring) + 0.05))
+            windows = F.avg_pool2d(inside, 7, 3)                                       # as dssim
+            error, copy_error = (weighted_mean(dssim(y, target), windows) for y in (x, copies))
+            loss = loss + structure * (error / (copy_error + 0.05))
             for scale in (1, 2, 4):
                 difference, weight = F.avg_pool2d(x - target, scale), F.avg_pool2d(inside, scale)
                 for axis in (2, 3):
                     edge = difference.diff(dim=axis).abs().mean(1, keepdim=True)
-                    loss = loss + 6 * structure * weighted_mean(edge,
-                                                                weight.narrow(axis, 1, edge.shape[axis]))
+                    part = weight.narrow(axis, 1, edge.shape[axis])
+                    loss = loss + 6 * structure * weighted_mean(edge, part)
         return loss.mean()
 
 
-def field_roughness(field: Tensor) -> Tensor:
-    """Mean squared difference in pixels between the displacements of neighbouring pixels, field (B, H, W, 2)
-    in halves."""
-    pixels = field * (field.shape[1] / 2)
-    return pixels.diff(dim=1).square().mean() + pixels.diff(dim=2).square().mean()
-
+# ---- data --------------------------------------------------------------------------------------------------
 
 def normalise_factors(factors: Tensor) -> Tensor:
-    """Motion factors of the synthetic world (n, M) -> each with zero mean and about unit variance."""
+    """Motion factors of the synthetic world (..., M) -> each with zero mean and about unit variance."""
     low, high = torch.tensor(list(MOTION.values()), device=factors.device).unbind(1)
     return (2 * (factors - low) / (high - low) - 1) * 3**0.5
 
@@ -261,8 +272,7 @@ def image_px(preset: dict) -> int:
 
 
 def synthetic_batch(args, preset, number: int, render_fn, device="cpu", held_out=False) -> data.Batch:
-    """The persons of one forward pass, a function of its number alone: no two processes or steps get the
-    same.
+    """Draw the persons of one forward pass, a function of its number alone: no two passes get the same.
 
     In every second batch of a curriculum the encoder sees another person make the same motion (ours): the
     truth, which only a synthetic world has, that a token must not tell who moves.
@@ -274,11 +284,11 @@ def synthetic_batch(args, preset, number: int, render_fn, device="cpu", held_out
         pictures, motion, views = consecutive_frames(seeds, args.frames, size, render_fn)
     else:
         swap = args.curriculum and number % 2 == 1 and not held_out
-        pictures, motion, views = random_pairs(seeds, preset["targets"], preset["near"], size, render_fn,
-                                               swap)
-    targets, references = motion[:, 1:], motion[:, :1].expand_as(motion[:, 1:])
-    factors = normalise_factors(targets.flatten(0, 1)) - normalise_factors(references.flatten(0, 1))
-    return data.make_batch(pictures, views, region_ellipses(motion), factors, "synthetic")
+        targets, near = preset["targets"], preset["near"]
+        pictures, motion, views = random_pairs(seeds, targets, near, size, render_fn, swap)
+    factors = normalise_factors(motion)                                                # (R, 1+T, M)
+    delta = (factors[:, 1:] - factors[:, :1]).flatten(0, 1)                            # (R*T, M)
+    return data.make_batch(pictures, views, region_ellipses(motion), delta, "synthetic")
 
 
 def real_clips(args, preset, split: str):
@@ -288,12 +298,11 @@ def real_clips(args, preset, split: str):
         return None
     targets = args.frames if args.frames > 1 else preset["targets"]
     return data.Clips(folders, args.persons, targets, preset["near"], image_px(preset), args.seed, split,
-                      args.frames > 1, augment=args.curriculum and split == "train")
+                      rows=args.frames > 1, augment=args.curriculum and split == "train")
 
 
 def batches(args, preset, real, numbers, render_fn, device):
-    """The batches of `numbers` in their order, each from the synthetic world or from the folders, by their
-    share of --data."""
+    """The batches of `numbers` in order, of the synthetic world or the folders, by their share of --data."""
     share = 1 - ("synthetic" in args.data) / len(args.data)
 
     def is_real(number):
@@ -305,8 +314,7 @@ def batches(args, preset, real, numbers, render_fn, device):
 
 
 def held_out_batch(args, preset) -> tuple[data.Batch, str]:
-    """The persons of the sample pictures and which they are: the test split of the folders, else the
-    synthetic world's."""
+    """The persons of the sample pictures, of the folders' test split or else synthetic; and which of them."""
     if args.data != ["synthetic"]:
         try:
             return real_clips(args, preset, "test")[0], "test"
@@ -316,11 +324,11 @@ def held_out_batch(args, preset) -> tuple[data.Batch, str]:
 
 
 def sample_noise_t_mask(args, encoder: EncoderConfig, shape, number: int, rank: int, now: dict):
-    """Noise and times of the R*T targets of one pass and visible patches of all, drawn on the CPU from (seed,
-    rank, number).
+    """Noise and times of the R*T targets of one pass, visible patches of all; drawn from (seed, rank,
+    number).
 
-    The frames of a clip share their time and, as in sampling, their noise. now: schedule(). Without a
-    curriculum t is uniform on [0, 1], as in the paper.
+    On the CPU, so that devices agree. The frames of a clip share their time and, as in sampling, their noise.
+    now: schedule(). Without a curriculum t is uniform on [0, 1], as in the paper.
     """
     rng, clips = training.step_rng(args.seed, rank, number), shape[0] // args.frames
     noise = torch.randn(clips, *shape[1:], generator=rng).repeat_interleave(args.frames, 0)
@@ -330,14 +338,13 @@ def sample_noise_t_mask(args, encoder: EncoderConfig, shape, number: int, rank: 
         t = torch.rand(clips, generator=rng)
     patches = (encoder.image_size // encoder.patch_size) ** 2
     ratio = now["mask_max"] * torch.rand((), generator=rng).item()                  # one for all: a rectangle
-    return noise, t.repeat_interleave(args.frames), random_masking(args.persons + shape[0], patches, ratio,
-                                                                   rng)
+    ids_keep = random_masking(args.persons + shape[0], patches, ratio, rng)
+    return noise, t.repeat_interleave(args.frames), ids_keep
 
 
 @torch.no_grad()
 def reflow_pairs(teacher: dict, batch: data.Batch, noise, steps: int) -> Tensor:
-    """What the teacher makes of the noise for the targets' motion: reflow's pairs (Liu et al. 2022, algorithm
-    1)."""
+    """What the teacher makes of the noise for the targets' motion (Liu et al. 2022, algorithm 1)."""
     motion = teacher["encoder"](batch.encoder_views)                                # as the student sees them
     m_r, m_t = motion[: len(batch.reference)], motion[len(batch.reference):]
     cache = teacher["decoder"].encode_reference(batch.reference, m_r)
@@ -346,8 +353,7 @@ def reflow_pairs(teacher: dict, batch: data.Batch, noise, steps: int) -> Tensor:
 
 @torch.no_grad()
 def save_samples(path, model, space, args, preset, device) -> dict:
-    """Write held-out persons, reference | target | output after 1 and 4 steps -> PSNR in dB of 1 step and of
-    copying."""
+    """Write held-out persons, reference, target, 1 step, 4 steps -> PSNR in dB of 1 step and of copying."""
     training_mode = model.training
     model.eval()
     batch, split = held_out_batch(args, preset)
@@ -365,104 +371,62 @@ def save_samples(path, model, space, args, preset, device) -> dict:
     return {"psnr": psnr, "psnr_copy": psnr_copy, "shown": split}
 
 
+# ---- the run -----------------------------------------------------------------------------------------------
+
 def parse(argv, presets=PRESETS):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
-    p.add_argument("--preset", choices=presets, default="tiny", help="sizes of the networks and of the run")
-    p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: runs/ae, or "
-                                 "runs/reflow_ae)")
-    p.add_argument("--init", help="start from these weights, e.g. the image model for --frames 8")
-    p.add_argument("--reflow", metavar="TEACHER",
-                   help="learn the straight line from noise to what these weights make of "
-                   "it; their encoder, and their generator if they have one, are kept")
-    p.add_argument("--one-step", action="store_true",
-                   help="with --reflow: learn the step from pure noise alone")
-    p.add_argument("--teacher-steps", type=int, default=20,
-                   help="with --reflow: steps of the teacher (default: 20)")
+    training.add_options(p, presets)
     p.add_argument("--frames", type=int, default=1,
                    help="above 1: the image-to-video stage, clips of so many frames")
-    p.add_argument("--data", nargs="+", metavar="DIR", default=["synthetic"],
-                   help="folders made by data.py prepare, drawn "
-                   "equally; the word synthetic stands for the synthetic world (default)")
     p.add_argument("--workers", type=int, default=2, help="processes that read clips ahead (default: 2)")
     p.add_argument("--vae", default=latents.SD,
                    help="presets large and paper: the autoencoder, hub id or folder")
-    p.add_argument("--steps", type=int, help="length of the run (default: the preset's)")
     p.add_argument("--persons", type=int, help="persons a step and process (default: the preset's)")
     p.add_argument("--lr", type=float, help="peak learning rate of AdamW (default: the preset's)")
     p.add_argument("--muon-lr", type=float, help="peak learning rate of Muon (default: the preset's)")
     p.add_argument("--label-weight", type=float,
-                   help="weight of known motion in the loss, fading out; 0: no label in the "
-                   "loss (default: the preset's)")
-    p.add_argument("--mask-max", type=float,
-                   help="masks hide a share U(0, this) (paper: 0.9; default: the preset's)")
+                   help="weight of known motion in the loss, fading out; 0: no label (default: the preset's)")
     p.add_argument("--accumulate", type=int, default=1,
-                   help="batches a step, for large batches in little memory")
+                   help="batches a step, for large steps in little memory")
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="keep less for the backward pass, compute it again")
-    p.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: 0)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                   help="use torch.compile: 1-2 minutes to start, then faster (needs a C++ compiler on CPUs)")
-    p.add_argument("--save-every", type=int, default=200,
-                   help="steps between checkpoints and pictures (default: 200)")
     args = p.parse_args(argv)
     preset = presets[args.preset]
-    if args.reflow:
-        # a student is nearly there
+    if args.reflow:                                                           # a student is nearly there
         preset = {**preset, "label_weight": 0.0, "mask_max": 0.0, "lr": 0.1 * preset["lr"],
                   "muon_lr": preset["muon_lr"] and 0.1 * preset["muon_lr"]}
     args.out = args.out or ("runs/reflow_ae" if args.reflow else "runs/ae")
     args.curriculum = preset["curriculum"]
-    for name in ("steps", "persons", "lr", "muon_lr", "mask_max", "label_weight"):
-        setattr(args, name, preset[name] if getattr(args, name) is None else getattr(args, name))
-    if args.init and args.reflow or args.one_step and not args.reflow:
-        p.error("--reflow begins from its teacher, without --init; --one-step goes with --reflow")
-    counts = (args.steps, args.persons, args.frames, args.accumulate, args.teacher_steps, args.save_every,
-              args.seed + 1, args.workers + 1)
-    if min(counts) < 1 or args.label_weight < 0 or not 0 <= args.mask_max < 1 or args.lr <= 0:
-        p.error("--steps, --persons, --frames, --accumulate, --teacher-steps, --save-every and --lr must be "
-                "positive, "
-                "--seed, --label-weight and --workers not negative, --mask-max in [0, 1)")
+    training.check_options(p, args, preset)
+    if args.lr <= 0 or args.label_weight < 0:
+        p.error("--lr must be positive, --label-weight not negative")
     return args
-
-
-def main(argv=None):
-    """-> exit status: 0 when the run is complete, 130 when it was stopped, 2 for bad input."""
-    args = parse(argv)
-    try:
-        return train(args, PRESETS[args.preset])
-    except InputError as error:
-        print(f"train_ae.py: {error}", file=sys.stderr)
-        return 2
 
 
 def train(args, preset: dict) -> int:
     """Train as the settings say; see `parse` and PRESETS. Raises InputError."""
     rank, world, device = training.init_distributed(args.device)
-    training.seed_everything(args.seed)
+    torch.manual_seed(args.seed)                             # first weights; later numbers come from step_rng
     configs = {"encoder": preset["encoder"], "decoder": replace(preset["decoder"], frames=args.frames)}
-    model, ema = (AutoEncoder(MotionEncoder(configs["encoder"]), Decoder(configs["decoder"]),
-                              preset["loss"]).to(device)
-                  for _ in range(2))
+    model = AutoEncoder(MotionEncoder(configs["encoder"]), Decoder(configs["decoder"]), preset["loss"],
+                        labels=args.label_weight > 0).to(device)
     kind = preset.get("latents", "pixel")
     training.make_run_folder(args.out)
     space = latents.load_latents(kind, args.vae, device)
     real = real_clips(args, preset, "train")
-    loaded, meta = load_models(args.init or args.reflow, device) if args.init or args.reflow else ({}, {})
-    teacher, meta = (loaded, meta) if args.reflow else ({}, {})
-    if loaded:
-        training.init_from(args.init or args.reflow, loaded, encoder=model.encoder, decoder=model.decoder)
-    ema.load_state_dict(model.state_dict())
-    ema.eval().requires_grad_(False)
+    teacher, meta, source = {}, {}, args.init or args.reflow
+    if source:
+        loaded, loaded_meta = load_models(source, device)
+        training.init_from(source, loaded, encoder=model.encoder, decoder=model.decoder)
+        teacher, meta = (loaded, loaded_meta) if args.reflow else ({}, {})
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimisers = training.optimisers(model, args.lr, args.muon_lr)
-    files = {name: os.path.join(args.out, name)
-             for name in ("state.pt", "semo.safetensors", "log.jsonl", "progress.png")}
-    step = training.resume(files["state.pt"], args, configs, model, ema, optimisers)
-    training.print_settings(args, model, rank,
-                            **{f"schedule at {p:.0%}": schedule(args, p) for p in (0, 0.5, 1)})
-    if step >= args.steps and rank == 0:
-        print(f"train_ae.py: finished at step {step}, nothing to do", file=sys.stderr)
+    state = os.path.join(args.out, "state.pt")
+    step = first = training.resume(state, args, configs, model, ema, optimisers)
+    if rank == 0:
+        training.print_settings(args, model, step,
+                                **{f"schedule at {p:.0%}": schedule(args, p) for p in (0, 0.5, 1)})
 
     if args.checkpoint_activations:
         training.checkpoint_activations(model)
@@ -473,21 +437,20 @@ def train(args, preset: dict) -> int:
     if teacher:                                                   # tokens must stay what the generator writes
         model.encoder.requires_grad_(False).eval()
     ddp_model = training.ddp_wrap(model, world, device)
-    stopper, began, first = training.Stopper(), time.perf_counter(), step
-    recent = deque(maxlen=100)                                      # losses, to print their mean
-    numbers = [(k * args.accumulate + part) * world + rank for k in range(step, args.steps)
-               for part in range(args.accumulate)]
-    stream = batches(args, preset, real, numbers, render_fn, device)
+    stopper, began = training.Stopper(), time.time()
+    recent = deque(maxlen=100)                                    # losses, to print their mean
+    numbers = [(k * args.accumulate + part) * world + rank
+               for k in range(step, args.steps) for part in range(args.accumulate)]
+    numbered = zip(numbers, batches(args, preset, real, numbers, render_fn, device), strict=True)
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
         training.set_lr(optimisers, step, args.steps, warmup=50)
         now, loss = schedule(args, step / args.steps), 0.0
         for part in range(args.accumulate):            # only the last backward pass waits for other processes
-            number = (step * args.accumulate + part) * world + rank
-            batch = next(stream).to(device).encode(space)
-            noise, t, ids_keep = sample_noise_t_mask(args, preset["encoder"], batch.target.shape, number,
-                                                     rank, now)
-            noise, t, ids_keep = noise.to(device), t.to(device), ids_keep.to(device)
+            number, batch = next(numbered)
+            batch = batch.to(device).encode(space)
+            random = sample_noise_t_mask(args, preset["encoder"], batch.target.shape, number, rank, now)
+            noise, t, ids_keep = (x.to(device) for x in random)
             if world > 1:
                 ddp_model.require_backward_grad_sync = part == args.accumulate - 1
             with autocast(device):
@@ -495,29 +458,34 @@ def train(args, preset: dict) -> int:
                 part_loss = ddp_model(batch, noise, t, ids_keep, now, endpoint) / args.accumulate
             part_loss.backward()
             loss += part_loss.item()
-        training.clip_and_step(model, optimisers, loss, step, files["state.pt"], device)
+        training.clip_and_step(model, optimisers, loss, step, state, device)
         training.update_ema(ema, model, step, training.ema_decay(args.steps))
         step += 1
-        bar.update()
         recent.append(loss)
-        bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
+        mean_loss = sum(recent) / len(recent)
+        bar.update()
+        bar.set_postfix(loss=f"{mean_loss:.4f}")
         stop = training.any_rank(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
-            samples = save_samples(os.path.join(args.out, f"step{step:06d}.png"), ema, space, args, preset,
-                                   device)
+            path = os.path.join(args.out, f"step{step:06d}.png")
+            samples = save_samples(path, ema, space, args, preset, device)
             meta |= {"latents": kind, "vae": args.vae, "size": image_px(preset), "steps": 1,
                      "trained_steps": step}
-            save_weights(files["semo.safetensors"],
+            save_weights(os.path.join(args.out, "semo.safetensors"),
                          {**teacher, "encoder": ema.encoder, "decoder": ema.decoder}, meta)
-            pictures = args.accumulate * world * len(batch.target)
-            training.save_checkpoint(files["state.pt"], step, args, configs, model, ema, optimisers)
-            training.log(files["log.jsonl"], step=step, loss=sum(recent) / len(recent), **samples,
-                         pictures_per_second=pictures * (step - first) / (time.perf_counter() - began))
-            save_curves(files["log.jsonl"], files["progress.png"])
+            training.save_checkpoint(state, step, args, configs, model, ema, optimisers)
+            pictures = (step - first) * args.accumulate * world * len(batch.target)
+            training.log(args.out, step=step, loss=mean_loss, **samples,
+                         pictures_per_second=pictures / (time.time() - began))
         if stop:
             break
     bar.close()
     return 130 if step < args.steps else 0
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    return training.exit_status("train_ae.py", train, args, PRESETS[args.preset])
 
 
 if __name__ == "__main__":

@@ -1,26 +1,24 @@
-"""Stage 2: train the motion generator on speech, the motion encoder frozen (paper section 3.2, eqs. 4-7 and
-9).
+"""Stage 2: train the motion generator on speech, the encoder frozen (paper section 3.2, eqs. 4-7 and 9).
 
     python train_gen.py --preset tiny --ae runs/ae/semo.safetensors
-    python train_gen.py --preset small --ae runs/ae/semo.safetensors --data DIR [DIR ...]
-                                                      clips of data.py prepare
+    python train_gen.py --preset small --ae runs/ae/semo.safetensors --data DIR [DIR ...]     clips of data.py
     torchrun --nproc_per_node=8 train_gen.py --preset paper --ae runs/ae/semo.safetensors --data DIR
-    python train_gen.py --preset tiny --reflow runs/gen/semo.safetensors
-                                                      straighter paths: one step, no guidance
+    python train_gen.py --preset tiny --reflow runs/gen/semo.safetensors        one step, no guidance
 
 First every clip is drawn or read and encoded once, kept in --out, and the emotion of voices is learned from
 their sound; then the generator learns from random windows of the clips. A clip's mood, seven weights a frame,
 is known in the synthetic world and of MEAD and DH-FaceEmoVid; of other sets it is none, as of a share of all
-windows. Run the same command again to resume. --out holds state.pt (to go on), semo.safetensors (all three
+windows. Run the same command again to resume. --out holds state.pt (to go on), semo.safetensors (all
 networks: what sample.py reads), log.jsonl and short clips with sound. Ctrl-C and SIGTERM save first.
 """
 import argparse
+import copy
 import hashlib
 import math
 import os
-import sys
 import time
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,17 +30,15 @@ import data
 import flow
 import sample
 import training
-from decoder import decode_frames
 from emotion import VoiceConfig, VoiceEmotion
 from encoder import random_masking
-from generator import Generator, GeneratorConfig, generate_motion
+from generator import Generator, GeneratorConfig
 from media import audio_features
-from media.charts import save_curves
 from media.device import autocast
 from media.files import InputError
-from media.image import from_uint8, to_uint8
+from media.image import from_uint8
 from media.latents import SD, load_latents
-from media.sound import FPS, SAMPLES_PER_FRAME
+from media.sound import FPS
 from media.video import VideoWriter
 from media.weights import save_weights
 from world.people import HELD_OUT, perform, random_clip, random_mood, random_moods
@@ -52,87 +48,59 @@ from world.speech import EMOTIONS, speak
 # clips: of `seconds` each, encoded once a process; windows: drawn from them at each step; audio: kind of
 # features; voices: synthetic ones, without pictures, from which the emotion of a voice is learned; balanced
 # and augment: ours, see motion_loss and sample_windows; guidance: at sampling, with 10% of the training
-# windows without sound (ours, default 2.0); 1: none, and t uniform, as in the paper
+# windows without sound (ours, default 2.0); 1: none, and t uniform, as in the paper; fresh_masks: masks of
+# past frames are drawn anew for each window, as in the paper; else (ours, faster) once a clip for a whole run
 PRESETS = {
-    "nano": dict(generator=GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, lookahead=1,
-                                           experts=4),
-                 steps=20, windows=4, clips=2, seconds=1, voices=8, balanced=True, augment=True, lr=1e-3,
-                 muon_lr=0.02),
-    "tiny": dict(generator=GeneratorConfig(experts=16), steps=3000, windows=64, clips=768, seconds=4,
-                 voices=3000, balanced=True, augment=True, lr=1e-3,
-                 muon_lr=0.02),
-    "small": dict(generator=GeneratorConfig(width=256, depth=8, heads=8, experts=32), steps=100000,
-                  windows=128, clips=4096,
-                  seconds=4, voices=20000, balanced=True, augment=True, lr=5e-4, muon_lr=0.01),
-    "paper": dict(generator=GeneratorConfig(width=512, depth=8, heads=8), audio="whisper", steps=200000,
-                  windows=128,
-                  clips=4096, seconds=4, voices=20000, balanced=False, augment=False, guidance=1.0, lr=1e-4,
-                  muon_lr=None),
-    "large": dict(generator=GeneratorConfig(width=512, depth=8, heads=8, experts=64), audio="whisper",
-                  steps=200000, windows=128,
-                  clips=4096, seconds=4, voices=20000, balanced=True, augment=False, lr=1e-4, muon_lr=0.005),
+    "nano": dict(
+        generator=GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, lookahead=1, experts=4),
+        steps=20, windows=4, clips=2, seconds=1, voices=8, balanced=True, augment=True, lr=1e-3,
+        muon_lr=0.02),
+    "tiny": dict(
+        generator=GeneratorConfig(experts=16),
+        steps=3000, windows=64, clips=768, seconds=4, voices=3000, balanced=True, augment=True, lr=1e-3,
+        muon_lr=0.02),
+    "small": dict(
+        generator=GeneratorConfig(width=256, depth=8, heads=8, experts=32),
+        steps=100000, windows=128, clips=4096, seconds=4, voices=20000, balanced=True, augment=True, lr=5e-4,
+        muon_lr=0.01),
+    "large": dict(
+        generator=GeneratorConfig(width=512, depth=8, heads=8, experts=64), audio="whisper",
+        steps=200000, windows=128, clips=4096, seconds=4, voices=20000, balanced=True, augment=False, lr=1e-4,
+        muon_lr=0.005),
+    "paper": dict(
+        generator=GeneratorConfig(width=512, depth=8, heads=8), audio="whisper", fresh_masks=True,
+        steps=200000, windows=128, clips=4096, seconds=4, voices=20000, balanced=False, augment=False,
+        guidance=1.0, lr=1e-4, muon_lr=None),
 }
 FACTORS = ("opening", "width", "lids", "yaw", "pitch", "roll")          # what motion_loss balances
 MIRRORED = torch.tensor([1, 1, 1, -1, 1, -1])                           # sign of each in a mirrored picture
 SHARES = (0.4, 0.2, 0.2, 0.07, 0.07, 0.06)
-LEVELS = {1: 0.4, 2: 0.7, 3: 1.0}             # strength of MEAD's levels
+LEVELS = {1: 0.4, 2: 0.7, 3: 1.0}         # strength of MEAD's levels
 OTHERS = 4                                # pictures of the same person in other moods kept beside each clip
 TEMPI = 1.0, 0.87, 1.15                   # real clips are few: augment keeps each at these speeds
 
 
 def parse(argv, presets=PRESETS):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--preset", choices=presets, default="tiny", help="sizes of the network and of the run")
-    p.add_argument("--ae", default="runs/ae/semo.safetensors",
-                   help="weights of stage 1: their encoder is used, frozen")
-    p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: runs/gen, or "
-                                 "runs/reflow_gen)")
-    p.add_argument("--init", help="start from the generator of these weights; experts that it lacks start at "
-                                  "zero")
-    p.add_argument("--reflow", metavar="TEACHER",
-                   help="in place of --ae: learn the straight line from noise to what the generator of "
-                   "these weights makes of it, guidance included")
-    p.add_argument("--one-step", action="store_true",
-                   help="with --reflow: learn the one step from pure noise alone (distillation)")
-    p.add_argument("--teacher-steps", type=int, default=20,
-                   help="with --reflow: steps of the teacher (default: %(default)s)")
-    p.add_argument("--data", nargs="+", metavar="DIR", default=["synthetic"],
-                   help="folders made by data.py prepare, drawn equally; "
-                   "the word synthetic stands for the synthetic world (default)")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    training.add_options(p, presets)
+    p.set_defaults(mask_max=0.2, save_every=500)                                       # 0.2: the paper's
+    p.add_argument("--ae", metavar="WEIGHTS", default="runs/ae/semo.safetensors",
+                   help="weights of stage 1: their encoder is used, frozen (default: %(default)s)")
     p.add_argument("--whisper", default=audio_features.WHISPER,
-                   help="preset paper: the Whisper model, hub id or folder (default: %(default)s)")
-    p.add_argument("--steps", type=int, help="length of the run (default: the preset's)")
+                   help="presets large and paper: the Whisper model, hub id or folder (default: %(default)s)")
     p.add_argument("--clips", type=int,
                    help="most clips of each set that each process encodes (default: the preset's)")
     p.add_argument("--voices", type=int,
-                   help="synthetic voices from which the emotion of a voice is learned (default: the "
-                        "preset's)")
+                   help="synthetic voices that teach the emotion of a voice (default: the preset's)")
     p.add_argument("--windows", type=int, help="windows a step and process (default: the preset's)")
-    p.add_argument("--mask-max", type=float, default=0.2,
-                   help="masks of the past frames, U(0, this) (paper: 0.2)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                   help="draw the clips with torch.compile: a minute to start, then five times faster (needs "
-                        "a C++ compiler)")
-    p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and preview clips")
     args = p.parse_args(argv)
-    for name in ("steps", "clips", "windows", "voices"):
-        setattr(args, name, presets[args.preset][name] if getattr(args, name) is None
-                else getattr(args, name))
-    if args.one_step and not args.reflow:
-        p.error("--one-step goes with --reflow")
-    if args.init and args.reflow:
-        p.error("--reflow begins from its teacher, without --init")
+    training.check_options(p, args, presets[args.preset])
     args.ae, args.out = args.reflow or args.ae, args.out or ("runs/reflow_gen" if args.reflow else "runs/gen")
-    counts = (args.steps, args.clips, args.windows, args.voices, args.save_every, args.teacher_steps,
-              args.seed + 1)
-    if min(counts) < 1 or not 0 <= args.mask_max < 1:
-        p.error("--steps, --clips, --windows, --voices, --teacher-steps and --save-every must be positive, "
-                "--seed not "
-                "negative, --mask-max in [0, 1)")
     return args
 
+
+# ---- clips -------------------------------------------------------------------------------------------------
 
 class Clip(NamedTuple):
     """A clip before it is encoded."""
@@ -142,42 +110,59 @@ class Clip(NamedTuple):
     change: int                  # the frame at which it changes; F: it does not
     voice: torch.Tensor          # (7,) mood of the voice; zeros: unknown
     others: torch.Tensor | None  # (OTHERS, 3, H, W) pictures of the person in other moods
-    factors: torch.Tensor        # (F, 6) FACTORS as far as they are known, each in a unit of its set; nan:
-                                 # not known
+    factors: torch.Tensor        # (F, 6) FACTORS, each in a unit of its set; nan: not known
 
 
 class Encoded(NamedTuple):
     """Clips, encoded and put end to end, n frames in all."""
-    motion: torch.Tensor      # (n, L*D)
-    masked: torch.Tensor      # (n, L*D) seen through a mask
-    features: torch.Tensor    # (n, A) of the speech
-    mood: torch.Tensor        # (n, 7)
-    factors: torch.Tensor     # (n, 6)
-    others: torch.Tensor      # (clips, OTHERS, L*D) the person in other moods, seen through a mask
-    clip_index: torch.Tensor  # (clips, 4) first frame, length, number of its set, frame at which its mood
-                              # changes
-    voices: torch.Tensor      # (clips, 7) moods of the voices; zeros: unknown
+    motion: torch.Tensor         # (n, L*D)
+    masked: torch.Tensor         # (n, L*D) seen through a mask
+    features: torch.Tensor       # (n, A) of the speech
+    mood: torch.Tensor           # (n, 7)
+    factors: torch.Tensor        # (n, 6)
+    others: torch.Tensor         # (clips, OTHERS, L*D) the person in other moods, seen through a mask
+    clip_index: torch.Tensor     # (clips, 4) first frame, length, number of its set, frame of change of mood
+    voices: torch.Tensor         # (clips, 7) moods of the voices; zeros: unknown
+    frames: torch.Tensor | None = None       # (n, C, H, W) half precision, with fresh_masks
 
 
 @torch.no_grad()
 def encode_clip(encoder, space, parts, mask_max, rng, device, bf16):
-    """Pictures of a speaker, iterable of (n, 3, H, W) -> motion (F, L*D) eq. (5), the same seen through a
-    mask eq. (4)."""
-    clear, masked = [], []
+    """Pictures of a speaker, iterable of (n, 3, H, W) -> motion (F, L*D), the same through a mask, the
+    frames.
+
+    Eqs. (5) and (4); frames (F, C, H, W) in the encoder's space, half precision. One mask ratio for all.
+    """
+    clear, masked, frames = [], [], []
     patches = (encoder.config.image_size // encoder.config.patch_size) ** 2
     ratio = mask_max * torch.rand((), generator=rng).item()
     for images in parts:
         images = space.encode(images.to(device))
+        frames.append(images.half().cpu())
         with bf16:
             clear.append(encoder(images).flatten(1).cpu())                             # (n, L*D)   eq. (5)
             ids_keep = random_masking(len(images), patches, ratio, rng).to(device)
-            masked.append(encoder(images, ids_keep).flatten(1).cpu())                     # (n, L*D)   eq. (4)
-    return torch.cat(clear), torch.cat(masked)
+            masked.append(encoder(images, ids_keep).flatten(1).cpu())                  # (n, L*D)   eq. (4)
+    return torch.cat(clear), torch.cat(masked), torch.cat(frames)
+
+
+@torch.no_grad()
+def encode_masked(encoder, frames, mask_max, device, bf16, index, rng):
+    """Encode frames[index], index (B, P), through masks drawn now, eq. (4) -> (B, P, L*D).
+
+    Each window has a ratio of its own, so each is a pass of its own: a batch of masks is a rectangle.
+    """
+    patches, motion = (encoder.config.image_size // encoder.config.patch_size) ** 2, []
+    for window in index:
+        ratio = mask_max * torch.rand((), generator=rng).item()
+        ids_keep = random_masking(len(window), patches, ratio, rng).to(device)
+        with bf16:
+            motion.append(encoder(frames[window].to(device).float(), ids_keep).flatten(1).cpu())
+    return torch.stack(motion)
 
 
 def synthetic_clips(args, preset, size, rank, world):
-    """Clips of the synthetic world, one after the other. The pictures of each must be taken before the
-    next."""
+    """Clips of the synthetic world, one by one. The pictures of each must be taken before the next."""
     render_fn = torch.compile(render, dynamic=False) if args.compile else render
     frames, lips = round(preset["seconds"] * FPS), [list(MOTION).index(name) for name in ("jaw", "lip_width")]
     for number in range(args.clips):
@@ -186,52 +171,54 @@ def synthetic_clips(args, preset, size, rank, world):
         if preset.get("agree"):                                       # ablation: one mood a clip, the voice's
             face, change = voice[:, None].expand(-1, frames, -1), torch.tensor([frames])
         clip = random_clip(seed, frames, face, voice)
-        moods = random_mood(seed * OTHERS + torch.arange(OTHERS), 44)      # the same movements in other moods
-        jaw, lip_width = clip["motion"][:, :, lips].expand(OTHERS, -1, -1).unbind(2)
-        others = perform(seed.expand(OTHERS), jaw, lip_width, moods, movement=True)
-        # (OTHERS, M)
-        others = others[torch.arange(OTHERS), (2 * torch.arange(OTHERS) + 1) * frames // (2 * OTHERS)]
-        parts = (render_fn(clip["identity"].expand(len(part), -1), part, size)
-                 for part in clip["motion"][0].split(25))
-        m = dict(zip(MOTION, clip["motion"][0].unbind(1), strict=True))
-        factors = torch.stack([m["jaw"], m["lip_width"], -(m["blink_l"] + m["blink_r"]) / 2, m["yaw"],
-                               m["pitch"], m["roll"]], 1)
-        others = None if preset.get("agree") else render(clip["identity"].expand(OTHERS, -1), others, size)
+        identity, motion = clip["identity"], clip["motion"][0]                         # (1, I), (F, M)
+        others = None
+        if not preset.get("agree"):                                   # the same movements in other moods
+            moods = random_mood(seed * OTHERS + torch.arange(OTHERS), 44)
+            jaw, lip_width = clip["motion"][:, :, lips].expand(OTHERS, -1, -1).unbind(2)
+            others = perform(seed.expand(OTHERS), jaw, lip_width, moods, movement=True)      # (OTHERS, F, M)
+            middles = (2 * torch.arange(OTHERS) + 1) * frames // (2 * OTHERS)
+            others = render(identity.expand(OTHERS, -1), others[torch.arange(OTHERS), middles], size)
+        parts = (render_fn(identity.expand(len(part), -1), part, size) for part in motion.split(25))
+        m = dict(zip(MOTION, motion.unbind(1), strict=True))
+        factors = torch.stack([m["jaw"], m["lip_width"], -(m["blink_l"] + m["blink_r"]) / 2,
+                               m["yaw"], m["pitch"], m["roll"]], 1)
         yield Clip(parts, clip["wave"], face[0], change.item(), voice[0], others, factors)
 
 
 def mood_label(record):
-    """The mood (7,) of a prepared clip from the emotion and level of its manifest; zeros where they say
-    nothing of the seven."""
-    name, strength, mood = record.get("emotion"), LEVELS.get(record.get("level"),
-                                                             1.0), torch.zeros(len(EMOTIONS))
+    """The mood (7,) of a prepared clip from emotion and level of its manifest; zeros where they tell none."""
+    mood, strength = torch.zeros(len(EMOTIONS)), LEVELS.get(record.get("level"), 1.0)
+    name = record.get("emotion")
     name = {"fear": "afraid", "disgust": "disgusted", "surprise": "surprised"}.get(name, name)
-    if name in EMOTIONS:                                                           # contempt is not
+    if name in EMOTIONS:                                                               # contempt is not
         mood[0] = 1 - strength
         mood[EMOTIONS.index(name)] += strength
     return mood
 
 
 def real_clips(args, preset, folder, size, rank, world):
-    """Clips with sound of a prepared folder, its train split; with augment each once more, mirrored. Others
-    of a labelled clip: the person's neutral clips, else any."""
+    """Clips with sound of a prepared folder, its train split; with augment each once more, mirrored.
+
+    Others of a labelled clip are middle frames of the person's neutral clips, or else of any.
+    """
     people, = data.load_sets([folder], "train", sound=True)
-    rows = [record for identity in sorted(people) for record in people[identity]]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    for record in [rows[k] for k in order[rank::world][:args.clips]]:
+    records = [record for identity in sorted(people) for record in people[identity]]
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    for record in [records[k] for k in order[rank::world][:args.clips]]:
         frames, wave = data.read_clip(record["path"], size)
         mood, others = mood_label(record), None
-        if mood.any():
-            found = [x for x in people[record["identity"]] if x["path"] != record["path"]]
-            found = [x for x in found if x.get("emotion") == "neutral"] or found
-            if found:
-                found = [found[k * len(found) // OTHERS] for k in range(OTHERS)]
-                others = from_uint8(np.concatenate([data.read_at(x["path"], [x["frames"] // 2], size)
-                                                    for x in found]))
-        known = torch.from_numpy(data.load_landmarks(record)[1])[: len(frames)]                    # (F, 10)
+        clips = people[record["identity"]] if mood.any() else []
+        clips = [x for x in clips if x["path"] != record["path"]]
+        clips = [x for x in clips if x.get("emotion") == "neutral"] or clips
+        if clips:
+            chosen = [clips[k * len(clips) // OTHERS] for k in range(OTHERS)]
+            pictures = [data.read_at(x["path"], [x["frames"] // 2], size) for x in chosen]
+            others = from_uint8(np.concatenate(pictures))
+        known = torch.from_numpy(data.load_landmarks(record)[1])[: len(frames)]        # (F, 10)
         factors = torch.stack([known[:, 0], known[:, 1], known[:, 2:4].mean(1), *known[:, 4:7].unbind(1)], 1)
-        clip = Clip(frames.split(25), wave[None], mood.expand(len(frames), -1), len(frames), mood, others,
-                    factors)
+        moods = mood.expand(len(frames), -1)
+        clip = Clip(frames.split(25), wave[None], moods, len(frames), mood, others, factors)
         yield clip
         if preset["augment"]:
             yield clip._replace(parts=[part.flip(-1) for part in clip.parts], factors=factors * MIRRORED,
@@ -243,78 +230,71 @@ def fingerprint(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_cache(path):
-    """What an earlier start kept there; None if there is nothing, or nothing whole: it is made again."""
-    try:
-        cached = torch.load(path, map_location="cpu", weights_only=True)
-        return cached if cached["key"] else None
-    except Exception:                                   # whatever torch and zipfile make of damage
-        return None
-
-
 def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16):
     """This process's clips, encoded. Kept in --out, for the next start."""
+    kind, fresh_masks = preset.get("audio", "mel"), preset.get("fresh_masks", False)
     inputs = [args.ae, *(os.path.join(name, "manifest.jsonl") for name in args.data if name != "synthetic")]
     key = [*map(fingerprint, inputs), args.clips, args.seed, args.mask_max, preset["seconds"], world,
-           args.whisper, preset.get("audio", "mel"), size, preset.get("agree", False), preset["augment"],
+           args.whisper, kind, size, preset.get("agree", False), preset["augment"], fresh_masks,
            *Encoded._fields, *args.data]
     path = os.path.join(args.out, f"clips-{rank}.pt")
-    cached = read_cache(path)
-    if cached:
+    if os.path.exists(path):
+        cached = torch.load(path, map_location="cpu", weights_only=True, mmap=True)    # frames may be many
         if cached["key"][0] != key[0] and os.path.exists(os.path.join(args.out, "state.pt")):
             raise InputError(f"the run in {args.out} learned the tokens of another encoder; give another "
-                             f"--out")
+                             "--out")
         if cached["key"] == key:
             return Encoded(*(cached[name] for name in Encoded._fields))
-    parts, clip_index, voices, number, first = [], [], [], 0, 0
+    parts, kept, clip_index, voices, number, first = [], [], [], [], 0, 0
     for k, name in enumerate(args.data):
-        if name == "synthetic":
-            clips = synthetic_clips(args, preset, size, rank, world)
-        else:
+        clips = synthetic_clips(args, preset, size, rank, world)
+        if name != "synthetic":
             clips = real_clips(args, preset, name, size, rank, world)
         for clip in tqdm(clips, desc=f"encoding {name}", unit="clip", disable=rank > 0):
-            rng = training.step_rng(args.seed, rank, number)
-            motion, masked = encode_clip(encoder, space, clip.parts, args.mask_max, rng, device, bf16)
+            how = (args.mask_max, training.step_rng(args.seed, rank, number), device, bf16)
+            motion, masked, images = encode_clip(encoder, space, clip.parts, *how)
             wave = audio_features.normalise_loudness(clip.wave)
-            # (F, A)
-            features = audio_features.extract_features(wave, preset.get("audio", "mel"), args.whisper)[0]
+            features = audio_features.extract_features(wave, kind, args.whisper)[0]    # (F, A)
             frames = min(len(motion), len(features))
-            # where there are no others: its own frames
-            others = masked[torch.arange(OTHERS) * frames // OTHERS]
+            others = masked[torch.arange(OTHERS) * frames // OTHERS]                   # without: own frames
             if clip.others is not None:
-                others = encode_clip(encoder, space, [clip.others], args.mask_max, rng, device, bf16)[1]
+                others = encode_clip(encoder, space, [clip.others], *how)[1]
             number += 1
             rows = [x[:frames] for x in (motion, masked, features, clip.mood, clip.factors)]
-            vary = name != "synthetic" and preset["augment"] and preset.get("audio", "mel") == "mel"
+            vary = name != "synthetic" and preset["augment"] and kind == "mel" and not fresh_masks
             for tempo in TEMPI if vary else (1.0,):
                 count = int(frames / tempo)
                 if count >= preset["generator"].window:
                     parts.append((*(change_tempo(x, count) for x in rows), others[None]))
+                    kept += [images[:frames]] if fresh_masks else []
                     clip_index.append([first, count, k, min(int(clip.change / tempo), count)])
                     voices.append(clip.voice)
                     first += count
     if not parts:
-        window = preset["generator"].window
-        raise InputError(f"no clip of {', '.join(args.data)} is as long as a window, {window} frames")
+        raise InputError(f"no clip of {', '.join(args.data)} is as long as a window, "
+                         f"{preset['generator'].window} frames")
     encoded = Encoded(*(torch.cat(x) for x in zip(*parts, strict=True)), torch.tensor(clip_index),
-                      torch.stack(voices))
+                      torch.stack(voices), torch.cat(kept) if fresh_masks else None)
     training.atomic_save(path, key=key, **encoded._asdict())
     return encoded
 
 
 def change_tempo(rows, count):
-    """Resample what is known of each frame, (F, n), to `count` frames, (count, n). Mel features, four spectra
-    a frame, are resampled as spectra."""
+    """Resample what is known of each frame, (F, n), to `count` frames; mel features as four spectra a frame."""
     if count == len(rows):
         return rows
     parts = 4 if rows.shape[1] == audio_features.FEATURE_DIM["mel"] else 1
-    x = rows.view(len(rows) * parts, -1).T[None]
+    x = rows.view(len(rows) * parts, -1).T[None]                                       # (1, n/parts, F*parts)
     return F.interpolate(x, size=count * parts, mode="linear")[0].T.reshape(count, -1)
 
 
-def sample_windows(encoded, config, count, rng, silence_features, augment=False):
-    """Random windows -> new motion (B, K, L*D), past (B, P, L*D), reference (B, L*D), audio (B,
-    P+K+lookahead, A), mood (B, P+K, 7).
+# ---- windows and loss --------------------------------------------------------------------------------------
+
+def sample_windows(encoded, config, count, rng, silence_features, augment=False, encode_past=None):
+    """Draw random windows.
+
+    -> new motion (B, K, L*D), past (B, P, L*D), reference (B, L*D), audio (B, P+K+lookahead, A), mood (B,
+    P+K, 7)
 
     Sets are drawn equally, then their clips. Two kinds: within a clip, and (a quarter, and all of clips too
     short for a past) at its start, where the past is the reference motion, repeated, and the audio before is
@@ -323,62 +303,76 @@ def sample_windows(encoded, config, count, rng, silence_features, augment=False)
     or, of half the windows with a mood, of the person in another mood: otherwise it would tell the emotion,
     and the label nothing. A share of 0.15 has no mood; its reference has the window's, so that without a mood
     the face keeps the photo's. augment: the sound is varied (vary_sound) and noise of up to 0.1 is added to
-    the past, which in use holds the model's own errors (ours).
+    the past, which in use holds the model's own errors (ours). encode_past: function of the past's frame
+    numbers (B, P) and rng that encodes them through new masks; None: as they were seen through the masks of
+    their clips.
     """
-    motion, masked, features, moods, _, others, clip_index, _ = encoded
+    motion, features, moods, others, clip_index = (
+        encoded.motion, encoded.features, encoded.mood, encoded.others, encoded.clip_index)
     P, K = config.past, config.window
-    sets = clip_index[:, 2].bincount()                                                         # clips of each
-    kinds = sets.nonzero()[:, 0]
-    kind = kinds[torch.randint(len(kinds), (count,), generator=rng)]
-    chosen = (sets.cumsum(0) - sets)[kind] + (torch.rand(count, generator=rng) * sets[kind]).long()
-    first, frames, _, change = clip_index[chosen].unbind(1)                                           # (B,)
-    at_start = (torch.rand(count, generator=rng) < 0.25) | (frames < P + K)
-    later = P + (torch.rand(count, generator=rng) * (frames - K + 1 - P).clamp(min=1)).long()
-    early = 1 + (torch.rand(count, generator=rng) * (frames - K).clamp(min=1)).long()   # any frame is a photo
-    start = torch.where(at_start, torch.minimum(early, frames - K), later)              # first new frame
-    when = start[:, None] + torch.arange(-P, K + config.lookahead)                      # (B, P+K+lookahead)
-    mood = moods[first[:, None] + when[:, :P + K].clamp(min=0)]                         # (B, P+K, 7)
-    no_mood = (torch.rand(count, generator=rng) < 0.15) | ~mood.flatten(1).any(1)
-    low = torch.where(no_mood & (start >= change), change, 0)                           # the part of one mood
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=rng)
+
+    sets = clip_index[:, 2].bincount()                                                 # clips of each
+    numbers = sets.nonzero()[:, 0]
+    chosen_set = numbers[torch.randint(len(numbers), (count,), generator=rng)]
+    clip = (sets.cumsum(0) - sets)[chosen_set] + (uniform(count) * sets[chosen_set]).long()
+    first, frames, _, change = clip_index[clip].unbind(1)                              # (B,)
+
+    at_start = (uniform(count) < 0.25) | (frames < P + K)
+    later = P + (uniform(count) * (frames - K + 1 - P).clamp(min=1)).long()
+    early = 1 + (uniform(count) * (frames - K).clamp(min=1)).long()                    # any frame is a photo
+    start = torch.where(at_start, torch.minimum(early, frames - K), later)             # first new frame
+    new = motion[(first + start)[:, None] + torch.arange(K)]                           # (B, K, L*D)
+    when = start[:, None] + torch.arange(-P, K + config.lookahead)                     # (B, P+K+lookahead)
+    mood = moods[first[:, None] + when[:, :P + K].clamp(min=0)]                        # (B, P+K, 7)
+    no_mood = (uniform(count) < 0.15) | ~mood.flatten(1).any(1)
+
+    low = torch.where(no_mood & (start >= change), change, 0)                          # the part of one mood
     high = torch.where(no_mood & (start < change), change, frames)
-    own = motion[first + low + (torch.rand(count, generator=rng) * (high - low)).long()]      # (B, L*D)   M_r
-    other = others[chosen, torch.randint(others.shape[1], (count,), generator=rng)]
-    use_other = (torch.rand(count, generator=rng) < 0.5) & ~no_mood
-    from_photo = at_start & (start > 0) & (start != change)                                 # in the same mood
+    own = motion[first + low + (uniform(count) * (high - low)).long()]                 # (B, L*D)   M_r
+    other = others[clip, torch.randint(others.shape[1], (count,), generator=rng)]
+    use_other = (uniform(count) < 0.5) & ~no_mood
+    from_photo = at_start & (start > 0) & (start != change)                            # in the same mood
     own = torch.where(from_photo[:, None], motion[first + (start - 1).clamp(min=0)], own)
     reference = torch.where(use_other[:, None], other, own)
-    new = motion[(first + start)[:, None] + torch.arange(K)]                                     # (B, K, L*D)
-    past = masked[(first + start)[:, None] + torch.where(at_start[:, None], 0, torch.arange(-P, 0))]
-    past = torch.where(at_start[:, None, None], reference[:, None], past)                        # (B, P, L*D)
+
     audio = features[first[:, None] + torch.minimum(when.clamp(min=0), frames[:, None] - 1)]
-    outside = (when < 0) | (when >= frames[:, None])
-    before = at_start & (torch.rand(count, generator=rng) < 0.6)                        # a video in its midst
-    outside |= before[:, None] & (when < start[:, None])
-    audio = torch.where(outside[..., None], silence_features.to(audio), audio)
+    silent = (when < 0) | (when >= frames[:, None])
+    before = at_start & (uniform(count) < 0.6)                                         # a video in its midst
+    silent |= before[:, None] & (when < start[:, None])
+    audio = torch.where(silent[..., None], silence_features.to(audio), audio)
     if augment:
         audio = vary_sound(audio, silence_features, rng)
-        past = past + 0.1 * torch.rand(count, 1, 1, generator=rng) * torch.randn(past.shape, generator=rng)
+    index = (first + start)[:, None] + torch.where(at_start[:, None], 0, torch.arange(-P, 0))    # (B, P)
+    past = encoded.masked[index] if encode_past is None else encode_past(index, rng)
+    past = torch.where(at_start[:, None, None], reference[:, None], past)              # (B, P, L*D)
+    if augment:
+        past = past + 0.1 * uniform(count, 1, 1) * torch.randn(past.shape, generator=rng)
     return new, past, reference, audio, mood * ~no_mood[:, None, None]
 
 
 def vary_sound(audio, silence_features, rng):
-    """Vary mel features (B, rows, 320) as other speakers, microphones and rooms do, alike in all rows of a
-    window: the length of the vocal tract (Jaitly & Hinton 2013), loudness, a tilt and gentle waves of the
-    spectrum, and for 4 in 10 a floor of noise."""
+    """Vary mel features (B, rows, 320) as speakers, microphones and rooms do, alike in all rows of a window.
+
+    The length of the vocal tract (Jaitly & Hinton 2013), loudness, a tilt and gentle waves of the spectrum,
+    and for 4 in 10 a floor of noise.
+    """
     def normal(*shape):
         return torch.randn(*shape, generator=rng)
 
     count, rows, bins = len(audio), audio.shape[1], audio_features.BINS
-    mel = audio.view(count, rows, -1, bins)                                             # (B, rows, 4, bins)
-    stretch = torch.exp(0.15 * (2 * torch.rand(count, 1, generator=rng) - 1))           # on the mel axis
-    place = (torch.arange(bins) * stretch).clamp(max=bins - 1)                          # (B, bins)
-    low, share = place.floor().long(), place.frac()[:, None, None]
+    mel = audio.view(count, rows, -1, bins)                                            # (B, rows, 4, bins)
+    stretch = torch.exp(0.15 * (2 * torch.rand(count, 1, generator=rng) - 1))          # of the mel axis
+    position = (torch.arange(bins) * stretch).clamp(max=bins - 1)                      # (B, bins)
+    low, share = position.floor().long(), position.frac()[:, None, None]
     low, high = (k[:, None, None].expand_as(mel) for k in (low, (low + 1).clamp(max=bins - 1)))
     mel = mel.gather(3, low) * (1 - share) + mel.gather(3, high) * share
     waves = F.interpolate(normal(count, 1, 6), size=bins, mode="linear", align_corners=True)    # (B, 1, bins)
     tilt = normal(count, 1, 1) * torch.linspace(-1, 1, bins)
     mel = mel + (0.25 * normal(count, 1, 1) + 0.2 * tilt + 0.1 * waves)[:, None]
-    per_unit = math.log(10) * audio_features.MEL_STD                                    # natural log of power
+    per_unit = math.log(10) * audio_features.MEL_STD                                   # natural log of power
     floor = -1.2 + 0.6 * torch.rand(count, 1, 1, 1, generator=rng) + 0.1 * normal(mel.shape)
     floor = torch.where(torch.rand(count, 1, 1, 1, generator=rng) < 0.4, floor, torch.tensor(-10.0))
     mel = torch.logaddexp(mel * per_unit, floor * per_unit) / per_unit
@@ -386,14 +380,16 @@ def vary_sound(audio, silence_features, rng):
 
 
 def readout_directions(encoded, count=20000, seed=0):
-    """Find linear directions of the token that tell FACTORS by ridge regression of differences within clips
-    -> (L*D, 6), or None where nothing is known. Each is scaled so that its reading spreads by the root of its
-    R^2: what cannot be read from the token does not count."""
+    """Find linear directions of the token that tell FACTORS -> (L*D, 6), or None where nothing is known.
+
+    By ridge regression of differences within clips. Each is scaled so that its reading has the root of its
+    R^2 as standard deviation: what cannot be read from the token does not count.
+    """
     rng = torch.Generator().manual_seed(seed)
     x, y = [], []
     for k in encoded.clip_index[:, 2].unique():                    # every set has units of its own
-        rows = encoded.clip_index[encoded.clip_index[:, 2] == k]
-        chosen = rows[torch.randint(len(rows), (count,), generator=rng)]
+        clips = encoded.clip_index[encoded.clip_index[:, 2] == k]
+        chosen = clips[torch.randint(len(clips), (count,), generator=rng)]
         a, b = ((torch.rand(count, generator=rng) * chosen[:, 1]).long() + chosen[:, 0] for _ in range(2))
         delta = encoded.factors[a] - encoded.factors[b]
         known = delta.isfinite().all(1)
@@ -404,17 +400,20 @@ def readout_directions(encoded, count=20000, seed=0):
         return None
     x, y = torch.cat(x), torch.cat(y)
     gram = x.T @ x
-    # (L*D, 6)
-    directions = torch.linalg.solve(gram + 0.2 * gram.diagonal().mean() * torch.eye(len(gram)), x.T @ y)
+    ridge = 0.2 * gram.diagonal().mean() * torch.eye(len(gram))
+    directions = torch.linalg.solve(gram + ridge, x.T @ y)                             # (L*D, 6)
     read = x @ directions
     explained = (1 - (y - read).square().sum(0) / y.square().sum(0)).clamp(min=0)
     return (directions * explained.sqrt() / read.std(0).clamp(min=1e-6)).float()
 
 
 def motion_loss(model, motion, noise, t, directions=None, **cond):
-    """Eq. (9), and with directions (L*D, 6) two terms of ours: the error as far as it is read as mouth, lids
-    or pose, each with its share of SHARES, since most of a token's numbers tell nothing that is seen; and
-    that of the change from frame to frame (as FLOAT, arXiv 2412.01064)."""
+    """Eq. (9), and with directions (L*D, 6) two terms of ours.
+
+    The error as far as it is read as mouth, lids or pose, each with its share of SHARES, since most of a
+    token's numbers tell nothing that is seen; and that of the change from frame to frame (as FLOAT, arXiv
+    2412.01064).
+    """
     v = model(flow.interpolate(motion, noise, t), t, **cond)
     error = v.float() - (motion - noise)                                               # (B, K, L*D)
     loss = error.square().mean()                                                       # eq. (9)
@@ -424,20 +423,25 @@ def motion_loss(model, motion, noise, t, directions=None, **cond):
     return loss
 
 
+# ---- the emotion of a voice --------------------------------------------------------------------------------
+
 @torch.no_grad()
 def voice_statistics(args, preset, encoded, model, rank):
-    """What VoiceEmotion sees of labelled clips and of voices without pictures after one, two and all of their
-    seconds, (n, 3, S), and their moods, (n, 7). Those of the voices are kept in --out."""
+    """What VoiceEmotion sees after one, two and all seconds of a voice (n, 3, S), and its moods (n, 7).
+
+    Of synthetic voices without pictures, kept in --out, and of labelled clips.
+    """
     kind, frames = preset.get("audio", "mel"), round(preset["seconds"] * FPS)
     key = [args.voices, frames, args.seed, args.whisper, kind, "moods"]
-    path = os.path.join(args.out, f"voices-{rank}.pt")
+    path, cached = os.path.join(args.out, f"voices-{rank}.pt"), {"key": None}
 
     def at_three(features):
-        return model.pool(features)[0][:, [min(k, features.shape[1]) - 1
-                                           for k in (FPS, 2 * FPS, features.shape[1])]]
+        ends = [min(k, features.shape[1]) - 1 for k in (FPS, 2 * FPS, features.shape[1])]
+        return model.pool(features)[0][:, ends]
 
-    cached = read_cache(path)
-    if not cached or cached["key"] != key:
+    if os.path.exists(path):
+        cached = torch.load(path, map_location="cpu", weights_only=True)
+    if cached["key"] != key:
         statistics, moods = [], []
         seeds = HELD_OUT // 2 + args.seed * 100_000 + torch.arange(args.voices)
         for part in tqdm(seeds.split(16), desc="voices", unit="batch", disable=rank > 0):
@@ -456,13 +460,16 @@ def voice_statistics(args, preset, encoded, model, rank):
 
 
 def train_voice(args, preset, encoded, rank, steps=1500, batch=256):
-    """-> VoiceEmotion that tells the mixture of a voice, by cross-entropy. Nothing of it is in state.pt: a
-    resumed run trains the same again, from the seed and from what is kept in --out."""
-    config = VoiceConfig(audio_dim=encoded.features.shape[1],
-                         parts=4 if preset.get("audio", "mel") == "mel" else 2)
+    """Train VoiceEmotion, which tells the mixture of a voice, by cross-entropy.
+
+    Nothing of it is in state.pt: a resumed run trains the same again, from the seed and what is kept in
+    --out.
+    """
+    parts = 4 if preset.get("audio", "mel") == "mel" else 2
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)                                               # weights and dropout
-        model, rng = VoiceEmotion(config), torch.Generator().manual_seed(args.seed)
+        torch.manual_seed(args.seed)                                                   # weights and dropout
+        model = VoiceEmotion(VoiceConfig(audio_dim=encoded.features.shape[1], parts=parts))
+        rng = torch.Generator().manual_seed(args.seed)
         statistics, moods = voice_statistics(args, preset, encoded, model, rank)
         steps = min(steps, 5 * len(statistics))
         model.mean.copy_(statistics.mean((0, 1)))
@@ -479,49 +486,28 @@ def train_voice(args, preset, encoded, rank, steps=1500, batch=256):
     return model.eval().requires_grad_(False)
 
 
-def encode_silence(kind, whisper):
-    """The speech features of no sound, (A,)."""
-    return audio_features.extract_features(torch.zeros(1, SAMPLES_PER_FRAME), kind, whisper)[0, 0]
+# ---- the run -----------------------------------------------------------------------------------------------
 
-
-def preview(path, models, meta, space, silence_features, args, device, seconds=3):
-    """A held-out person of the synthetic world says held-out words: a short mp4 with sound, photo = the
-    clip's first frame."""
-    size = meta["size"]
+def preview(path, models, meta, args, seconds=3):
+    """Let a held-out person of the synthetic world speak held-out words, by sample.py: an mp4 with sound."""
     clip = random_clip(torch.tensor([HELD_OUT + args.seed]), seconds * FPS)
-    photo = space.encode(render(clip["identity"], clip["motion"][:, 0], size).to(device))
+    photo = render(clip["identity"], clip["motion"][:, 0], meta["size"])[0]
     wave = audio_features.normalise_loudness(clip["wave"])
-    with torch.inference_mode():
-        m_ref = models["encoder"](photo).flatten(1)
-    rng = torch.Generator().manual_seed(args.seed)
-    noise = torch.randn(1, *photo.shape[1:], generator=rng).to(device)
     features = audio_features.extract_features(wave, meta["audio"], args.whisper)[0]
-    motions = generate_motion(models["generator"], m_ref, iter([features]), rng, silence_features)
-    with VideoWriter(path, size, sound=wave[0]) as video:
-        for frames in decode_frames(models["decoder"], photo, m_ref, motions, noise):
-            for frame in to_uint8(space.decode(frames)).permute(0, 2, 3, 1).cpu().numpy():
-                video.write(frame)
-
-
-def main(argv=None):
-    """-> exit status: 0 when the run is complete, 130 when it was stopped, 2 for bad input."""
-    args = parse(argv)
-    try:
-        return train(args, PRESETS[args.preset])
-    except InputError as error:
-        print(f"train_gen.py: {error}", file=sys.stderr)
-        return 2
+    with VideoWriter(path, meta["size"], sound=wave[0]) as video:
+        for frame in sample.animate_from_audio(models, meta, photo, iter([features]), args.seed):
+            video.write(frame)
 
 
 def train(args, preset) -> int:
-    """Train as the settings say; see `parse`. Raises InputError."""
+    """Train as the settings say; see `parse` and PRESETS. Raises InputError."""
     rank, world, device = training.init_distributed(args.device)
-    training.seed_everything(args.seed)
+    torch.manual_seed(args.seed)                             # first weights; later numbers come from step_rng
     kind, guidance = preset.get("audio", "mel"), preset.get("guidance", 2.0)
     models, meta = sample.load_models(args.ae, device)
     try:
         space = load_latents(meta["latents"], meta.get("vae", SD), device)
-        silence_features = encode_silence(kind, args.whisper)
+        silence_features = sample.encode_silence(kind, args.whisper)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
     for name in args.data:
@@ -532,84 +518,82 @@ def train(args, preset) -> int:
     config = replace(preset["generator"], num_tokens=encoder.config.num_tokens,
                      token_dim=encoder.config.token_dim, audio_dim=len(silence_features))
     if args.reflow and "generator" in models:                       # a student has the experts of its teacher
-        config = replace(config, experts=models["generator"].config.experts,
-                         mood_table=models["generator"].config.mood_table)
-    model, ema = (Generator(config).to(device) for _ in range(2))
+        taught = models["generator"].config
+        config = replace(config, experts=taught.experts, mood_table=taught.mood_table)
+    model = Generator(config).to(device)
     teacher = None
     if args.init:
         training.init_from(args.init, sample.load_models(args.init)[0], generator=model)
     if args.reflow:
         training.init_from(args.reflow, models, generator=model)
-        teacher = flow.with_cfg(models["generator"].requires_grad_(False), meta["guidance"],
-                                null={"audio": None})
-    ema.load_state_dict(model.state_dict())
-    ema.eval().requires_grad_(False)
-    lr_scale = 0.1 if args.reflow else 1.0                            # a student is nearly there
-    optimisers = training.optimisers(model, lr_scale * preset["lr"], lr_scale * preset["muon_lr"])
-    files = {name: os.path.join(args.out, name)
-             for name in ("state.pt", "semo.safetensors", "log.jsonl", "progress.png")}
-    step = training.resume(files["state.pt"], args, {"generator": config}, model, ema, optimisers)
-    training.print_settings(args, model, rank)
-    if step >= args.steps and rank == 0:
-        print(f"train_gen.py: finished at step {step}, nothing to do", file=sys.stderr)
+        null = {"audio": None}
+        teacher = flow.with_cfg(models["generator"].requires_grad_(False), meta["guidance"], null)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    lr_scale = 0.1 if args.reflow else 1.0                          # a student is nearly there
+    muon_lr = preset["muon_lr"] and lr_scale * preset["muon_lr"]
+    optimisers = training.optimisers(model, lr_scale * preset["lr"], muon_lr)
+    state, configs = os.path.join(args.out, "state.pt"), {"generator": config}
+    step = first = training.resume(state, args, configs, model, ema, optimisers)
+    if rank == 0:
+        training.print_settings(args, model, step)
+
     bf16 = autocast(device)
     encoded = encode_dataset(args, preset, encoder, space, meta["size"], rank, world, device, bf16)
+    encode_past = None
+    if preset.get("fresh_masks"):
+        encode_past = partial(encode_masked, encoder, encoded.frames, args.mask_max, device, bf16)
     voice = models.get("voice") if args.reflow else None
     if (config.experts or config.mood_table) and not args.reflow:
         voice = train_voice(args, preset, encoded, rank)
     directions = readout_directions(encoded) if preset["balanced"] and not args.reflow else None
     directions = None if directions is None else directions.to(device)
     ddp_model = training.ddp_wrap(model, world, device)
-    stopper, began, first = training.Stopper(), time.perf_counter(), step
+    stopper, began = training.Stopper(), time.time()
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
         training.set_lr(optimisers, step, args.steps, warmup=50)
         rng = training.step_rng(args.seed, rank, step)
         windows = sample_windows(encoded, config, args.windows, rng, silence_features,
-                                 preset["augment"] and kind == "mel")
+                                 preset["augment"] and kind == "mel", encode_past)
         new, past, reference, audio, mood = (x.to(device) for x in windows)
         cond = {"past": past, "reference": reference, "audio": audio, "mood": mood}
         noise = torch.randn(new.shape, generator=rng).to(device)
-        if teacher:                                                       # pairs of noise and what it becomes
-            t = flow.sample_timesteps(len(new), rng, p_pure_noise=1.0 if args.one_step else 0.5).to(device)
-            drop = None                                                       # guidance is in what it becomes
+        t, drop = torch.rand(len(new), generator=rng), None                            # the paper's
+        if teacher:                                         # pairs of noise and what it becomes with guidance
+            t = flow.sample_timesteps(len(new), rng, p_pure_noise=1.0 if args.one_step else 0.5)
             with torch.no_grad(), bf16:
                 new = flow.integrate(teacher, noise, args.teacher_steps, **cond)
-        else:
-            drop = None
-            t = torch.rand(len(new), generator=rng)                                    # the paper's
-            if guidance != 1:
-                t = flow.sample_timesteps(len(new), rng, p_pure_noise=0, mean=0.0, std=1.0)
-                drop = (torch.rand(len(new), generator=rng) < 0.1).to(device)
-            t = t.to(device)
+        elif guidance != 1:
+            t = flow.sample_timesteps(len(new), rng, p_pure_noise=0, mean=0.0, std=1.0)
+            drop = (torch.rand(len(new), generator=rng) < 0.1).to(device)
         with bf16:
-            loss = motion_loss(ddp_model, new, noise, t, directions, drop=drop, **cond)
+            loss = motion_loss(ddp_model, new, noise, t.to(device), directions, drop=drop, **cond)
         loss.backward()
-        training.clip_and_step(model, optimisers, loss.item(), step, files["state.pt"], device)
+        training.clip_and_step(model, optimisers, loss.item(), step, state, device)
         training.update_ema(ema, model, step, training.ema_decay(args.steps))
         step += 1
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.4f}")
         stop = training.any_rank(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
-            models_out = {"encoder": encoder, "decoder": models["decoder"], "generator": ema}
-            models_out |= {"voice": voice} if voice else {}
-            sampling_defaults = {"gen_steps": 1, "guidance": 1.0} if teacher else {"gen_steps": 4,
-                "guidance": guidance}
-            meta_out = {**meta, "audio": kind, "whisper": args.whisper, **sampling_defaults}
-            save_weights(files["semo.safetensors"], models_out, meta_out)
-            preview(os.path.join(args.out, f"step{step:06d}.mp4"), models_out, meta_out, space,
-                    silence_features, args, device)
-            seconds = time.perf_counter() - began
-            training.log(files["log.jsonl"], step=step, loss=loss.item(),
-                         windows_per_second=(step - first) * world * args.windows / seconds)
-            save_curves(files["log.jsonl"], files["progress.png"])
-            training.save_checkpoint(files["state.pt"], step, args, {"generator": config}, model, ema,
-                                     optimisers)
+            networks = {"encoder": encoder, "decoder": models["decoder"], "generator": ema}
+            networks |= {"voice": voice} if voice else {}
+            sampling = dict(gen_steps=1, guidance=1.0) if teacher else dict(gen_steps=4, guidance=guidance)
+            meta |= {"audio": kind, "whisper": args.whisper, **sampling}
+            save_weights(os.path.join(args.out, "semo.safetensors"), networks, meta)
+            preview(os.path.join(args.out, f"step{step:06d}.mp4"), networks, meta, args)
+            training.save_checkpoint(state, step, args, configs, model, ema, optimisers)
+            training.log(args.out, step=step, loss=loss.item(),
+                         windows_per_second=(step - first) * world * args.windows / (time.time() - began))
         if stop:
             break
     bar.close()
     return 130 if step < args.steps else 0
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    return training.exit_status("train_gen.py", train, args, PRESETS[args.preset])
 
 
 if __name__ == "__main__":

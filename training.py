@@ -1,16 +1,17 @@
-"""What both training scripts need: processes, random draws, optimisers, EMA, checkpoints, log. Plain
-functions; the loops themselves stand in train_ae.py and train_gen.py.
+"""What both training scripts need: options, processes, random draws, optimisers, EMA, checkpoints, log.
+
+Plain functions; the loops themselves stand in train_ae.py and train_gen.py.
 
 `state.pt` (torch.save, loads under weights_only=True) holds what a run needs to go on: weights, EMA,
 optimisers, step. What a user needs is another file (media/weights.py). Both are written to a temporary name
 and moved into place, so that a kill at any moment leaves a good file.
 """
+import argparse
 import gc
 import json
 import math
 import os
 import pickle
-import random
 import signal
 import socket
 import sys
@@ -28,32 +29,85 @@ from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from media.charts import save_curves
 from media.device import pick_device
 from media.files import InputError, atomic_write, remove_unfinished
 from media.image import to_uint8
 
+# ---- options -----------------------------------------------------------------------------------------------
+
+def add_options(p, presets) -> None:
+    """Add the options that both stages have."""
+    p.add_argument("--preset", choices=presets, default="tiny", help="sizes of the networks and of the run")
+    p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: under runs/)")
+    p.add_argument("--init", metavar="WEIGHTS", help="start from these weights; what they lack starts afresh")
+    p.add_argument("--reflow", metavar="TEACHER",
+                   help="learn the straight line from noise to what these weights make of it")
+    p.add_argument("--one-step", action="store_true", help="with --reflow: the step from pure noise alone")
+    p.add_argument("--teacher-steps", type=int, default=20,
+                   help="with --reflow: steps of the teacher (default: %(default)s)")
+    p.add_argument("--data", nargs="+", metavar="DIR", default=["synthetic"],
+                   help="folders made by data.py prepare, drawn equally; the word synthetic stands for the "
+                        "synthetic world (default)")
+    p.add_argument("--steps", type=int, help="length of the run (default: the preset's)")
+    p.add_argument("--mask-max", type=float, help="masks hide a share of the patches, U(0, this)")
+    p.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                   help="use torch.compile: 1-2 minutes to start, then faster (needs a C++ compiler on CPUs)")
+    p.add_argument("--save-every", type=int, default=200,
+                   help="steps between checkpoints and samples (default: %(default)s)")
+
+
+def check_options(p, args, preset) -> None:
+    """Take from the preset what was not given, and refuse values that cannot be."""
+    for name, value in vars(args).items():
+        if value is None and name in preset:
+            setattr(args, name, preset[name])
+    if args.init and args.reflow:
+        p.error("--reflow begins from its teacher, without --init")
+    if args.one_step and not args.reflow:
+        p.error("--one-step goes with --reflow")
+    for name, value in vars(args).items():
+        least = 0 if name in ("seed", "workers") else 1
+        if type(value) is int and value < least:
+            p.error(f"--{name.replace('_', '-')} is {value}; give {least} or more")
+    if not 0 <= args.mask_max < 1:
+        p.error(f"--mask-max is {args.mask_max}; give a number in [0, 1)")
+
+
+def exit_status(script, train, args, preset) -> int:
+    """Run train(args, preset) -> status: 0 complete, 130 stopped, 2 after a sentence about bad input."""
+    try:
+        return train(args, preset)
+    except InputError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        return 2
+
+
 # ---- processes and randomness ------------------------------------------------------------------------------
 
 def init_distributed(device="auto"):
-    """Join the other processes, if torchrun started us -> (rank, world, device). NCCL on GPUs, gloo on
-    CPUs."""
-    rank, world, local = (int(os.environ.get(k, d)) for k,
-                          d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """Join the other processes, if torchrun started us -> (rank, world, device). NCCL on GPUs, else gloo."""
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = str(pick_device(device))
     if device == "cuda":
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    if world > 1 and not dist.is_initialized():      # an hour: one may encode its clips while the others wait
-        store = rendezvous_store(rank, world)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1),
-                                store=store, rank=rank, world_size=world)
+    if world > 1 and not dist.is_initialized():
+        backend, store = "nccl" if device.startswith("cuda") else "gloo", rendezvous_store(rank, world)
+        hour = timedelta(hours=1)                    # one may encode its clips while the others wait
+        dist.init_process_group(backend, timeout=hour, store=store, rank=rank, world_size=world)
     return rank, world, torch.device(device)
 
 
 def rendezvous_store(rank, world):
-    """Where the processes of this start find each other; None leaves it to torch. torchrun's own store still
-    holds the addresses of dead processes after a restart (torch 2.13), on which a new start fails or hangs.
-    So only the place of a fresh one is read there, until it answers."""
+    """Where the processes of this start find each other; None leaves it to torch.
+
+    torchrun's own store still holds the addresses of dead processes after a restart (torch 2.13), on which a
+    new start fails or hangs. So only the place of a fresh one is read there, until it answers.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host = os.environ["MASTER_ADDR"]
@@ -77,7 +131,8 @@ def shutdown(main):
     The gloo group of a DDP model keeps its threads whatever is freed (torch 2.13 gives back none of the
     references that DDP takes to it), and the end of the interpreter under running threads is a SIGABRT now
     and then, after all the work. So one of several processes ends without it; one that failed waits for no
-    other."""
+    other.
+    """
     try:
         status = main()
     except SystemExit as stop:
@@ -100,23 +155,27 @@ def shutdown(main):
 
 
 def ddp_wrap(model, world, device):
-    """The same model, its gradients averaged over all processes. Its only changing buffers are those of
-    encoder.RunningNorm, which are the same everywhere without being sent; gradients live in the buckets that
-    are sent, not beside them."""
+    """The same model, its gradients averaged over all processes.
+
+    Buffers are not sent: those that change (running statistics) are the same everywhere. Gradients live in
+    the buckets that are sent, not beside them.
+    """
     if world == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model,
-                                               device_ids=[device.index] if device.type == "cuda" else None,
-                                               forward_sync_buffers=False, gradient_as_bucket_view=True)
+    devices = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, devices, forward_sync_buffers=False,
+                                               gradient_as_bucket_view=True)
 
 
 def checkpoint_activations(model):
-    """Each transformer block keeps only its input for the backward pass, which computes the rest again: less
-    memory for about a third more arithmetic. In place; names of weights stay."""
+    """Let each transformer block keep only its input for the backward pass, which computes the rest again.
+
+    Less memory for about a third more arithmetic. In place; names of weights stay.
+    """
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)         # there is no dropout
     for name, module in model.named_modules():
         if name.split(".")[-2:-1] in (["blocks"], ["temporal"]):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False,
-                                     preserve_rng_state=False)                         # there is no dropout
+            module.forward = partial(again, module.forward)
 
 
 def step_rng(seed, rank, step):
@@ -125,9 +184,11 @@ def step_rng(seed, rank, step):
 
 
 class Stopper:
-    """Turns the first SIGTERM or Ctrl-C into a wish to stop after the current step; a second one ends at
-    once. Under torchrun it does not: a scheduler's signal comes twice there, from itself and passed on, and
-    torchrun kills after its own 30 seconds."""
+    """Turns the first SIGTERM or Ctrl-C into a wish to stop after the current step; a second ends at once.
+
+    Under torchrun it does not: a scheduler's signal comes twice there, from itself and passed on, and
+    torchrun kills after its own 30 seconds.
+    """
 
     def __init__(self):
         self.wanted = False
@@ -152,14 +213,11 @@ def any_rank(flag, device):
 # ---- optimisation ------------------------------------------------------------------------------------------
 
 def optimisers(model, lr, muon_lr, weight_decay=0.01):
-    """Muon (Jordan et al. 2024) for the matrices of attention and MLP, AdamW for the rest; AdamW for all with
-    muon_lr None."""
-    def inner(name, p):
-        matrix = p.ndim == 2 and "blocks" in name.split(".") and "modulation" not in name
-        return matrix and muon_lr is not None
-
-    matrices = [p for name, p in model.named_parameters() if inner(name, p)]
-    rest = [p for name, p in model.named_parameters() if not inner(name, p)]
+    """Muon (Jordan et al. 2024) for the matrices of attention and MLP, unless muon_lr is None; else AdamW."""
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        inner = p.ndim == 2 and "blocks" in name.split(".") and "modulation" not in name
+        (matrices if inner and muon_lr is not None else rest).append(p)
     fused = all(p.is_cuda for p in rest)
     optimisers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)]
     if matrices:
@@ -179,29 +237,28 @@ def set_lr(optimisers, step, steps, warmup, decay=0.3):
 
 
 def clip_and_step(model, optimisers, loss, step, state, device):
-    """Change the weights by the gradients at hand, their norm clipped to 1. Where the loss or a gradient of
-    any process is not finite, all end with a sentence that names the last good state, and nothing is
-    changed."""
+    """Change the weights by the gradients at hand, their norm clipped to 1.
+
+    Where the loss or a gradient of any process is not finite, all end with a sentence that names the last
+    good state, and nothing is changed.
+    """
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if any_rank(not (math.isfinite(loss) and norm.isfinite()), device):
         raise SystemExit(f"loss {loss:.4g}, length of the gradient {norm:.4g} at step {step}: not finite, so "
-                         f"training ends. "
-                         f"The last good state is in {state}; try a lower learning rate.")
+                         f"training ends. The last good state is in {state}; try a lower learning rate.")
     for optimiser in optimisers:
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
 
 def ema_decay(steps):
-    """The average remembers a two-hundredth of a run. At Muon's full rate a twentieth was 2 dB behind the
-    weights."""
+    """The average remembers a two-hundredth of a run (a twentieth was 2 dB behind at Muon's full rate)."""
     return 1 - 1 / (1 + steps / 200)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay=0.999):
-    """ema <- decay ema + (1 - decay) model, weights and statistics alike; a shorter memory in the first
-    steps."""
+    """ema <- decay ema + (1 - decay) model, weights and statistics; a shorter memory in the first steps."""
     rate = 1 - min(decay, (1 + step) / (10 + step))
     old, new = ema.state_dict(), model.state_dict()
     torch._foreach_lerp_([old[k] for k in old], [new[k] for k in old], rate)
@@ -215,18 +272,18 @@ def atomic_save(path, **state):
 
 
 def settings(args):
-    """The arguments that a run's result depends on, {name: value}; not where it runs or how often it
-    saves."""
-    return {name: value for name, value in vars(args).items()
-            if name not in ("out", "device", "save_every", "workers", "compile", "checkpoint_activations")}
+    """The arguments that a run's result depends on, {name: value}; not where it runs or when it saves."""
+    free = ("out", "device", "save_every", "workers", "compile", "checkpoint_activations")
+    return {name: value for name, value in vars(args).items() if name not in free}
 
 
-def print_settings(args, model, rank, **more):
+def print_settings(args, model, step, **more):
     """Print what this run does, once, at its start."""
-    if rank == 0:
-        count = sum(p.numel() for p in model.parameters())
-        for name, value in {**vars(args), "parameters": f"{count / 1e6:.1f} million", **more}.items():
-            print(f"{name:>24}: {value}", file=sys.stderr)
+    count = sum(p.numel() for p in model.parameters())
+    for name, value in {**vars(args), "parameters": f"{count / 1e6:.1f} million", **more}.items():
+        print(f"{name:>24}: {value}", file=sys.stderr)
+    if step >= args.steps:
+        print(f"finished at step {step}, nothing to do", file=sys.stderr)
 
 
 def make_run_folder(folder):
@@ -238,8 +295,7 @@ def make_run_folder(folder):
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"--out {folder} cannot be written to ({error.strerror}); give "
-                         f"another folder") from None
+        raise InputError(f"--out {folder} cannot be written to ({error.strerror}); give another") from None
 
 
 def save_checkpoint(path, step, args, configs, model, ema, optimisers):
@@ -250,8 +306,11 @@ def save_checkpoint(path, step, args, configs, model, ema, optimisers):
 
 
 def resume(path, args, configs, model, ema, optimisers):
-    """Go on from `path`, if it exists -> the number of steps done. Raises InputError if that run has other
-    networks or other settings, or if only some processes see it: they would train different steps."""
+    """Go on from `path`, if it exists -> the number of steps done.
+
+    Raises InputError if that run has other networks or other settings, or if only some processes see it: they
+    would train different steps.
+    """
     exists, device = os.path.exists(path), next(model.parameters()).device
     if any_rank(exists, device) and any_rank(not exists, device):
         raise InputError(f"{path}: seen by some nodes only; give an --out on a disk that all of them share")
@@ -260,20 +319,18 @@ def resume(path, args, configs, model, ema, optimisers):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved, step = json.loads(state["settings"]), state["step"]
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError,
-            pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.PickleError) as error:
         raise InputError(f"{path} is not a training checkpoint of this version ({type(error).__name__}); "
-                         f"give another "
-                         "--out, or remove it to start anew") from None
+                         "give another --out, or remove it to start anew") from None
     if state["configs"] != {kind: asdict(config) for kind, config in configs.items()}:
-        raise InputError(f"{path}: this run has networks of other sizes; give another --out, or the run's "
-                         f"own --preset")
+        raise InputError(f"{path}: this run has networks of other sizes; give another --out, or the --preset "
+                         "of the run")
     given = json.loads(json.dumps(settings(args)))
     changed = [f"--{name.replace('_', '-')} {saved.get(name)} -> {given.get(name)}"
                for name in sorted({*saved, *given}) if saved.get(name) != given.get(name)]
     if changed:
         raise InputError(f"{path}: this run has other settings ({', '.join(changed)}); give its own, or "
-                         f"another --out")
+                         "another --out")
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
     for optimiser, saved_optimiser in zip(optimisers, state["optimisers"], strict=True):
@@ -282,9 +339,10 @@ def resume(path, args, configs, model, ema, optimisers):
 
 
 def init_from(path, loaded, **models):
-    """Start from the models `loaded` from `path`. What they lack (the temporal blocks of a video model,
-    the experts of a generator) keeps its
-    first values."""
+    """Start from the models `loaded` from `path`. Raises InputError for other networks.
+
+    What they lack (the temporal blocks of a video model, the experts of a generator) keeps its first values.
+    """
     for kind, model in models.items():
         if kind not in loaded:
             raise InputError(f"{path} holds no {kind}, only {', '.join(loaded)}")
@@ -296,10 +354,12 @@ def init_from(path, loaded, **models):
             raise InputError(f"{path}: its {kind} has another shape; it needs the preset it was trained with")
 
 
-def log(path, **fields):
-    """Add one JSON line."""
-    with open(path, "a") as f:
-        f.write(json.dumps(fields) + "\n")
+def log(folder, **fields):
+    """Add one line to log.jsonl of the folder, and draw its curves as progress.png."""
+    path = os.path.join(folder, "log.jsonl")
+    with open(path, "a") as file:
+        file.write(json.dumps(fields) + "\n")
+    save_curves(path, os.path.join(folder, "progress.png"))
 
 
 def save_grid(path, rows):
@@ -308,10 +368,3 @@ def save_grid(path, rows):
     pixels = to_uint8(picture).permute(1, 2, 0).numpy()
     with atomic_write(path, make_folder=True) as temporary:
         Image.fromarray(np.ascontiguousarray(pixels)).save(temporary, format="PNG")
-
-
-def seed_everything(seed):
-    """For the initial weights; every later number comes from `step_rng`."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

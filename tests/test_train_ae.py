@@ -578,7 +578,7 @@ def test_a_finished_run_says_so_and_does_nothing_more(tmp_path, capsys):
     assert "nothing to do" not in capsys.readouterr().err
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     assert train(tmp_path) == 0
-    assert "train_ae.py: finished at step 4, nothing to do" in capsys.readouterr().err
+    assert "finished at step 4, nothing to do" in capsys.readouterr().err
     assert before == {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
 
 

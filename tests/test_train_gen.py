@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from test_image import read_video
+from test_audio_features import whisper_folder  # noqa: F401
 from test_train_ae import same, state
 
 import flow
+import sample
 import train_ae
 import train_gen
 import training
@@ -170,6 +171,26 @@ def test_row_i_of_the_speech_belongs_to_frame_start_minus_past_plus_i(drawn):
     assert (drawn["heard"][drawn["start"] == FRAMES - K][:, -AHEAD:] == QUIET).all()     # nor after the end
 
 
+def test_fresh_masks_change_the_past_alone(drawn):
+    """The past is what encode_past makes of its frames: those before the first new one, or any at a start."""
+    asked = []
+
+    def encode_past(index, rng):
+        asked.append(index)
+        return index[..., None].expand(-1, -1, 6) + 0.25
+
+    windows = train_gen.sample_windows(numbered(), CONFIG, 400, torch.Generator().manual_seed(0),
+                                       torch.full((320,), QUIET), encode_past=encode_past)
+    new, past, reference, audio, mood = (part[..., 0] for part in windows)
+    for part, name in ((new, "new"), (reference, "reference"), (audio, "heard"), (mood, "mood")):
+        assert torch.equal(part, drawn[name])
+    inside = ~drawn["begins"]
+    first_frame = FRAMES * drawn["clip"][inside] + drawn["start"][inside]
+    assert torch.equal(asked[0][inside], (first_frame[:, None] + torch.arange(-P, 0)).long())
+    assert torch.equal(past[inside], asked[0][inside] + 0.25)
+    assert torch.equal(past[~inside], drawn["past"][~inside])
+
+
 def test_windows_repeat_with_the_draw():
     one, again, other = (train_gen.sample_windows(numbered(), CONFIG, 8, torch.Generator().manual_seed(s),
                                                   torch.zeros(320))
@@ -256,7 +277,7 @@ def test_the_loss_by_hand():
 
 
 def test_silence_is_the_row_of_a_silent_wave():
-    assert torch.equal(train_gen.encode_silence("mel", None),
+    assert torch.equal(sample.encode_silence("mel"),
                        audio_features.extract_features(torch.zeros(1, 6400))[0, 5])
 
 
@@ -267,7 +288,7 @@ def test_a_clip_is_encoded_frame_by_frame(ae):
     draw, args = torch.Generator().manual_seed(0), train_gen.parse(command("", "", "--clips", "4"))
     clip = list(train_gen.synthetic_clips(args, {"seconds": 1.2}, 32, 0, 1))[3]
     parts = list(clip.parts)
-    clear, masked = train_gen.encode_clip(encoder, Pixel(), parts, 0.6, draw, CPU, nullcontext())
+    clear, masked, frames = train_gen.encode_clip(encoder, Pixel(), parts, 0.6, draw, CPU, nullcontext())
     voice, face, change = random_moods(torch.tensor([3]), 30)
     made = random_clip(torch.tensor([3]), 30, face, voice)
     with torch.no_grad():
@@ -275,8 +296,25 @@ def test_a_clip_is_encoded_frame_by_frame(ae):
     torch.testing.assert_close(clear, want, atol=1e-5, rtol=1e-4)
     assert torch.equal(clip.wave, made["wave"]) and torch.equal(clip.mood, face[0]) and clip.change == change
     assert masked.shape == clear.shape == (30, 8) and not torch.isclose(masked, clear).all(1).any()
-    clear, masked = train_gen.encode_clip(encoder, Pixel(), parts, 0.0, draw, CPU, nullcontext())
+    torch.testing.assert_close(frames.float(), torch.cat(parts), atol=1e-3, rtol=0)
+    clear, masked, _ = train_gen.encode_clip(encoder, Pixel(), parts, 0.0, draw, CPU, nullcontext())
     torch.testing.assert_close(masked, clear)                                # no mask
+
+
+def test_masks_drawn_anew_are_those_of_the_draw_and_differ_from_step_to_step(ae):
+    encoder = load_models(ae)[0]["encoder"]
+    frames, index = torch.randn(9, 3, 32, 32).half(), torch.tensor([[0, 1, 2], [6, 7, 8]])
+
+    def encode(step, mask_max=0.9):
+        return train_gen.encode_masked(encoder, frames, mask_max, CPU, nullcontext(), index,
+                                       training.step_rng(0, 0, step))
+
+    with torch.no_grad():
+        clear = encoder(frames.float()).flatten(1)
+    torch.testing.assert_close(encode(1, 0.0), clear[index], atol=1e-5, rtol=1e-4)
+    assert encode(1).shape == (2, 3, 8) and torch.equal(encode(1), encode(1))
+    assert not torch.isclose(encode(1), clear[index]).all(2).any()
+    assert not torch.isclose(encode(1), encode(2)).all(2).any()
 
 
 def test_a_person_is_also_seen_in_other_moods():
@@ -323,8 +361,9 @@ def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
 
     first = get()
     assert made == [0, 1]                                            # the clip, and the person in other moods
-    assert [part.shape for part in first] == [(25, 8), (25, 8), (25, 320), (25, 7), (25, 6), (1, 4, 8),
-                                              (1, 4), (1, 7)]
+    assert [part.shape for part in first[:-1]] == [(25, 8), (25, 8), (25, 320), (25, 7), (25, 6), (1, 4, 8),
+                                                   (1, 4), (1, 7)]
+    assert first.frames is None                                              # with fresh_masks alone
     assert same(list(first), list(get())) and made == []                     # the second time from the disk
     models["encoder"].tokens.data += 1
     save_weights(tmp_path / "other.safetensors", models, meta)
@@ -438,6 +477,43 @@ def test_labelled_clips_teach_the_voice_too(tmp_path):
     assert x.shape == (4, 3, 320) and y.shape == (4, 7) and y[3, 2] == 1
     want = model.pool(encoded.features[None, 60:])[0][0, [24, 29, 29]]
     torch.testing.assert_close(x[3], want)
+
+
+# ---- the paper's own method --------------------------------------------------------------------------------
+
+def test_the_preset_paper_has_none_of_our_changes():
+    preset = train_gen.PRESETS["paper"]
+    assert preset["fresh_masks"] and not preset["balanced"] and not preset["augment"]
+    assert preset["guidance"] == 1 and preset["muon_lr"] is None and preset["lr"] == 1e-4
+    assert preset["generator"].window == 16 and not preset["generator"].experts
+    assert train_gen.parse(["--preset", "paper"]).mask_max == 0.2
+
+
+def test_the_preset_paper_trains_with_smaller_networks(ae, whisper_folder, tmp_path, monkeypatch, no_preview):
+    """Three steps on features of a random Whisper; each sees the past through other masks."""
+    seen, encode, choose = [], train_gen.encode_masked, train_gen.sample_windows
+
+    def recorded(*given):
+        seen.append(encode(*given))
+        return seen[-1]
+
+    def same_windows(encoded, config, count, rng, *more):
+        *more, encode_past = more
+        return choose(encoded, config, count, torch.Generator().manual_seed(1), *more,
+                      lambda index, _: encode_past(index, rng))
+
+    monkeypatch.setattr(train_gen, "encode_masked", recorded)
+    monkeypatch.setattr(train_gen, "sample_windows", same_windows)
+    paper = train_gen.PRESETS["paper"]
+    small = replace(paper["generator"], width=32, depth=1, heads=1, window=4, past=4, lookahead=1)
+    preset = {**paper, "generator": small, "clips": 1, "seconds": 1, "windows": 4}
+    args = train_gen.parse(["--preset", "paper", "--device", "cpu", "--ae", str(ae), "--out", str(tmp_path),
+                            "--steps", "3", "--whisper", str(whisper_folder)], {"paper": preset})
+    assert train_gen.train(args, preset) == 0
+    assert len(seen) == 3 and not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    kept = torch.load(tmp_path / "clips-0.pt", weights_only=True)
+    assert kept["frames"].shape == (25, 3, 32, 32) and kept["frames"].dtype == torch.float16
+    assert len(state(tmp_path)["optimisers"]) == 1                           # AdamW alone
 
 
 # ---- several processes -------------------------------------------------------------------------------------
@@ -612,7 +688,7 @@ def test_other_settings_are_refused_and_a_finished_run_says_so(ae, tmp_path, no_
     assert train(ae, tmp_path, "--windows", "2", steps=2) == 2
     assert "--windows 4 -> 2" in capsys.readouterr().err.splitlines()[-1]
     assert train(ae, tmp_path, steps=2) == 0
-    assert "train_gen.py: finished at step 2, nothing to do" in capsys.readouterr().err
+    assert "finished at step 2, nothing to do" in capsys.readouterr().err
     assert (tmp_path / "state.pt").read_bytes() == before
 
 
@@ -662,7 +738,7 @@ def test_a_student_says_in_one_step_what_its_teacher_says_in_many_with_guidance(
     kept = torch.load(tmp_path / "runs/reflow_gen/clips-0.pt", weights_only=True)
     draw, encoded = torch.Generator().manual_seed(9), train_gen.Encoded(*(kept[name]
         for name in train_gen.Encoded._fields))
-    silence = train_gen.encode_silence("mel", None)
+    silence = sample.encode_silence("mel")
     new, past, reference, heard, mood = train_gen.sample_windows(encoded, teacher.config, 32, draw, silence)
     noise, cond = torch.randn(new.shape, generator=draw), {"past": past, "reference": reference,
                                                            "audio": heard, "mood": mood}
