@@ -28,8 +28,8 @@ from media.sound import FPS, SAMPLE_RATE, has_audio, load_audio
 
 # ------------------------------------------------------------------------------------------------------ files
 def read_at(path: str, numbers, size: int, margin=False) -> np.ndarray:
-    """Read the tight square of frames of a prepared clip by number -> (n, size, size, 3) uint8, in the order
-    asked.
+    """Read the tight square of frames of a prepared clip, by number, in any order -> (n, size, size, 3)
+    uint8.
 
     margin: the whole prepared square, (n, W, W, 3) with W = margin_px(size). Raises InputError.
     """
@@ -58,8 +58,7 @@ def to_array(frame, size: int) -> np.ndarray:
 
 
 def read_clip(path: str, size: int):
-    """Read the tight square of a whole prepared clip -> frames (F, 3, size, size) in [-1, 1], sound (S,) at
-    16 kHz or None."""
+    """Read a whole prepared clip -> frames (F, 3, size, size) in [-1, 1], sound (S,) at 16 kHz or None."""
     wide = margin_px(size)
     edge = (wide - size) // 2
     with open_media(path, VIDEO_WANTED) as container:
@@ -70,47 +69,45 @@ def read_clip(path: str, size: int):
 
 
 def load_sets(folders, split: str, sound=False) -> list[dict]:
-    """Read the manifests of prepared folders -> one {identity: [rows with an absolute path]} for each. Raises
-    InputError."""
+    """Read the manifests of prepared folders -> one {identity: [its clips, with their path]} for each.
+
+    Raises InputError.
+    """
     sets = []
     for folder in folders:
         path = os.path.join(folder, "manifest.jsonl")
         if not os.path.isfile(path):
             raise InputError(f"{folder} holds no manifest.jsonl; make it with: python data.py prepare "
-                             f"--videos {folder} "
-                             "--out DIR, and give DIR")
-        people, rows = {}, read_lines(path)
-        check_rows(path, rows)
-        trained, tested = ({row["identity"] for row in rows if row["split"] == name}
+                             f"--videos {folder} --out DIR, and give DIR")
+        people, clips = {}, read_lines(path)
+        check_clips(path, clips)
+        trained, tested = ({clip["identity"] for clip in clips if clip["split"] == name}
                            for name in ("train", "test"))
         if both := trained & tested:
             raise InputError(f"{path} has clips of {min(both)} both in its train and in its test split; a "
-                             f"person belongs to one")
-        for row in rows:
-            if row["split"] == split and (row["sound"] or not sound):
-                people.setdefault(row["identity"],
-                                  []).append({**row, "path": os.path.join(folder, row["file"])})
+                             "person belongs to one")
+        for clip in clips:
+            if clip["split"] == split and (clip["sound"] or not sound):
+                clip["path"] = os.path.join(folder, clip["file"])
+                people.setdefault(clip["identity"], []).append(clip)
         if not people:
             raise InputError(f"{path} holds no clip{' with sound' if sound else ''} of the {split} split")
         sets.append(people)
     return sets
 
 
-def check_rows(path: str, rows: list[dict]) -> None:
-    """Refuse rows without the fields that training needs, and file names that leave the folder. Raises
-    InputError."""
-    for number, row in enumerate(rows, 1):
-        name = row.get("file")
-        frames = row.get("frames")
-        whole = (isinstance(name, str) and isinstance(row.get("identity"), str)
-                 and isinstance(frames, int) and 0 < frames < 10**6
-                 and row.get("split") in ("train", "test") and isinstance(row.get("sound"), bool))
-        if not whole:
+def check_clips(path: str, clips: list[dict]) -> None:
+    """Refuse clips without the fields that training needs, and files outside the folder: InputError."""
+    fields = {"file": str, "identity": str, "frames": int, "split": str, "sound": bool}
+    for number, clip in enumerate(clips, 1):
+        sound = all(isinstance(clip.get(name), kind) for name, kind in fields.items())
+        if not sound or clip["frames"] < 1 or clip["split"] not in ("train", "test"):
             raise InputError(f"{path}, line {number}: lacks file, identity, split, frames or sound; prepare "
-                             f"the set again")
+                             "the set again")
+        name = clip["file"]
         if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
             raise InputError(f"{path}, line {number}: {name} is not a file inside the folder")
-        if row.get("margin") != MARGIN:
+        if clip.get("margin") != MARGIN:
             raise InputError(f"{path}, line {number}: prepared with another framing; prepare the set again")
 
 
@@ -131,25 +128,25 @@ class Batch:
 
     def encode(self, space):
         """The same in another space (media/latents.py); regions are reduced to its cells."""
-        reference, target, views = (space.encode(x)
-                                    for x in (self.reference, self.target, self.encoder_views))
-        regions = F.interpolate(self.regions, size=target.shape[-2:], mode="area")
-        return replace(self, reference=reference, target=target, encoder_views=views, regions=regions)
+        names = "reference", "target", "encoder_views"
+        encoded = {name: space.encode(getattr(self, name)) for name in names}
+        regions = F.interpolate(self.regions, size=encoded["target"].shape[-2:], mode="area")
+        return replace(self, **encoded, regions=regions)
 
 
-def make_batch(pictures, views, ellipses, factors, kind: str) -> Batch:
-    """Pictures and views (R, 1+T, 3, H, W), ellipses (R, 1+T, 4, 4) in the pictures or masks (R, 1+T, 3, H,
-    W)."""
-    masks = draw_regions(ellipses.flatten(0, 1), pictures.shape[-1]).unflatten(0, ellipses.shape[:2]) \
-        if ellipses.dim() == 4 else ellipses
+def make_batch(pictures, views, masks, factors, kind: str) -> Batch:
+    """Pictures and views (R, 1+T, 3, H, W), masks of draw_regions (R, 1+T, 3, H, W), factors (R*T, K)."""
     regions = torch.maximum(masks[:, 1:], masks[:, :1]).flatten(0, 1)                  # (R*T, 3, H, W)
     return Batch(pictures[:, 0].contiguous(), pictures[:, 1:].flatten(0, 1),
                  torch.cat([views[:, 0], views[:, 1:].flatten(0, 1)]), regions, factors, kind)
 
 
 def draw_regions(ellipses: Tensor, size: int) -> Tensor:
-    """Ellipses (B, 4, 4) of mouth, two eyes and face: x, y, half width, half height in [-1, 1] -> soft masks
-    (B, 3, H, W): mouth and eyes; eyes, with the brows above them by half; face."""
+    """Draw ellipses of mouth, two eyes and face as soft masks.
+
+    ellipses (B, 4, 4): x, y, half width, half height in [-1, 1] -> (B, 3, H, W): mouth and eyes; eyes, with
+    the brows above them by half; face.
+    """
     brows = ellipses[:, 1:3] * torch.tensor([1, 1, 1.15, 2.0], device=ellipses.device)
     brows[..., 1] = brows[..., 1] - 0.4 * brows[..., 3]
     ellipses = torch.cat([ellipses, brows], 1)                                         # (B, 6, 4)
@@ -163,7 +160,7 @@ def draw_regions(ellipses: Tensor, size: int) -> Tensor:
 
 def random_views(rng, persons: int, size: int, framing=True):
     """Sampling grids that change the shape of a face, one per person (ours) -> (R, size, size, 2), mirrored
-    (R,) bool.
+    (R,).
 
     framing: into a prepared square, the tight square varied by 12% in size and 8% of its side in place,
     mirrored half of the time. Always: a smooth warp of a 4 x 4 grid (5% of half the side) for 7 in 10, so
@@ -175,8 +172,8 @@ def random_views(rng, persons: int, size: int, framing=True):
     inner, warp = (1 / MARGIN, 0.05) if framing else (1.0, 0.03)
     affine, mirrored = torch.eye(2, 3).repeat(persons, 1, 1), torch.zeros(persons, dtype=torch.bool)
     if framing:
-        zoom, aspect, angle = torch.exp(0.12 * uniform(persons)), torch.exp(0.06
-            * uniform(persons)), 0.08 * uniform(persons)
+        zoom, aspect = torch.exp(0.12 * uniform(persons)), torch.exp(0.06 * uniform(persons))
+        angle = 0.08 * uniform(persons)
         mirrored = torch.rand(persons, generator=rng) < 0.5
         cos, sin = zoom * torch.cos(angle), zoom * torch.sin(angle)
         flip = torch.where(mirrored, -1.0, 1.0)
@@ -184,16 +181,18 @@ def random_views(rng, persons: int, size: int, framing=True):
         affine = torch.stack([torch.stack([flip * cos * aspect, -sin, place[:, 0]], 1),
                               torch.stack([flip * sin, cos / aspect, place[:, 1]], 1)], 1)
     grid = F.affine_grid(affine, (persons, 1, size, size), align_corners=False)
-    knots = warp * torch.randn(persons, 2, 4, 4,
-                               generator=rng) * (torch.rand(persons, 1, 1, 1, generator=rng) < 0.7)
-    bend = F.interpolate(knots, size=(size, size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
-    return inner * (grid + bend), mirrored
+    coarse = warp * torch.randn(persons, 2, 4, 4, generator=rng)
+    coarse = coarse * (torch.rand(persons, 1, 1, 1, generator=rng) < 0.7)
+    displacement = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
+    return inner * (grid + displacement.permute(0, 2, 3, 1)), mirrored
 
 
 def random_colours(x: Tensor, rng, strength=1.0) -> Tensor:
-    """Change the colours and the light of pictures x (R, n, 3, H, W), alike for all n of a person (ours):
-    gamma 0.7 to 1.4, a random 3 x 3 matrix near the identity, an offset, a linear gradient of light up to
-    20%."""
+    """Change the colours and the light of pictures x (R, n, 3, H, W), alike for all n of a person (ours).
+
+    Gamma 0.7 to 1.4, a random 3 x 3 matrix near the identity, an offset, a linear gradient of light up to
+    20%.
+    """
     persons, size = len(x), x.shape[-1]
     gamma = torch.exp(0.35 * strength * (torch.rand(persons, generator=rng) * 2 - 1))
     matrix = torch.eye(3) + 0.12 * strength * torch.randn(persons, 3, 3, generator=rng)
@@ -207,16 +206,16 @@ def random_colours(x: Tensor, rng, strength=1.0) -> Tensor:
 
 
 class Clips(Dataset):
-    """Batches of stage 1 from prepared folders: item `number` is a function of (seed, number) alone, so that
-    no process, worker or step sees another's and a resumed run goes on with what comes next.
+    """Batches of stage 1 from prepared folders.
 
-    A share `near` of the persons is shown within a fifth of a second, the others at any distance. Where there
-    are landmarks (media/landmarks.py), some persons are shown at equal pose: 3 in 8 with the mouth as
-    different as the clip has it, 3 in 16 with the lids so, 1 in 8 with brows and corners of the mouth so
-    (ours, compare MuseTalk, arXiv 2410.10122). rows: the targets follow each other instead (the video
-    stage). augment: shape, framing and colours vary per person, and for half of the persons the encoder sees
-    another shape and other colours than the decoder, so that its token cannot tell who it is (compare Burkov
-    et al. 2020).
+    Item `number` is a function of (seed, number) alone, so that no process, worker or step sees another's and
+    a resumed run goes on with what comes next. A share `near` of the persons is shown within a fifth of a
+    second, the others at any distance. Where there are landmarks (media/landmarks.py), some persons are shown
+    at equal pose: 3 in 8 with the mouth as different as the clip has it, 3 in 16 with the lids so, 1 in 8
+    with brows and corners of the mouth so (ours, compare MuseTalk, arXiv 2410.10122). rows: the targets
+    follow each other instead (the video stage). augment: shape, framing and colours vary per person, and for
+    half of the persons the encoder sees another shape and other colours than the decoder, so that its token
+    cannot tell who it is (compare Burkov et al. 2020).
     """
 
     def __init__(self, folders, persons: int, targets: int, near: float, size: int, seed=0, split="train",
@@ -231,35 +230,43 @@ class Clips(Dataset):
         pictures, ellipses, factors = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
         torch_rng = torch.Generator().manual_seed(int(rng.integers(2**40)))
         pictures, masks, views, mirrored = self.frame(from_uint8(pictures.numpy()), ellipses, torch_rng)
-        factors = torch.where(mirrored[:, None, None],
-                              factors[..., landmarks.MIRROR] * torch.tensor(landmarks.SIGN), factors)
+        swapped = factors[..., landmarks.MIRROR] * torch.tensor(landmarks.SIGN)
+        factors = torch.where(mirrored[:, None, None], swapped, factors)
         delta = ((factors[:, 1:] - factors[:, :1]) / torch.tensor(landmarks.SCALE)).flatten(0, 1).float()
-        return make_batch(pictures, views, masks, delta.nan_to_num() if delta.isfinite().any() else None,
-                          "real")
+        delta = delta.nan_to_num() if delta.isfinite().any() else None                 # (R*T, K)
+        return make_batch(pictures, views, masks, delta, "real")
 
     def frame(self, wide, ellipses, rng):
-        """Prepared squares (R, 1+T, 3, W, W) and ellipses in them -> pictures (R, 1+T, 3, size, size), masks
-        (R, 1+T, 3, size, size), encoder views as pictures, mirrored (R,)."""
+        """Frame prepared squares (R, 1+T, 3, W, W) and ellipses in them.
+
+        -> pictures, masks and encoder views (R, 1+T, 3, size, size) each, mirrored (R,).
+        """
         persons, count, size = *wide.shape[:2], self.size
         masks = draw_regions(ellipses.flatten(0, 1), wide.shape[-1]).unflatten(0, (persons, count))
         if not self.augment:
             edge = (wide.shape[-1] - size) // 2
             pictures, masks = (x[..., edge:edge + size, edge:edge + size] for x in (wide, masks))
             return pictures, masks, pictures, torch.zeros(persons, dtype=torch.bool)
+
+        def warp(x, grid):
+            x, grid = x.flatten(0, 1), grid.repeat_interleave(count, 0)
+            x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+            return x.unflatten(0, (persons, count))
+
         grid, mirrored = random_views(rng, persons, size)
-        both = F.grid_sample(torch.cat([wide, masks], 2).flatten(0, 1), grid.repeat_interleave(count, 0),
-                             padding_mode="border", align_corners=False).unflatten(0, (persons, count))
+        both = warp(torch.cat([wide, masks], 2), grid)
         pictures, masks = random_colours(both[:, :, :3], rng), both[:, :, 3:]
-        other, _ = random_views(rng, persons, size, framing=False)
-        views = F.grid_sample(pictures.flatten(0, 1), other.repeat_interleave(count, 0),
-                              padding_mode="border", align_corners=False).unflatten(0, (persons, count))
+        views = warp(pictures, random_views(rng, persons, size, framing=False)[0])
         apart = torch.rand(persons, generator=rng) < 0.5
         views = torch.where(apart.view(-1, 1, 1, 1, 1), random_colours(views, rng, 0.6), pictures)
         return pictures, masks, views, mirrored
 
     def person(self, rng, k: int):
-        """Draw set, then person, then clip, each equally -> pictures (1+T, W, W, 3) uint8 of the prepared
-        square, ellipses (1+T, 4, 4), factors (1+T, K), nan where not known."""
+        """Draw set, then person, then clip, each equally.
+
+        -> pictures (1+T, W, W, 3) uint8 of the prepared square, ellipses (1+T, 4, 4), factors (1+T, K), nan
+        where not known.
+        """
         people = self.sets[rng.integers(len(self.sets))]
         clips = people[rng.integers(len(people))][1]
         clip = clips[rng.integers(len(clips))]
@@ -274,29 +281,35 @@ class Clips(Dataset):
             start = int(rng.integers(max(1, frames - targets + 1)))
             return [first, *(min(start + n, frames - 1) for n in range(targets))]
         kind = np.searchsorted([3 / 8, 9 / 16, 11 / 16], (k + 0.5) / self.persons)
-        mined = [(0, 1), (2, 3), (7, 8), None][kind]
-        if mined and np.isfinite(factors[first]).all() and np.isfinite(factors).all(1).sum() > 2 * targets:
+        mined = [(0, 1), (2, 3), (7, 8), None][kind]                                   # columns of factors
+        known = np.isfinite(factors).all(1)
+        if mined and known[first] and known.sum() > 2 * targets:
             return [first, *mine_pairs(rng, factors / landmarks.SCALE, first, mined, targets)]
-        near = k < round(self.near * self.persons)
-        low, high = (max(0, first - FPS // 5), min(frames, first + FPS // 5 + 1)) if near else (0, frames)
+        low, high = 0, frames
+        if k < round(self.near * self.persons):
+            low, high = max(0, first - FPS // 5), min(frames, first + FPS // 5 + 1)
         return [first, *rng.integers(low, high, targets).tolist()]
 
 
 def mine_pairs(rng, factors, first: int, columns, count: int) -> list[int]:
     """Choose frames of nearly the pose of frame `first` that differ from it most in `columns` of factors (F,
-    K): `count` of the 2 * count most different of the quarter nearest in yaw, pitch and roll."""
+    K).
+
+    -> `count` of the 2 * count most different of the quarter nearest in yaw, pitch and roll.
+    """
     known = np.flatnonzero(np.isfinite(factors).all(1) & (np.arange(len(factors)) != first))
     pose = np.abs(factors[known, 4:7] - factors[first, 4:7]).sum(1)
     near = known[np.argsort(pose, kind="stable")[: max(2 * count, math.ceil(len(known) / 4))]]
-    columns = list(columns)
-    difference = np.abs(factors[near][:, columns] - factors[first, columns]).sum(1)
-    return rng.choice(near[np.argsort(-difference, kind="stable")[: 2 * count]], count,
-                      replace=False).tolist()
+    difference = np.abs(factors[near] - factors[first])[:, list(columns)].sum(1)
+    different = near[np.argsort(-difference, kind="stable")[: 2 * count]]
+    return rng.choice(different, count, replace=False).tolist()
 
 
 def load_landmarks(clip: dict):
-    """Read a clip's landmarks -> ellipses (F, 4, 4) in its prepared square, factors (F, K); the usual
-    ellipses and nan where there are none. Raises InputError."""
+    """Read a clip's landmarks -> ellipses (F, 4, 4) in its prepared square, factors (F, K).
+
+    The usual ellipses and nan where there are none. Raises InputError.
+    """
     usual = np.tile(np.array(landmarks.USUAL, np.float32) / MARGIN, (clip["frames"], 1, 1))
     unknown = np.full((clip["frames"], len(landmarks.FACTORS)), np.nan, np.float32)
     folder = clip["path"][: -len(clip["file"])]
@@ -307,17 +320,20 @@ def load_landmarks(clip: dict):
         with np.load(path) as file:
             ellipses, factors = (np.asarray(file[name], np.float32) for name in ("ellipses", "factors"))
     except Exception as error:                           # whatever numpy, zipfile and zlib make of damage
-        raise InputError(f"{path} cannot be read ({error}); remove it and run python -m "
-                         f"media.landmarks again") from None
+        raise InputError(f"{path} cannot be read ({error}); remove it and run python -m media.landmarks "
+                         "again") from None
     if ellipses.shape != usual.shape or factors.shape != unknown.shape:
         raise InputError(f"{path} is of another clip: {len(factors)} frames, not {clip['frames']}; remove it "
-                         f"and label again")
+                         "and label again")
     return np.where(np.isfinite(ellipses), ellipses, usual), factors
 
 
 def worker_init(_):
-    """Leave signals to the main process: Ctrl-C and torchrun's end reach the whole group, but the main
-    process may need another batch before it stops. It may still end this process by SIGTERM."""
+    """Leave signals to the main process.
+
+    Ctrl-C and torchrun's end reach the whole group, but the main process may need another batch before it
+    stops. It may still end this process by SIGTERM.
+    """
     if hasattr(os, "setsid"):
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -326,9 +342,10 @@ def worker_init(_):
 
 def loader(clips: Clips, numbers, workers: int) -> DataLoader:
     """Items of `clips` in the order of `numbers`, read ahead by `workers` processes (0: none)."""
-    ahead = {"prefetch_factor": 4, "worker_init_fn": worker_init,
-             "multiprocessing_context": "spawn"} if workers else {}
-    return DataLoader(clips, batch_size=None, sampler=numbers, num_workers=workers, **ahead)
+    options = {}
+    if workers:
+        options = dict(prefetch_factor=4, worker_init_fn=worker_init, multiprocessing_context="spawn")
+    return DataLoader(clips, batch_size=None, sampler=numbers, num_workers=workers, **options)
 
 
 if __name__ == "__main__":

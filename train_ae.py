@@ -288,7 +288,8 @@ def synthetic_batch(args, preset, number: int, render_fn, device="cpu", held_out
         pictures, motion, views = random_pairs(seeds, targets, near, size, render_fn, swap)
     factors = normalise_factors(motion)                                                # (R, 1+T, M)
     delta = (factors[:, 1:] - factors[:, :1]).flatten(0, 1)                            # (R*T, M)
-    return data.make_batch(pictures, views, region_ellipses(motion), delta, "synthetic")
+    masks = data.draw_regions(region_ellipses(motion).flatten(0, 1), size).unflatten(0, motion.shape[:2])
+    return data.make_batch(pictures, views, masks, delta, "synthetic")
 
 
 def real_clips(args, preset, split: str):

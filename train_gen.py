@@ -280,7 +280,7 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
 
 
 def change_tempo(rows, count):
-    """Resample what is known of each frame, (F, n), to `count` frames; mel features as four spectra a frame."""
+    """Resample what is known of each frame, (F, n), to `count` frames; mel features as four spectra."""
     if count == len(rows):
         return rows
     parts = 4 if rows.shape[1] == audio_features.FEATURE_DIM["mel"] else 1

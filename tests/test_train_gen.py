@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_audio_features import whisper_folder  # noqa: F401
+from test_image import read_video
 from test_train_ae import same, state
 
 import flow
@@ -489,7 +490,8 @@ def test_the_preset_paper_has_none_of_our_changes():
     assert train_gen.parse(["--preset", "paper"]).mask_max == 0.2
 
 
-def test_the_preset_paper_trains_with_smaller_networks(ae, whisper_folder, tmp_path, monkeypatch, no_preview):
+def test_the_preset_paper_trains_with_smaller_networks(
+        ae, whisper_folder, tmp_path, monkeypatch, no_preview):                        # noqa: F811
     """Three steps on features of a random Whisper; each sees the past through other masks."""
     seen, encode, choose = [], train_gen.encode_masked, train_gen.sample_windows
 
