@@ -100,8 +100,8 @@ def check_clips(path: str, clips: list[dict]) -> None:
     """Refuse clips without the fields that training needs, and files outside the folder: InputError."""
     fields = {"file": str, "identity": str, "frames": int, "split": str, "sound": bool}
     for number, clip in enumerate(clips, 1):
-        sound = all(isinstance(clip.get(name), kind) for name, kind in fields.items())
-        if not sound or clip["frames"] < 1 or clip["split"] not in ("train", "test"):
+        complete = all(isinstance(clip.get(name), kind) for name, kind in fields.items())
+        if not complete or not 0 < clip["frames"] < 10**6 or clip["split"] not in ("train", "test"):
             raise InputError(f"{path}, line {number}: lacks file, identity, split, frames or sound; prepare "
                              "the set again")
         name = clip["file"]

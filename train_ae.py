@@ -438,7 +438,7 @@ def train(args, preset: dict) -> int:
     if teacher:                                                   # tokens must stay what the generator writes
         model.encoder.requires_grad_(False).eval()
     ddp_model = training.ddp_wrap(model, world, device)
-    stopper, began = training.Stopper(), time.time()
+    stopper, began = training.Stopper(), time.perf_counter()
     recent = deque(maxlen=100)                                    # losses, to print their mean
     numbers = [(k * args.accumulate + part) * world + rank
                for k in range(step, args.steps) for part in range(args.accumulate)]
@@ -477,7 +477,7 @@ def train(args, preset: dict) -> int:
             training.save_checkpoint(state, step, args, configs, model, ema, optimisers)
             pictures = (step - first) * args.accumulate * world * len(batch.target)
             training.log(args.out, step=step, loss=mean_loss, **samples,
-                         pictures_per_second=pictures / (time.time() - began))
+                         pictures_per_second=pictures / (time.perf_counter() - began))
         if stop:
             break
     bar.close()

@@ -230,6 +230,15 @@ def fingerprint(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_cache(path):
+    """What an earlier start kept there; None if there is nothing, or nothing whole: it is made again."""
+    try:
+        cached = torch.load(path, map_location="cpu", weights_only=True, mmap=True)    # frames may be many
+        return cached if cached["key"] else None
+    except Exception:                                   # whatever torch and zipfile make of damage
+        return None
+
+
 def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16):
     """This process's clips, encoded. Kept in --out, for the next start."""
     kind, fresh_masks = preset.get("audio", "mel"), preset.get("fresh_masks", False)
@@ -238,8 +247,8 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
            args.whisper, kind, size, preset.get("agree", False), preset["augment"], fresh_masks,
            *Encoded._fields, *args.data]
     path = os.path.join(args.out, f"clips-{rank}.pt")
-    if os.path.exists(path):
-        cached = torch.load(path, map_location="cpu", weights_only=True, mmap=True)    # frames may be many
+    cached = read_cache(path)
+    if cached:
         if cached["key"][0] != key[0] and os.path.exists(os.path.join(args.out, "state.pt")):
             raise InputError(f"the run in {args.out} learned the tokens of another encoder; give another "
                              "--out")
@@ -433,15 +442,14 @@ def voice_statistics(args, preset, encoded, model, rank):
     """
     kind, frames = preset.get("audio", "mel"), round(preset["seconds"] * FPS)
     key = [args.voices, frames, args.seed, args.whisper, kind, "moods"]
-    path, cached = os.path.join(args.out, f"voices-{rank}.pt"), {"key": None}
+    path = os.path.join(args.out, f"voices-{rank}.pt")
 
     def at_three(features):
         ends = [min(k, features.shape[1]) - 1 for k in (FPS, 2 * FPS, features.shape[1])]
         return model.pool(features)[0][:, ends]
 
-    if os.path.exists(path):
-        cached = torch.load(path, map_location="cpu", weights_only=True)
-    if cached["key"] != key:
+    cached = read_cache(path)
+    if not cached or cached["key"] != key:
         statistics, moods = [], []
         seeds = HELD_OUT // 2 + args.seed * 100_000 + torch.arange(args.voices)
         for part in tqdm(seeds.split(16), desc="voices", unit="batch", disable=rank > 0):
@@ -548,7 +556,7 @@ def train(args, preset) -> int:
     directions = readout_directions(encoded) if preset["balanced"] and not args.reflow else None
     directions = None if directions is None else directions.to(device)
     ddp_model = training.ddp_wrap(model, world, device)
-    stopper, began = training.Stopper(), time.time()
+    stopper, began = training.Stopper(), time.perf_counter()
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
         training.set_lr(optimisers, step, args.steps, warmup=50)
@@ -583,8 +591,9 @@ def train(args, preset) -> int:
             save_weights(os.path.join(args.out, "semo.safetensors"), networks, meta)
             preview(os.path.join(args.out, f"step{step:06d}.mp4"), networks, meta, args)
             training.save_checkpoint(state, step, args, configs, model, ema, optimisers)
+            total = (step - first) * world * args.windows
             training.log(args.out, step=step, loss=loss.item(),
-                         windows_per_second=(step - first) * world * args.windows / (time.time() - began))
+                         windows_per_second=total / (time.perf_counter() - began))
         if stop:
             break
     bar.close()
