@@ -9,10 +9,13 @@ import torch
 import sample
 from decoder import decode_frames
 from encoder import random_masking
+from generator import generate_motion
 from measure import metrics
+from media import audio_features
 from media.device import autocast, pick_device
 from media.files import InputError, atomic_write
 from media.latents import SD, load_latents
+from media.sound import SAMPLES_PER_FRAME
 from training import step_rng
 from world.render import render
 
@@ -62,6 +65,27 @@ def encode(checkpoint, images, ratio=0.0, rng=None):
             z = checkpoint.space.encode(part.to(checkpoint.device))
             tokens.append(checkpoint.encoder(z, ids_keep).flatten(1).float())
     return torch.cat(tokens)
+
+
+def speech_features(checkpoint, waves):
+    """Sound (B, S) -> features (B, n, A), a row for each frame, and those of silence (A,)."""
+    sounds = audio_features.normalise_loudness(waves), torch.zeros(1, SAMPLES_PER_FRAME)
+    features, silence = (audio_features.extract_features(x, checkpoint.meta["audio"],
+                                                         checkpoint.meta.get("whisper")) for x in sounds)
+    return features, silence[0, 0]
+
+
+def generate(checkpoint, photo, wave, seed, gen_steps=None, emotion=None):
+    """Generate motion for photo (3, H, W) and sound (1, S) -> (n, L*D).
+
+    gen_steps: sampling steps, as released where None; emotion: see generator.generate_motion.
+    """
+    meta, m_ref = checkpoint.meta, encode(checkpoint, photo[None])
+    features, silence = speech_features(checkpoint, wave)
+    with autocast(checkpoint.device):
+        windows = list(generate_motion(checkpoint.generator, m_ref, iter(features), step_rng(3, 0, seed),
+                                       silence, gen_steps or meta["gen_steps"], meta["guidance"], emotion))
+    return torch.cat(windows)
 
 
 def decode_clip(checkpoint, photo, motions, steps, seed, m_ref=None):

@@ -1,24 +1,37 @@
-"""Does the face feel what it is told: emotions read off generated frames, beside what can be read at all.
+"""Does the face show the emotion that is wished? Read off generated frames, beside what can be read at all.
 
-Everything is of unseen people of the synthetic world, whose mood is known: the photo is neutral, and so is
-the voice where nothing else is said. An emotion is read as the nearest of seven means of lip corners, brow
-raise and brow furrow over a clip without its first second. The world adds emotions linearly, so compounds
-test the network and say nothing of faces.
+Of unseen people of the synthetic world, whose mood is known: the photo is neutral, and so is the voice where
+nothing else is said. An emotion is read as the nearest of seven means of lip corners, brow raise and brow
+furrow over a clip without its first second. The world adds emotions linearly, so compounds test the network
+and say nothing of faces. Of real people no true mood is known: what a face mesh reads is compared with the
+same person's neutral face.
 """
 import time
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
-from emotion import FromVoice, Schedule
-from generator import generate_motion
-from measure import metrics, reader
-from measure.checkpoint import decode_clip, encode, open_checkpoint, render_batched, table
+from emotion import FromVoice, Schedule, intensify
+from flow import integrate, with_cfg
+from measure import landmarks, metrics, reader
+from measure.checkpoint import (
+    cell,
+    decode_clip,
+    encode,
+    generate,
+    open_checkpoint,
+    render_batched,
+    speech_features,
+    summary,
+    table,
+)
+from measure.metrics import ratio_interval
 from media import audio_features
 from media.device import autocast
 from media.files import InputError
-from media.sound import FPS, SAMPLES_PER_FRAME
+from media.sound import FPS
 from training import step_rng
 from world import speech
 from world.people import EMOTION_FACE, HELD_OUT, UNSEEN_PAIRS, perform, random_clip
@@ -26,197 +39,322 @@ from world.render import MOTION
 from world.speech import EMOTIONS, speak
 
 FRAMES = 150
-STRIDE = 3                                             # frames from one that is decoded and read to the next
+STRIDE = 3                             # frames from one that is read to the next; a blink takes five
+SLOW_SHARE = 4                        # compounds and intensities: of one person in so many
 NAMES = list(MOTION)
 FACE = [NAMES.index(name) for name in ("lip_corner", "brow_raise", "brow_furrow")]
-LIDS, MOUTH = ([NAMES.index(name) for name in pair]
-               for pair in (("blink_l", "blink_r"), ("jaw", "lip_width")))
+LIDS = [NAMES.index(name) for name in ("blink_l", "blink_r")]
+MOUTH = [NAMES.index(name) for name in ("jaw", "lip_width")]
 YAW = NAMES.index("yaw")
 OTHERS = [k for k, name in enumerate(NAMES) if k not in FACE + LIDS + MOUTH and not name.startswith("gaze")]
 INTENSITIES = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5)
 EYE = torch.eye(len(EMOTIONS))
+PAIRS = [(a, b) for a in range(1, 7) for b in range(a + 1, 7)]
+PICKS = slice(FPS, None, STRIDE)                                       # frames that are read, of all FRAMES
+SLOW_PICKS = slice(FPS, None, 2 * STRIDE)                              # where only the mean over them counts
+
+
+# ---- moods -> tokens ---------------------------------------------------------------------------------------
+
+def open_with_experts(args):
+    """Open the checkpoint of a command. Raises InputError if it was trained without emotions."""
+    checkpoint = open_checkpoint(args, "encoder", "decoder", "generator")
+    if not (checkpoint.generator.config.experts or checkpoint.generator.config.mood_table):
+        raise InputError(f"{args.ckpt} was trained without emotions; train_gen.py makes weights with them")
+    return checkpoint
+
+
+def generate_moods(checkpoint, photo, waves, moods, seed):
+    """Generate the motion of one photo (3, H, W) in B moods at once -> (B, n, L*D).
+
+    waves (1 or B, S): the sound; moods (B, 7) or (B, n, 7). Equals generator.generate_motion with each mood
+    in turn, and is several times as fast.
+    """
+    c, meta, device = checkpoint.generator.config, checkpoint.meta, checkpoint.device
+    features, silence = (x.to(device) for x in speech_features(checkpoint, waves))
+    batch, count = len(moods), features.shape[1]
+    features = features.expand(batch, -1, -1)
+    moods = (moods[:, None].expand(-1, count, -1) if moods.ndim == 2 else moods).to(device)
+    features = torch.cat([silence.expand(batch, c.past, -1), features,
+                          silence.expand(batch, c.window + c.lookahead, -1)], 1)    # (B, P+n+K+lookahead, A)
+    moods = torch.cat([moods[:, :1].expand(-1, c.past, -1), moods,
+                       moods[:, -1:].expand(-1, c.window, -1)], 1)                             # (B, P+n+K, 7)
+    m_ref = encode(checkpoint, photo[None]).expand(batch, -1)                                       # (B, L*D)
+    past, motions, rng = m_ref[:, None].expand(-1, c.past, -1), [], step_rng(3, 0, seed)
+    model = with_cfg(checkpoint.generator, meta["guidance"], null={"audio": None})
+    for start in range(0, count, c.window):
+        noise = torch.randn(1, c.window, m_ref.shape[1], generator=rng).to(device).expand(batch, -1, -1)
+        audio = features[:, start:start + c.past + c.window + c.lookahead]
+        mood = moods[:, start:start + c.past + c.window]
+        with autocast(device):
+            motions.append(integrate(model, noise, meta["gen_steps"], past=past, reference=m_ref, audio=audio,
+                                     mood=mood))                                                # (B, K, L*D)
+        past = torch.cat([past, motions[-1]], 1)[:, -c.past:]
+    return torch.cat(motions, 1)[:, :count]
+
+
+def time_with_mood(checkpoint, photo, wave, runs=5):
+    """Divide the processor time of the generator with a mood by that without: medians of `runs`, taken in
+    turn."""
+    seconds = {False: [], True: []}
+    for _ in range(runs):
+        for with_mood, times in seconds.items():
+            start = time.process_time()
+            generate(checkpoint, photo, wave, 0, emotion=Schedule([(0.0, EYE[1])]) if with_mood else None)
+            times.append(time.process_time() - start)
+    return sorted(seconds[True])[runs // 2] / sorted(seconds[False])[runs // 2]
+
+
+# ---- people of the synthetic world -------------------------------------------------------------------------
+
+class Person:
+    """A person of the synthetic world, with a neutral photo, and in each mood the true motion (7, n, M), the
+    voice (7, S) and the mouth that it moves (7, n, 2); what the checkpoint makes of them is read by
+    read_motion."""
+
+    def __init__(self, checkpoint, read_motion, steps, number):
+        self.checkpoint, self.read_motion, self.steps, self.number = checkpoint, read_motion, steps, number
+        self.seed = torch.tensor([HELD_OUT + number])
+        voices = [speak(self.seed, FRAMES, mood[None]) for mood in EYE]
+        self.waves = torch.cat([voice["wave"] for voice in voices])
+        self.mouths = torch.stack([torch.cat([voice["jaw"], voice["lip_width"]]).T for voice in voices])
+        self.truth = self.true_motion(EYE)
+        self.identity = random_clip(self.seed, 1)["identity"][0]
+        self.photo = render_batched(self.identity, self.truth[0, :1], checkpoint.meta["size"])[0]
+
+    def true_motion(self, moods):
+        """Motion (B, n, M) in moods (B, 7), the mouth as the neutral voice moves it."""
+        jaw, lip_width = (x.expand(len(moods), -1) for x in self.mouths[0].T)
+        return perform(self.seed.expand(len(moods)), jaw, lip_width, moods, movement=True)
+
+    def read_tokens(self, tokens):
+        """Decode tokens (B, n, L*D), and read motion (B, n, M) off the frames."""
+        frames = decode_clip(self.checkpoint, self.photo, tokens.flatten(0, 1), self.steps, self.number)
+        return self.read_motion(frames).unflatten(0, tokens.shape[:2])
+
+    def generated(self, waves, moods, picks):
+        """Read motion (B, n, M) off the frames `picks` of what is generated from sound (1 or B, S) in moods
+        (B, 7) or (B, F, 7)."""
+        tokens = generate_moods(self.checkpoint, self.photo, waves, moods, self.number)
+        return self.read_tokens(tokens[:, picks])
+
+    def main_rows(self):
+        """Read the face in each of the seven moods -> {row: (motion, its truth)}, (7, n, M) each."""
+        true = self.truth[:, PICKS]
+        frames = render_batched(self.identity, true.flatten(0, 1), self.checkpoint.meta["size"])
+        tokens = encode(self.checkpoint, frames)
+        other_voice = torch.tensor([1 + (e + 2) % 6 for e in range(7)])       # never neutral, never the mood
+        plain = generate(self.checkpoint, self.photo, self.waves[:1], self.number)[PICKS]
+        ours, other = self.generated(torch.cat([self.waves[:1].expand(7, -1), self.waves[other_voice]]),
+                                     EYE.repeat(2, 1), PICKS).split(7)
+        other_true = true.clone()
+        other_true[..., MOUTH] = self.mouths[other_voice][:, PICKS]
+        return {"true factors": (true, true), "true frames": (self.read_motion(frames).view_as(true), true),
+                "true tokens decoded": (self.read_tokens(tokens.unflatten(0, true.shape[:2])), true),
+                "ours": (ours, true), "voice of another emotion": (other, other_true),
+                "no emotion": (self.read_tokens(plain[None]).expand_as(true), true),
+                "other label": (ours.roll(1, 0), true)}
+
+    def compounds(self, calm):
+        """Mix every pair of emotions half and half -> shifts of the face from calm (3,), and the true ones,
+        (15, 3) each."""
+        moods = torch.stack([(EYE[a] + EYE[b]) / 2 for a, b in PAIRS])
+        shift = self.generated(self.waves[:1], moods, SLOW_PICKS)[..., FACE].mean(1) - calm
+        return shift, (self.true_motion(moods) - self.truth[:1])[:, FPS:, FACE].mean(1)
+
+    def slopes(self, calm):
+        """Measure how far each emotion moves the face along its true shift by intensity -> (6, I)."""
+        moods = torch.stack([intensify(EYE[e], x) for e in range(1, 7) for x in INTENSITIES])
+        face = self.generated(self.waves[:1], moods, SLOW_PICKS)[..., FACE].mean(1).unflatten(0, (6, -1))
+        way = (self.truth[1:] - self.truth[:1])[:, FPS:, FACE].mean(1)[:, None]                    # (6, 1, 3)
+        return ((face - calm) * way).sum(2) / way.square().sum(2)
+
+    def switch(self):
+        """Follow the lip corners over a switch from happy to sad, from 1 s before to 2 s after -> (75,)."""
+        moods = Schedule([(0.0, EYE[1]), (3.0, EYE[2])])(torch.zeros(FRAMES, 1))                  # (F, 7)
+        return self.generated(self.waves[:1], moods[None], slice(2 * FPS, 5 * FPS))[0, :, FACE[0]]
 
 
 def face_means(clips=300):
-    """Mean expression of each emotion over training clips: (7, 3)."""
+    """Compute the mean expression of each emotion over training clips: (7, 3)."""
     seeds, mute = torch.arange(clips), torch.zeros(clips, FRAMES)
     moods = [perform(seeds, mute, mute, mood.expand(len(seeds), -1), movement=True) for mood in EYE]
     return torch.stack([motion[:, FPS:, FACE].mean((0, 1)) for motion in moods])
 
 
-def generate(checkpoint, photo, wave, seed, emotion=None):
-    """Tokens (n, L*D) of photo (3, H, W) and sound (1, S) in the moods that `emotion` returns (None: no
-    opinion)."""
-    meta, sounds = checkpoint.meta, (audio_features.normalise_loudness(wave),
-                                     torch.zeros(1, SAMPLES_PER_FRAME))
-    features, silence = (audio_features.extract_features(x, meta["audio"], meta.get("whisper"))[0]
-                         for x in sounds)
-    m_ref = encode(checkpoint, photo[None])
-    with autocast(checkpoint.device):
-        return torch.cat(list(generate_motion(checkpoint.generator, m_ref, iter([features]),
-                                              step_rng(3, 0, seed), silence[0],
-                                              checkpoint.meta["gen_steps"], meta["guidance"], emotion)))
+def measure_rows(x, target, means):
+    """Compare motion x (P, 7, n, M) of P people in seven moods with the true target.
+
+    means: face_means(). -> {measure: {mean, low, high}}: accuracy (nearest of the means); gains: size of the
+    shift of each face factor from neutral by the true one, likewise of the lids of sad people; spread of yaw
+    and blinks by the true; mouth: correlation of jaw and lip width; mouth_worst: of the worst emotion less
+    that of neutral. crosstalk: the largest shift of another factor, by its range. per_emotion: accuracies.
+    """
+    people = len(x)
+    faces, true_faces = (y[..., FACE].mean(2) for y in (x, target))                                # (P, 7, 3)
+    right = (torch.cdist(faces.flatten(0, 1), means).argmin(1).view(-1, 7) == torch.arange(7)).float()
+    shift, true_shift = faces - faces[:, :1], true_faces - true_faces[:, :1]
+    products, squares = (shift * true_shift).sum(1), true_shift.square().sum(1)                       # (P, 3)
+    lids, true_lids = (y[..., LIDS].mean(3).median(2).values for y in (x, target))                    # (P, 7)
+    yaw, true_yaw = (y[..., YAW].std(2).mean(1) for y in (x, target))                                   # (P,)
+    blinks, true_blinks = (torch.tensor([sum(metrics.count_events(clip[:, LIDS[0]]) for clip in person)
+                                         for person in y]) for y in (x, target))
+    pairs = zip(x[..., MOUTH].flatten(0, 1), target[..., MOUTH].flatten(0, 1), strict=True)
+    mouth = torch.stack([metrics.correlation(a, b).mean() for a, b in pairs]).view(people, 7)
+    ranges = torch.tensor([high - low for low, high in MOTION.values()])
+    crosstalk = ((x - x[:, :1]).mean((0, 2)).abs() / ranges)[1:, OTHERS].amax().item()
+    worst = (mouth.mean(0) - mouth[:, 0].mean()).min().item()
+    one = torch.ones(people)
+    return {"accuracy": ratio_interval(right.mean(1), one),
+            **{f"gain_{name}": ratio_interval(products[:, k], squares[:, k])
+               for k, name in enumerate(("corner", "raise", "furrow"))},
+            "lids_sad": ratio_interval(lids[:, 2] - lids[:, 0], true_lids[:, 2] - true_lids[:, 0]),
+            "yaw_std": ratio_interval(yaw, true_yaw), "blinks": ratio_interval(blinks, true_blinks),
+            "mouth": ratio_interval(mouth.mean(1), one), "mouth_worst": worst, "crosstalk": crosstalk,
+            "per_emotion": right.mean(0).tolist()}
 
 
-def cost(checkpoint, photo, wave, runs=5):
-    """Processor time of the generator with a mood by that without: the median of `runs`, taken in turn."""
-    spent = {False: [], True: []}
-    for _ in range(runs):
-        for wished, seconds in spent.items():
-            began = time.process_time()
-            generate(checkpoint, photo, wave, 0, Schedule([(0.0, EYE[1])]) if wished else None)
-            seconds.append(time.process_time() - began)
-    return sorted(spent[True])[runs // 2] / sorted(spent[False])[runs // 2]
-
-
-def spearman(values):
-    """Rank correlation of values (n,) with their order."""
+def rank_correlation(values):
+    """Correlate the ranks of values (n,) with their order (Spearman)."""
     ranks = values.argsort().argsort().float()
     return metrics.correlation(ranks[:, None], torch.arange(len(values)).float()[:, None]).item()
 
 
+def switch_time(course, before=FPS):
+    """Measure a change of course (n,) that begins at frame `before` -> seconds until four fifths of it are
+    done, and the largest step from frame to frame as a share of it. First and last second: its ends."""
+    start, end = course[:FPS].mean(), course[-FPS:].mean()
+    share = ((course - start) / (end - start))[before:]
+    return ((share > 0.8).float().argmax() / FPS).item(), share.diff().abs().max().item()
+
+
+def synthetic_people(args):
+    """Measure all rows of the table; --clips: people."""
+    checkpoint, read_motion = open_with_experts(args), reader.load_regressor(args.reader)
+    steps, means = args.steps or checkpoint.meta["steps"], face_means()
+    rows, compounds, slopes, courses = {}, [], [], []
+    for number in tqdm(range(args.clips), unit="person", disable=None):
+        person = Person(checkpoint, read_motion, steps, number)
+        for name, pair in person.main_rows().items():
+            rows.setdefault(name, []).append(pair)
+        courses.append(person.switch())
+        if number < max(1, args.clips // SLOW_SHARE):
+            calm = rows["ours"][-1][0][0, ::2][:, FACE].mean(0)                     # SLOW_PICKS of PICKS
+            compounds.append(person.compounds(calm))
+            slopes.append(person.slopes(calm))
+    report = {name: measure_rows(*map(torch.stack, zip(*pairs, strict=True)), means)
+              for name, pairs in rows.items()}
+    print(f"{args.clips} unseen people, neutral photo, {FRAMES / FPS:g} s, {checkpoint.meta['size']} px; "
+          f"read off every {STRIDE}rd frame; mean [95%]; chance 0.14")
+    print_rows(report)
+    shift, true_shift = (torch.stack(x) for x in zip(*compounds, strict=True))                 # (P, 15, 3)
+    distance = (shift - true_shift).norm(dim=2).mean(0)
+    untrained = torch.tensor([(EMOTIONS[a], EMOTIONS[b]) in UNSEEN_PAIRS for a, b in PAIRS])
+    slope = torch.stack(slopes).mean((0, 1))
+    seconds, largest = switch_time(torch.stack(courses).mean(0))
+    extra = {"compounds_seen": distance[~untrained].mean().item(),
+             "compounds_unseen": distance[untrained].mean().item(),
+             "compounds_true_size": true_shift.norm(dim=2).mean().item(),
+             "intensity": [round(value, 3) for value in slope.tolist()],
+             "intensity_spearman": rank_correlation(slope),
+             "switch_80_percent_seconds": seconds, "switch_largest_step": largest,
+             "time_with_emotion": time_with_mood(checkpoint, person.photo, person.waves[:1, :2 * 16_000])}
+    if hasattr(checkpoint, "voice"):
+        extra |= voice_accuracy(checkpoint, args.clips)
+    print()
+    table(["", ""], [[name, str(value) if isinstance(value, list) else f"{value:.3f}"]
+                     for name, value in extra.items()])
+    return {"rows": report, **extra}
+
+
+def print_rows(report):
+    """Print {row: measure_rows()} as two tables: with intervals, and by emotion."""
+    intervals = [name for name, value in report["ours"].items() if isinstance(value, dict)]
+    table(["", *(text for name in intervals for text in (name, ""))],
+          [[name, *(text for k in intervals for text in cell(entry[k], 2, bounds=True))]
+           for name, entry in report.items()])
+    print()
+    table(["", "mouth_worst", "crosstalk", *(f"accuracy: {name}" if k == 0 else name
+                                             for k, name in enumerate(EMOTIONS))],
+          [[name, *(f"{x:.2f}" for x in (entry["mouth_worst"], entry["crosstalk"], *entry["per_emotion"]))]
+           for name, entry in report.items()])
+
+
+# ---- the voice ---------------------------------------------------------------------------------------------
+
 def voice_accuracy(checkpoint, people):
-    """Seven-way accuracy of VoiceEmotion on one-emotion voices of unseen people; that of a network that is
-    told the exact pitch, range, vocal tract, effort, rate and tilt of the voice (a ceiling); and the shift of
-    the face by a neutral voice."""
+    """Measure VoiceEmotion on one-emotion voices of unseen people.
+
+    -> voice_accuracy, seven-way; voice_ceiling, that of a network that is told the voice's true parameters;
+    voice_neutral_shift, how far the mood heard in a neutral voice would move the face.
+    """
     meta, right, palettes = checkpoint.meta, [], []
     for k, mood in enumerate(EYE):
-        wave = audio_features.normalise_loudness(speak(HELD_OUT + torch.arange(people), FRAMES,
-                                                       mood.expand(people, -1))["wave"])
-        for features in audio_features.extract_features(wave, meta["audio"], meta.get("whisper")):
+        waves = speak(HELD_OUT + torch.arange(people), FRAMES, mood.expand(people, -1))["wave"]
+        waves = audio_features.normalise_loudness(waves)
+        for features in audio_features.extract_features(waves, meta["audio"], meta.get("whisper")):
             palettes.append(FromVoice(checkpoint.voice)(features)[-1].cpu())
             right.append(palettes[-1].argmax() == k)
     calm = torch.stack(palettes[:people]).mean(0) - EYE[0]
-    shift = calm @ torch.tensor([[EMOTION_FACE[e].get(NAMES[k], 0.0) for k in FACE] for e in EMOTIONS])
+    face = torch.tensor([[EMOTION_FACE[name].get(NAMES[k], 0.0) for k in FACE] for name in EMOTIONS])
+    return {"voice_accuracy": torch.stack(right).float().mean().item(), "voice_ceiling": voice_ceiling(),
+            "voice_neutral_shift": (calm @ face).norm().item()}
 
-    def known(seeds, which):
+
+def voice_ceiling(train=40_000, test=4000, steps=800):
+    """Train a network on the exact pitch, range, tract, effort, rate and tilt of voices -> its seven-way
+    accuracy on unseen people."""
+    def parameters(seeds, which):
         v = speech.voice(seeds, EYE[which])
         return torch.cat([v["pitch"].log(), v["range"].log(), v["tract"], v["effort"].log(), v["rate"].log(),
                           v["tilt"]], 1)
 
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        which, test = torch.randint(7, (40_000,)), torch.arange(4000) % 7
-        x, y = known(torch.arange(len(which)), which), known(HELD_OUT + torch.arange(len(test)), test)
-        x, y = (x - x.mean(0)) / x.std(0), (y - x.mean(0)) / x.std(0)
-        network = torch.nn.Sequential(torch.nn.Linear(x.shape[1], 64), torch.nn.GELU(),
-                                      torch.nn.Linear(64, 7))
+        which, test_which = torch.randint(7, (train,)), torch.arange(test) % 7
+        x = parameters(torch.arange(train), which)
+        test_x = (parameters(HELD_OUT + torch.arange(test), test_which) - x.mean(0)) / x.std(0)
+        x = (x - x.mean(0)) / x.std(0)
+        network = nn.Sequential(nn.Linear(x.shape[1], 64), nn.GELU(), nn.Linear(64, 7))
         optimiser = torch.optim.AdamW(network.parameters(), 1e-2)
-        for _ in range(800):
-            chosen = torch.randint(len(x), (512,))
-            loss = F.cross_entropy(network(x[chosen]), which[chosen])
+        for _ in range(steps):
+            batch = torch.randint(len(x), (512,))
+            loss = F.cross_entropy(network(x[batch]), which[batch])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        ceiling = (network(y).argmax(1) == test).float().mean().item()
-    return torch.stack(right).float().mean().item(), ceiling, shift.norm().item()
+        return (network(test_x).argmax(1) == test_which).float().mean().item()
 
 
-def emotion(args):
-    """All rows of the table; --clips: people."""
-    checkpoint, read_motion = open_checkpoint(args, "encoder", "decoder",
-                                              "generator"), reader.load_regressor(args.reader)
-    config, size = checkpoint.generator.config, checkpoint.meta["size"]
-    steps = args.steps or checkpoint.meta["steps"]
-    if not (config.experts or config.mood_table):
-        raise InputError(f"{args.ckpt} was trained without emotions; train_gen.py makes weights with them")
-    picks, means = torch.arange(FPS, FRAMES, STRIDE), face_means()
-    pairs = [(a, b) for a in range(1, 7) for b in range(a + 1, 7)]
-    unseen = torch.tensor([(EMOTIONS[a], EMOTIONS[b]) in UNSEEN_PAIRS for a, b in pairs])
-    rows = {name: [] for name in ("true factors", "true frames", "true tokens decoded", "ours",
-                                  "voice of another emotion")}
-    none, mixed, mixed_true, slopes, courses = [], [], [], [], []
-    for k in tqdm(range(args.clips), unit="person", disable=None):
-        seed = torch.tensor([HELD_OUT + k])
-        voices = [speak(seed, FRAMES, mood[None]) for mood in EYE]
-        jaw, lips = voices[0]["jaw"], voices[0]["lip_width"]
-        truth = [perform(seed, jaw, lips, mood[None], movement=True)[0] for mood in EYE]
-        clip = random_clip(seed, 1)
-        photo = render_batched(clip["identity"][0], truth[0][:1], size)[0]
+# ---- real people -------------------------------------------------------------------------------------------
 
-        def shown(wave, *stops, intensity=1.0, at=picks, photo=photo, k=k):
-            tokens = generate(checkpoint, photo, wave, k, Schedule(stops, intensity) if stops else None)
-            return read_motion(decode_clip(checkpoint, photo, tokens[at], steps, k))
+def real_people(args, checkpoint, clips, read_faces, nets):
+    """Show each emotion on the first frame of real clips, with their sound, and compare with `neutral`.
 
-        frames = [render_batched(clip["identity"][0], motion[picks], size) for motion in truth]
-        rows["true factors"].append(torch.stack([motion[picks] for motion in truth]))              # (7, n, M)
-        rows["true frames"].append(torch.stack([read_motion(x) for x in frames]))
-        rows["true tokens decoded"].append(torch.stack([read_motion(decode_clip(checkpoint, photo,
-            encode(checkpoint, x), steps, k))
-                                                        for x in frames]))
-        rows["ours"].append(torch.stack([shown(voices[0]["wave"], (0.0, mood)) for mood in EYE]))
-        rows["voice of another emotion"].append(torch.stack([shown(voices[1 + (e + 2) % 6]["wave"],
-                                                                   (0.0, mood))
-                                                             for e, mood in enumerate(EYE)]))
-        none.append(shown(voices[0]["wave"]))
-        if k < max(1, args.clips // 4):                             # the longer rows: a quarter of the people
-            calm = rows["ours"][-1][0][:, FACE].mean(0)
-            halves = [(EYE[a] + EYE[b]) / 2 for a, b in pairs]
-            mixed.append(torch.stack([shown(voices[0]["wave"], (0.0, mood))[:, FACE].mean(0) - calm
-                                      for mood in halves]))
-            mixed_true.append(torch.stack([perform(seed, jaw, lips, mood[None],
-                                                   movement=True)[0, FPS:, FACE].mean(0)
-                                           - truth[0][FPS:, FACE].mean(0) for mood in halves]))
-            for e in range(1, 7):
-                way = truth[e][FPS:, FACE].mean(0) - truth[0][FPS:, FACE].mean(0)
-                reach = [shown(voices[0]["wave"], (0.0, EYE[e]), intensity=x)[:, FACE].mean(0)
-                         for x in INTENSITIES]
-                reach = [(face - calm) @ way / way.square().sum() for face in reach]
-                slopes.append(torch.stack(reach))
-            course = shown(voices[0]["wave"], (0.0, EYE[1]), (3.0, EYE[2]),
-                           at=torch.arange(50, 125))[:, FACE[0]]
-            courses.append(course)
-    rows = {name: torch.stack(value) for name, value in rows.items()}                           # (P, 7, n, M)
-    none, target = torch.stack(none), rows["true factors"]
-    measures = {}
-    ranges = torch.tensor([high - low for low, high in MOTION.values()])
-    for name, x in {**rows, "no emotion": none[:, None].expand_as(target),
-                    "other label": rows["ours"].roll(1, 1)}.items():
-        means_of = x[..., FACE].mean(2)                                                            # (P, 7, 3)
-        right = torch.cdist(means_of.flatten(0, 1), means).argmin(1).view(-1, 7) == torch.arange(7)
-        shift, true_shift = (y - y[:, :1] for y in (means_of, target[..., FACE].mean(2)))
-        gain = (shift * true_shift).sum((0, 1)) / true_shift.square().sum((0, 1))
-        lids, true_lids = (y[..., LIDS].mean(3).median(2).values for y in (x, target))
-        mouth = torch.stack([metrics.correlation(a, b) for a,
-                             b in zip(x[..., MOUTH].flatten(0, 1), target[..., MOUTH].flatten(0, 1),
-                                                                       strict=True)]).view(len(x), 7,
-                                                                           2).mean(2)
-        crosstalk = ((x - x[:, :1]).mean((0, 2)).abs() / ranges)[1:, OTHERS].amax()
-        blinks = [sum(metrics.count_events(clip[:, LIDS[0]]) for clip in y.flatten(0, 1))
-                  for y in (x, target)]
-        measures[name] = {
-            "accuracy": right.float().mean().item(), "per_emotion": right.float().mean(0).tolist(),
-            "gain_corner": gain[0].item(), "gain_raise": gain[1].item(), "gain_furrow": gain[2].item(),
-            "lids_sad": ((lids[:, 2] - lids[:, 0]).mean()
-                         / (true_lids[:, 2] - true_lids[:, 0]).mean()).item(),
-            "crosstalk": crosstalk.item(),
-            "yaw_std": (x[..., YAW].std(2).mean() / target[..., YAW].std(2).mean()).item(),
-            "blinks": blinks[0] / max(1, blinks[1]), "mouth": mouth.mean().item(),
-            "mouth_worst": (mouth.mean(0) - mouth[:, 0].mean()).min().item()}
-    print(f"{args.clips} unseen people, neutral photo, {FRAMES / FPS:g} s, {size} px; read off every "
-          f"{STRIDE}rd frame; chance 0.14")
-    keys = list(measures["ours"])
-    keys.remove("per_emotion")
-    table(["", *keys], [[name, *(f"{m[key]:.2f}" for key in keys)] for name, m in measures.items()])
-    print("\naccuracy of each emotion")
-    table(["", *EMOTIONS], [[name, *(f"{value:.2f}" for value in m["per_emotion"])] for name,
-                            m in measures.items()])
-    far = (torch.stack(mixed) - torch.stack(mixed_true)).norm(dim=2).mean(0)                           # (15,)
-    slope = torch.stack(slopes).mean(0)
-    course = torch.stack(courses).mean(0)                                                   # frames 50 to 124
-    before, after = course[:25].mean(), course[-25:].mean()
-    share = ((course - before) / (after - before))[25:]
-    extra = {
-        "compounds_seen": far[~unseen].mean().item(), "compounds_unseen": far[unseen].mean().item(),
-        "compounds_true_size": torch.stack(mixed_true).norm(dim=2).mean().item(),
-        "intensity": [round(value, 3) for value in slope.tolist()], "intensity_spearman": spearman(slope),
-        "switch_80_percent_seconds": ((share > 0.8).float().argmax() / FPS).item(),
-        "switch_largest_step": share.diff().abs().max().item(),
-        "time_with_emotion": cost(checkpoint, photo, voices[0]["wave"])}
-    if hasattr(checkpoint, "voice"):
-        found = voice_accuracy(checkpoint, args.clips)
-        extra["voice_accuracy"], extra["voice_ceiling"], extra["voice_neutral_shift"] = found
-    print()
-    table(["", ""], [[name, str(value) if isinstance(value, list) else f"{value:.3f}"] for name,
-                     value in extra.items()])
-    return {"rows": measures, **extra}
+    clips: iterator of test clips with images and wave; read_faces(args, [frames]) -> [{factor: (n,)}], or
+    None; nets: networks of perceptual.load, of which CSIM is used. Prints and returns {emotion: {measure}}:
+    changes of lip corners, lip width and lids from neutral, in heights of the face (lids: widths of the eye);
+    correlation of the opening of the mouth with neutral's; csim with the photo.
+    """
+    steps, by_emotion, people = args.steps or checkpoint.meta["steps"], {name: [] for name in EMOTIONS}, set()
+    for c in clips:
+        people.add(c.person)
+        tokens = generate_moods(checkpoint, c.images[0], c.wave, EYE, c.number)[:, FPS // 2::STRIDE]
+        frames = decode_clip(checkpoint, c.images[0], tokens.flatten(0, 1), steps, c.number)
+        frames = frames.unflatten(0, tokens.shape[:2])                                     # (7, n, 3, H, W)
+        curves = read_faces(args, list(frames)) if read_faces else [{}] * len(EMOTIONS)
+        for name, read, made in zip(EMOTIONS, curves, frames, strict=True):
+            measured = {factor: landmarks.known_mean(read[factor] - curves[0][factor])
+                        for factor in ("corners", "width", "lids") if read}
+            if read:
+                measured["opening"] = landmarks.correlation(curves[0]["opening"], read["opening"])
+            if "csim" in nets:
+                measured["csim"] = nets["csim"](c.images[:1], made, c.face).mean().item()
+            by_emotion[name].append(measured)
+    rows = {name: summary(measured) for name, measured in by_emotion.items()}
+    print(f"{len(by_emotion['neutral'])} clips of {len(people)} unseen people of {args.data}, their own "
+          f"sound; changes from neutral, mean over clips [95%]")
+    table(["", *(text for k in rows["happy"] for text in (k, ""))],
+          [[name, *(text for value in entry.values() for text in cell(value, 3, bounds=True))]
+           for name, entry in rows.items()])
+    return {"rows": rows}

@@ -7,8 +7,8 @@ MediaPipe needs numpy < 2 (requirements-measure.txt), so it may live in an envir
 
 Each frame is detected afresh with the attention mesh (478 points, lips and eyes refined). A correlation is
 undefined (nan) where the true factor does not move; it is 0 where only the generated one does not move, or
-where fewer than half of the frames have a face, so that neither a still mouth nor a broken face can drop
-out of a median.
+where fewer than half of the frames have a face, so that neither a still mouth nor a broken face can drop out
+of a median.
 """
 import os
 import subprocess
@@ -34,7 +34,8 @@ def factors(points):
 
     points: (F, 478, 3) in pixels, nan where no face. -> {factor: (F,)}: opening d(13, 14) / d(10, 152),
     width d(61, 291) / d(10, 152), lids (mean over the eyes of gap / width), distances in the picture plane;
-    yaw and pitch in degrees.
+    yaw and pitch in degrees; corners: how far the mouth's corners are above the middle of the lips, along
+    the face, / d(10, 152).
     """
     def gap(a, b):
         return np.linalg.norm(points[:, a, :2] - points[:, b, :2], axis=1)
@@ -44,9 +45,11 @@ def factors(points):
         return np.degrees(np.arctan2(along[:, 2], np.hypot(along[:, 0], along[:, 1])))
 
     face = gap(10, 152)                                 # forehead to chin
+    upwards = points[:, 10, :2] - points[:, 152, :2]
+    raised = (points[:, [61, 291], :2] - points[:, [13, 14], :2]).mean(1)
     return {"opening": gap(13, 14) / face, "width": gap(61, 291) / face,
             "lids": (gap(159, 145) / gap(33, 133) + gap(386, 374) / gap(362, 263)) / 2,
-            "yaw": tilt(234, 454), "pitch": tilt(10, 152)}
+            "yaw": tilt(234, 454), "pitch": tilt(10, 152), "corners": (raised * upwards).sum(1) / face**2}
 
 
 def read(frames, python=None):
@@ -68,26 +71,26 @@ def read(frames, python=None):
     points = np.full((len(frames), 478, 3), np.nan)
     with FaceMesh(static_image_mode=True, max_num_faces=1, refine_landmarks=True) as mesh:
         for k, frame in enumerate(frames):
-            found = mesh.process(np.ascontiguousarray(frame)).multi_face_landmarks
-            if found:
-                points[k] = [(p.x, p.y, p.z) for p in found[0].landmark]
+            faces = mesh.process(np.ascontiguousarray(frame)).multi_face_landmarks
+            if faces:
+                points[k] = [(p.x, p.y, p.z) for p in faces[0].landmark]
     return factors(points * SIZE)
 
 
 def read_elsewhere(frames, python):
     """Run `read` in a process of another interpreter. ValueError with its last line where it fails."""
     with tempfile.TemporaryDirectory() as folder:
-        given, made = os.path.join(folder, "frames.npy"), os.path.join(folder, "curves.npz")
-        np.save(given, frames)
+        frames_path, curves_path = os.path.join(folder, "frames.npy"), os.path.join(folder, "curves.npz")
+        np.save(frames_path, frames)
         try:
-            command = [python, os.path.abspath(__file__), given, made]
-            done = subprocess.run(command, capture_output=True, text=True)
+            command = [python, os.path.abspath(__file__), frames_path, curves_path]
+            process = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
             raise ValueError(f"--landmarks {python} cannot be run: {error.strerror}") from None
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise ValueError(f"--landmarks {python}: {said[-1]}")
-        with np.load(made) as curves:
+        if process.returncode:
+            errors = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+            raise ValueError(f"--landmarks {python}: {errors[-1]}")
+        with np.load(curves_path) as curves:
             return dict(curves)
 
 
@@ -104,12 +107,12 @@ def pair(true, pred):
 
 
 def correlation(true, pred):
-    """Compute Pearson's correlation of curves (F,): nan where `true` does not move, 0 where only `pred`
-    does not."""
-    found = pair(true, pred)
-    if found is None or np.ptp(found[0]) < 1e-9:
+    """Compute Pearson's correlation of curves (F,): nan where `true` does not move, 0 where only `pred` does
+    not."""
+    known = pair(true, pred)
+    if known is None or np.ptp(known[0]) < 1e-9:
         return np.nan
-    return 0.0 if np.ptp(found[1]) < 1e-9 else float(np.corrcoef(*found)[0, 1])
+    return 0.0 if np.ptp(known[1]) < 1e-9 else float(np.corrcoef(*known)[0, 1])
 
 
 def shifted(true, pred, lag):
@@ -125,18 +128,18 @@ def follow(true, pred):
     concordance (Lin 1989: also mean and amplitude must agree); best: the best correlation within REACH
     frames, at `lag` (> 0: late); error: root of the mean squared difference.
     """
-    found = pair(true, pred)
-    if found is None:
+    known = pair(true, pred)
+    if known is None:
         return dict.fromkeys(MEASURES, np.nan)
     by_lag = {lag: shifted(true, pred, lag) for lag in sorted(range(-REACH, REACH + 1), key=abs)}
     by_lag = {lag: r for lag, r in by_lag.items() if np.isfinite(r)}
     best = max(by_lag, key=by_lag.get, default=0)
-    a, b = found
-    spread = a.var() + b.var() + (a.mean() - b.mean()) ** 2
+    a, b = known
+    disagreement = a.var() + b.var() + (a.mean() - b.mean()) ** 2
     return {"correlation": by_lag.get(0, np.nan),
             "near": max((r for lag, r in by_lag.items() if abs(lag) < 2), default=np.nan),
             "amplitude": float(b.std() / a.std()),
-            "concordance": float(2 * np.cov(a, b, bias=True)[0, 1] / spread),
+            "concordance": float(2 * np.cov(a, b, bias=True)[0, 1] / disagreement),
             "best": by_lag.get(best, np.nan), "lag": float(best) if np.ptp(b) > 1e-9 else np.nan,
             "error": float(np.sqrt(np.mean((a - b) ** 2)))}
 
@@ -163,13 +166,33 @@ def matches(true, pred, reach=REACH):
     return count
 
 
+def known_mean(curve, reduce=np.mean):
+    """Reduce a curve (F,) over its frames with a face -> number, nan where there is none."""
+    known = curve[np.isfinite(curve)]
+    return float(reduce(known)) if len(known) else np.nan
+
+
 def scores(true, pred):
-    """Compare the readings of a clip, {factor: (F,)} each -> {factor_measure: number} and the counts of
-    COUNTS."""
-    found = {f"{name}_{k}": x for name in FACTORS for k, x in follow(true[name], pred[name]).items()}
-    shut, made = blinks(true["lids"]), blinks(pred["lids"])
-    return found | {"frames": len(pred["lids"]), "missing": int(np.isnan(pred["opening"]).sum()),
-                    "true_blinks": len(shut), "blinks": len(made), "matched": matches(shut, made)}
+    """Compare the readings of a clip, {factor: (F,)} each.
+
+    -> {factor_measure: number}, yaw_std and pitch_std of pred in degrees, and the counts of COUNTS.
+    """
+    numbers = {f"{name}_{k}": x for name in FACTORS for k, x in follow(true[name], pred[name]).items()}
+    numbers |= {f"{name}_std": known_mean(pred[name], np.std) for name in ("yaw", "pitch")}
+    true_blinks, pred_blinks = blinks(true["lids"]), blinks(pred["lids"])
+    return numbers | {"frames": len(pred["lids"]), "missing": int(np.isnan(pred["opening"]).sum()),
+                      "true_blinks": len(true_blinks), "blinks": len(pred_blinks),
+                      "matched": matches(true_blinks, pred_blinks)}
+
+
+def silence(opening, true):
+    """Measure how far the mouth stays open without sound: opening (F,) read in silence, true (F,) of the clip
+    whose first frame is the photo.
+
+    -> means after 0.2 s, of the photo, and the lowest tenth of the clip.
+    """
+    return {"silence_opening": known_mean(opening[FPS // 5:]), "photo_opening": known_mean(true[:1]),
+            "shut_opening": known_mean(true, lambda x: np.percentile(x, 10))}
 
 
 # ---- many clips -> a table ----
@@ -178,8 +201,8 @@ def rates(counts):
     """Compute blinks a minute, F1 of the blinks, share of frames without a face from summed counts {count:
     (...)}."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        seen = counts["frames"] - counts["missing"]
-        return {"blinks_a_minute": counts["blinks"] / seen * FPS * 60,
+        with_face = counts["frames"] - counts["missing"]
+        return {"blinks_a_minute": counts["blinks"] / with_face * FPS * 60,
                 "blink_f1": 2 * counts["matched"] / (counts["true_blinks"] + counts["blinks"]),
                 "no_face": counts["missing"] / counts["frames"]}
 
@@ -192,7 +215,7 @@ def summary(clips, people, rounds=2000, seed=0):
     bootstrap intervals (95%) over people. None where nothing can be said.
     """
     names = sorted(set(people))
-    of = np.array([names.index(who) for who in people])
+    of = np.array([names.index(person) for person in people])
     draw = np.random.default_rng(seed).random((rounds, len(names)))
     result = {}
 
@@ -219,33 +242,35 @@ def summary(clips, people, rounds=2000, seed=0):
     return result
 
 
+def number(x, digits=2):
+    """Format the value of {value, low, high}, or None -> text."""
+    return "-" if x is None or x["value"] is None else f"{x['value']:.{digits}f}"
+
+
 def lines(rows):
     """Format rows {name: summary} as a table of text lines.
 
     Per factor: correlation at lag 0 [95% interval] amplitude; then more about the opening, blinks, frames
     without a face.
     """
-    def number(x, digits=2):
-        return "-" if x["value"] is None else f"{x['value']:.{digits}f}"
-
     def bounds(x):
         return "" if x["low"] is None else f"[{x['low']:.2f} {x['high']:.2f}]"
 
     head = ["", *(text for name in FACTORS for text in (name, "", "ampl")),
             "+-1", "lag", "concord", "blinks/min", "F1", "no face"]
     body = []
-    for name, row in rows.items():
-        line = [name]
+    for name, entry in rows.items():
+        cells = [name]
         for factor in FACTORS:
-            r = row[factor + "_correlation"]
-            line += [number(r), bounds(r), number(row[factor + "_amplitude"])]
-        line += [number(row["opening_near"]), number(row["opening_lag"], 1)]
-        line += [number(row["opening_concordance"])]
-        line += [number(row["blinks_a_minute"], 1), number(row["blink_f1"])]
-        body.append([*line, f"{row['no_face']['value']:.1%}"])
+            r = entry[factor + "_correlation"]
+            cells += [number(r), bounds(r), number(entry[factor + "_amplitude"])]
+        cells += [number(entry["opening_near"]), number(entry["opening_lag"], 1),
+                  number(entry["opening_concordance"]), number(entry["blinks_a_minute"], 1),
+                  number(entry["blink_f1"]), f"{entry['no_face']['value']:.1%}"]
+        body.append(cells)
     wide = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    return ["  ".join(x.rjust(w) if k else x.ljust(w) for k, (x, w) in enumerate(zip(row, wide, strict=True)))
-            .rstrip() for row in [head, *body]]
+    return ["  ".join([cells[0].ljust(wide[0]), *map(str.rjust, cells[1:], wide[1:])]).rstrip()
+            for cells in [head, *body]]
 
 
 def main(argv):

@@ -84,13 +84,28 @@ def blockiness(pred, target, patch):
     return border_ratio(pred, patch) / border_ratio(target, patch).clamp(min=1e-8)
 
 
+def seam_ratio(frames, photo, edge, side):
+    """Measure whether the border of a square put into a photo can be seen: differences of neighbours across
+    it, over those of the photo itself; 1 where none can.
+
+    frames: (n, H, W, 3) and photo: (H, W, 3) uint8; the square begins at pixel (edge, edge).
+    """
+    def across(x):                                                          # (..., H, W, 3)
+        x, square = x.astype(float), slice(edge, edge + side)
+        steps = [abs(x[..., square, k, :] - x[..., square, k - 1, :]).mean() for k in (edge, edge + side)]
+        steps += [abs(x[..., k, square, :] - x[..., k - 1, square, :]).mean() for k in (edge, edge + side)]
+        return sum(steps)
+
+    return float(across(frames) / max(across(photo), 1e-8))
+
+
 def compare(pred, target, box, patch):
-    """All picture measures of a clip (n, 3, H, W), means over its frames; those named face_ are over the
-    head's box."""
-    values, alike = {}, ssim(pred, target)
+    """Compute all picture measures of a clip (n, 3, H, W), means over its frames; those named face_ are over
+    the head's box."""
+    values, similarity = {}, ssim(pred, target)
     for prefix, where in (("", None), ("face_", box)):
         values[prefix + "psnr"] = psnr(pred, target, where)
-        values[prefix + "ssim"] = average(alike, None if where is None else where[:, 5:-5, 5:-5])
+        values[prefix + "ssim"] = average(similarity, None if where is None else where[:, 5:-5, 5:-5])
         values[prefix + "l1"] = l1(pred, target, where)
     values |= {"sharpness": sharpness(pred, target, box), "blockiness": blockiness(pred, target, patch)}
     return {name: value.mean().item() for name, value in values.items()}
@@ -104,19 +119,20 @@ def correlation(a, b):
 
 
 def lag_correlation(pred, target, reach=5):
-    """(F,), (F,) -> best correlation over shifts of -reach..reach frames, its shift (positive: made is late),
-    that at 0."""
-    F_, by_lag = len(target), {}
+    """Correlate (F,), (F,) -> the best over shifts of -reach..reach frames, its shift (positive: pred is
+    late), that at 0."""
+    count, by_lag = len(target), {}
     for lag in range(-reach, reach + 1):
         late, early = max(lag, 0), max(-lag, 0)
-        if F_ - late - early > 2:
-            by_lag[lag] = correlation(pred[late: F_ - early, None], target[early: F_ - late, None]).item()
+        if count - late - early > 2:
+            a, b = pred[late: count - early, None], target[early: count - late, None]
+            by_lag[lag] = correlation(a, b).item()
     best = max(by_lag, key=lambda lag: (by_lag[lag], -abs(lag)))
     return by_lag[best], best, by_lag[0]
 
 
 def count_events(signal, up=0.5, down=0.3):
-    """How often (F,) rises above `up`, counted again only after it has fallen below `down`."""
+    """Count how often (F,) rises above `up`, again only after it has fallen below `down`."""
     count, inside = 0, False
     for value in signal.tolist():
         count += value > up and not inside
@@ -125,13 +141,14 @@ def count_events(signal, up=0.5, down=0.3):
 
 
 def motion_correlation(read, target):
-    """Correlation over all frames of all clips (list of (n, M)) once each clip's mean is taken out: does it
-    move as told?"""
+    """Correlate over all frames of all clips, lists of (n, M), once each clip's mean is taken out -> M
+    numbers."""
     return correlation(*(torch.cat([x - x.mean(0) for x in each]) for each in (read, target))).tolist()
 
 
 def sync(read, target):
-    """A clip's mouth and head as read (n, M) against its true mouth -> numbers."""
+    """Compare a clip's mouth and head as read (n, M) with its true mouth -> {name: number}; angles in
+    degrees."""
     at, values = {name: k for k, name in enumerate(NAMES)}, {}
     for name in ("jaw", "lip_width"):
         best, lag, now = lag_correlation(read[:, at[name]], target[:, at[name]])
@@ -149,7 +166,7 @@ def r_squared(guess, target):
 
 
 def ridge_r_squared(x, y, fit, check, test):
-    """Linear probe: R^2 on the rows `test` of each column of y (n, k), read from x (n, d).
+    """Compute R^2 on the rows `test` of each column of y (n, k), read from x (n, d) by a linear probe.
 
     fit, check, test: masks (n,). Ridge regression on `fit`; its strength is the one best on `check`, for each
     column.
@@ -160,16 +177,16 @@ def ridge_r_squared(x, y, fit, check, test):
     values, vectors = torch.linalg.eigh(x[fit].T @ x[fit] / fit.sum())
     projected = vectors.T @ (x[fit].T @ (y[fit] - middle) / fit.sum())                     # (d, k)
     strengths = torch.logspace(-5, 3, 17, dtype=x.dtype)
-    # (17, d, k)
-    weights = torch.stack([vectors @ (projected / (values.clamp(min=0) + s)[:, None]) for s in strengths])
+    weights = torch.stack([vectors @ (projected / (values.clamp(min=0) + s)[:, None])
+                           for s in strengths])                                                 # (17, d, k)
     scores = torch.stack([r_squared(x[check] @ w + middle, y[check]) for w in weights])              # (17, k)
     best = weights[scores.argmax(0), :, torch.arange(y.shape[1])].T                                  # (d, k)
     return r_squared(x[test] @ best + middle, y[test]).float()
 
 
-def probe_tokens(tokens, motion, people, number, factors=None):
-    """Linear probes from tokens (n, d), people split 60-20-20 by their number (n,) -> R^2 of each motion and
-    identity factor."""
+def probe_tokens(tokens, motion, people, number):
+    """Probe tokens (n, d) linearly, people split 60-20-20 by their number (n,) -> R^2 of each motion and
+    identity factor, two dicts."""
     share = number.float() / (number.max() + 1)
     fit, check, test = share < 0.6, (share >= 0.6) & (share < 0.8), share >= 0.8
     r2 = ridge_r_squared(tokens.cpu(), torch.cat([motion, people], 1), fit, check, test).tolist()
@@ -179,7 +196,14 @@ def probe_tokens(tokens, motion, people, number, factors=None):
 def interval(values, rounds=2000, seed=0):
     """Bootstrap over clips (Efron 1979): list of numbers -> mean, and the 95% interval of the mean, low and
     high."""
-    values = torch.tensor(values, dtype=torch.float64)
-    pick = torch.randint(len(values), (rounds, len(values)), generator=torch.Generator().manual_seed(seed))
-    low, high = values[pick].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return {"mean": values.mean().item(), "low": low, "high": high}
+    return ratio_interval(torch.tensor(values, dtype=torch.float64), torch.ones(len(values)), rounds, seed)
+
+
+def ratio_interval(a, b, rounds=2000, seed=0):
+    """Bootstrap over people: (P,), (P,) -> sum of a over sum of b as mean, and its 95% interval, low and
+    high."""
+    a, b = a.double(), b.double()
+    pick = torch.randint(len(a), (rounds, len(a)), generator=torch.Generator().manual_seed(seed))
+    ratios = a[pick].sum(1) / b[pick].sum(1)
+    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()
+    return {"mean": (a.sum() / b.sum()).item(), "low": low, "high": high}

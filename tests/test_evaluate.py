@@ -2,7 +2,6 @@
 import json
 import math
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,14 +10,12 @@ import torch.nn.functional as F
 from test_metrics import pictures
 
 from decoder import Decoder, DecoderConfig
-from emotion import VoiceConfig, VoiceEmotion
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig
-from measure import checkpoint, emotions, evaluate, landmarks, perceptual, reader
+from measure import checkpoint, evaluate, landmarks, perceptual, reader
 from media.files import write_lines
 from media.video import VideoWriter
 from media.weights import save_weights
-from sample import load_models
 from world.people import HELD_OUT, random_clip, random_motion
 from world.render import MOTION, random_identity, render
 
@@ -46,7 +43,7 @@ def given(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(evaluate, "FRAMES",
-                        {"reconstruct": 5, "probe": 2, "masked": 5, "talk": 12, "steps": 16})
+                        {"reconstruct": 5, "probe": 2, "masked": 5, "talk": 12, "steps": 16, "emotion": 12})
     bank = evaluate.training_frames
     monkeypatch.setattr(evaluate, "training_frames", lambda args, size, count=10: bank(args, size, count))
 
@@ -58,16 +55,29 @@ def run(given, command, *more, ckpt="w.safetensors"):
 
 def refused(capsys, status, *words):
     """Status 2, one line on stderr that holds the words."""
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert status == 2 and said.startswith("measure.evaluate: ")
-    assert all(word in said for word in words), said
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and error.startswith("measure.evaluate: ")
+    assert all(word in error for word in words), error
+
+
+def still(checkpoint, photo, tokens, *_):
+    """A decoder that copies the photo."""
+    return photo.expand(len(tokens), -1, -1, -1)
+
+
+def still_video(frames=None):
+    """An animate() that copies the photo, `frames` times or as long as the sound."""
+    def animate(checkpoint, photo, wave, *_):
+        n = frames or wave.shape[1] // 640
+        return photo.expand(n, -1, -1, -1), torch.zeros(n, 8)
+    return animate
 
 
 # ----------------------------------------------------------------------------------------------- the commands
 def test_a_perfect_decoder_is_measured_as_perfect(given, monkeypatch, capsys):
     shown = []                                                   # A's frames, then B's photo and B moved as A
-    monkeypatch.setattr(evaluate, "render_batched", lambda *a,
-                        real=evaluate.render_batched: shown.append(real(*a)) or shown[-1])
+    render_batched = evaluate.render_batched
+    monkeypatch.setattr(evaluate, "render_batched", lambda *a: shown.append(render_batched(*a)) or shown[-1])
     monkeypatch.setattr(evaluate, "decode_clip", lambda *_: shown[-1])
     assert run(given, "reconstruct", "--clips", "2", "--json", str(given / "o.json")) == 0
     found = json.loads((given / "o.json").read_text())
@@ -80,8 +90,7 @@ def test_a_perfect_decoder_is_measured_as_perfect(given, monkeypatch, capsys):
 
 
 def test_copying_is_measured_as_copying(given, monkeypatch):
-    monkeypatch.setattr(evaluate, "decode_clip", lambda release, photo, tokens,
-                        *_: photo.expand(len(tokens), -1, -1, -1))
+    monkeypatch.setattr(evaluate, "decode_clip", still)
     assert run(given, "reconstruct", "--clips", "2", "--steps", "4", "--json", str(given / "o.json")) == 0
     rows = json.loads((given / "o.json").read_text())["rows"]
     assert list(rows) == ["true frames", "ours, 4 steps", "the same with frame 0", "copy the photo",
@@ -98,25 +107,28 @@ def test_copying_is_measured_as_copying(given, monkeypatch):
 def test_the_nearest_training_frame_is_the_nearest(monkeypatch):
     bank = ((pictures(20, 32) + 1) * 127.5).round().byte()
     true = (bank[[7, 3]] / 127.5 - 1) + 0.05 * pictures(2, 32, seed=1)
-    nearest, shrunk = evaluate.nearest_in(bank), []
-    monkeypatch.setattr(evaluate.F, "interpolate", lambda x, *a, real=F.interpolate,
-                        **k: shrunk.append(len(x)) or real(x, *a, **k))
-    # the bank is shrunk once, before
-    assert torch.equal(nearest(true), bank[[7, 3]] / 127.5 - 1) and shrunk == [2]
+    nearest, shrunk, interpolate = evaluate.nearest_in(bank), [], F.interpolate
+    monkeypatch.setattr(evaluate.F, "interpolate",
+                        lambda x, *a, **k: shrunk.append(len(x)) or interpolate(x, *a, **k))
+    assert torch.equal(nearest(true), bank[[7, 3]] / 127.5 - 1)
+    assert shrunk == [2]                                                    # the bank was shrunk before
     drawn = evaluate.training_frames(evaluate.parse(["reconstruct"]), 32, count=10)
     again = render(random_identity(torch.arange(10)), random_motion(torch.arange(10)), 32)
     assert (drawn / 127.5 - 1 - again).abs().max() < 0.005                  # people of the training part
 
 
 def test_masks_take_from_the_token_what_they_hide(given, monkeypatch):
-    seen = []
-    monkeypatch.setattr(checkpoint, "random_masking", lambda n, count, ratio,
-                        draw: seen.append(ratio) or torch.arange(count)[None]
-                        .expand(n, -1)[:, : round(count * (1 - ratio))])
+    ratios = []
+
+    def first_patches(n, count, ratio, rng):
+        ratios.append(ratio)
+        return torch.arange(count)[None].expand(n, -1)[:, : round(count * (1 - ratio))]
+
+    monkeypatch.setattr(checkpoint, "random_masking", first_patches)
     assert run(given, "masked", "--clips", "1", "--json", str(given / "m.json")) == 0
     rows = json.loads((given / "m.json").read_text())["rows"]
-    assert seen == [0.3, 0.5, 0.7, 0.9] and list(rows) == [*(f"{r}% masked" for r in (0, 30, 50, 70, 90)),
-                                                           "copy the photo"]
+    assert ratios == [0.3, 0.5, 0.7, 0.9]
+    assert list(rows) == [*(f"{r}% masked" for r in (0, 30, 50, 70, 90)), "copy the photo"]
 
 
 @pytest.fixture
@@ -125,56 +137,53 @@ def grey(tmp_path):
     first brighter."""
     (tmp_path / "clips").mkdir()
     rows = []
-    for k, (who, split, step) in enumerate([("a", "train", 90), ("b", "test", 10), ("b", "test", 20),
-                                            ("c", "test", 40)]):
+    clips = [("a", "train", 90), ("b", "test", 10), ("b", "test", 20), ("c", "test", 40)]
+    for k, (person, split, step) in enumerate(clips):
         with VideoWriter(tmp_path / f"clips/{k}.mp4", 40, sound=0.1 * torch.randn(8 * 640)) as video:
             for n in range(8):
                 video.write(np.full((40, 40, 3), 100 + step * (n > 0), np.uint8))
-        rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": True,
+        rows.append({"file": f"clips/{k}.mp4", "identity": person, "split": split, "frames": 8, "sound": True,
                      "margin": 1.25, "face": [0, 0, 0.5, 0.5]})
     write_lines(tmp_path / "manifest.jsonl", rows)
     return tmp_path
 
 
 def test_real_people_are_the_test_split_averaged_by_person(given, grey, monkeypatch):
-    monkeypatch.setattr(evaluate, "decode_clip", lambda release, photo, tokens,
-                        *_: photo.expand(len(tokens), -1, -1, -1) + 0.1)
+    monkeypatch.setattr(evaluate, "decode_clip", lambda *given: still(*given) + 0.1)
     assert run(given, "reconstruct", "--data", str(grey), "--json", str(grey / "out.json")) == 0
-    found = json.loads((grey / "out.json").read_text())
-    assert found["ids"] == ["clips/1.mp4", "clips/2.mp4",
-                            "clips/3.mp4"] and "B as A, 1 step" not in found["rows"]
-    copy, ours = found["rows"]["copy the photo"], found["rows"]["ours, 1 step"]
+    report = json.loads((grey / "out.json").read_text())
+    assert report["ids"] == ["clips/1.mp4", "clips/2.mp4", "clips/3.mp4"]
+    assert "B as A, 1 step" not in report["rows"]
+    copy, ours = report["rows"]["copy the photo"], report["rows"]["ours, 1 step"]
     assert copy["l1"]["mean"] == pytest.approx((15 + 40) / 2 / 255, abs=1.5 / 255)
-    assert copy["psnr"]["mean"] == pytest.approx(-10
-                                                 * (math.log10(10 * 20 / 255**2) + math.log10(40**2 / 255**2))
-                                                 / 2, abs=0.5)
+    psnr = [-10 * math.log10(error / 255**2) for error in (10 * 20, 40**2)]
+    assert copy["psnr"]["mean"] == pytest.approx(sum(psnr) / 2, abs=0.5)
     assert ours["l1"]["mean"] == pytest.approx(((2.75 + 7.25) / 2 + 27.25) / 2 / 255, abs=1.5 / 255)
     assert copy["face_l1"]["mean"] == pytest.approx(copy["l1"]["mean"], abs=1e-3)
-    nearest = found["rows"]["nearest training frame"]["l1"]["mean"]  # of a: 100, 190 against 110, 120 and 140
+    nearest = report["rows"]["nearest training frame"]["l1"]["mean"]        # 100 and 190; 110, 120 and 140
     assert nearest == pytest.approx(((10 + 20) / 2 + 40) / 2 / 255, abs=1.5 / 255)
 
 
 def test_real_people_speak_with_their_own_and_with_another_sound(given, grey, monkeypatch):
-    heard = []
-    monkeypatch.setattr(evaluate, "animate", lambda release, photo, wave,
-                        *_: heard.append(wave) or photo.expand(6, -1, -1, -1))
+    waves = []
+    monkeypatch.setattr(evaluate, "animate", lambda *given: waves.append(given[2]) or still_video(6)(*given))
     assert run(given, "talk", "--data", str(grey), "--json", str(grey / "out.json")) == 0
     rows = json.loads((grey / "out.json").read_text())["pictures"]
-    assert [wave.shape for wave in heard] == 5 * [(1, 8 * 640)]             # the first clip has no other
-    assert torch.equal(heard[0], heard[2]) and torch.equal(heard[1], heard[4]) and not torch.equal(heard[0],
-        heard[1])
+    assert [wave.shape for wave in waves] == 5 * [(1, 8 * 640)]             # the first clip has no other
+    assert torch.equal(waves[0], waves[2]) and torch.equal(waves[1], waves[4])
+    assert not torch.equal(waves[0], waves[1])
     assert rows["true frames"]["psnr"]["mean"] == 100 and list(rows)[:2] == ["true frames", "ours"]
-    # 6 frames were made
-    assert rows["ours"]["l1"]["mean"] == pytest.approx((15 + 40) / 2 * 5 / 6 / 255, abs=1.5 / 255)
+    brighter = 5 / 6                                                        # of the 6 frames compared
+    assert rows["ours"]["l1"]["mean"] == pytest.approx((15 + 40) / 2 * brighter / 255, abs=1.5 / 255)
 
 
 def test_faces_are_read_beside_ceiling_and_floor(given, grey, monkeypatch, capsys):
     """A stand-in for the face mesh, to which brightness is the opening of the mouth; decoded frames follow at
     0.1 of it."""
-    asked = []
+    calls = []
 
     def read(frames, python):
-        asked.append((frames.shape, python))
+        calls.append((frames.shape, python))
         light = frames.astype(float).mean((1, 2, 3))
         return {k: light if k == "opening" else np.full(len(light), np.nan) for k in landmarks.FACTORS}
 
@@ -187,25 +196,39 @@ def test_faces_are_read_beside_ceiling_and_floor(given, grey, monkeypatch, capsy
     monkeypatch.setattr(evaluate, "encode", lambda checkpoint, images: images.mean((1, 2, 3))[:, None])
     monkeypatch.setattr(evaluate, "decode_clip", lambda checkpoint, photo, tokens, *_:
                         (photo - photo.mean() + 0.1 * tokens[:, :, None, None]).expand(-1, 3, -1, -1))
+    nets = {"csim": lambda photo, frames, face: photo.mean() - frames.mean((1, 2, 3))}
+    monkeypatch.setattr(perceptual, "load", lambda *_: (nets, []))
     monkeypatch.setitem(evaluate.FRAMES, "talk", 12)
-    out = ["--json", str(grey / "out.json")]
+    out = ["--json", str(grey / "out.json"), "--networks", str(grey)]
     assert run(given, "reconstruct", "--data", str(grey), "--landmarks", "python-of-the-mesh", *out) == 0
-    rows = json.loads((grey / "out.json").read_text())["landmarks"]
-    # only the last has another person before it
-    assert [shape[0] for shape, _ in asked] == [5 * 11, 5 * 11, 6 * 11]
-    assert {python for _, python in asked} == {"python-of-the-mesh"}
+    report = json.loads((grey / "out.json").read_text())
+    rows = report["landmarks"]
+    assert [shape[0] for shape, _ in calls] == [5 * 11, 5 * 11, 6 * 11]  # another person is before the last
+    assert {python for _, python in calls} == {"python-of-the-mesh"}
     want = {"true frames": [1, 1], "ours, 1 step": [1, 0.1], "ours, 4 steps": [1, 0.1],
             "another person": [1, 0.1], "copy the photo": [0, 0]}
-    found = {name: [row["opening_" + k]["value"] for k in ("correlation", "amplitude")] for name,
-             row in rows.items()}
-    assert found == {name: pytest.approx(x, abs=0.03) for name, x in want.items()}
-    monkeypatch.setattr(evaluate, "animate", lambda checkpoint, photo, *_: photo.expand(12, -1, -1, -1))
+    read_back = {name: [entry["opening_" + k]["value"] for k in ("correlation", "amplitude")]
+                 for name, entry in rows.items()}
+    assert read_back == {name: pytest.approx(x, abs=0.03) for name, x in want.items()}
+    assert rows["another person"]["seam"]["value"] == 0                     # grey goes on across the border
+    csim = {name: entry["csim"]["mean"] for name, entry in report["rows"].items()}
+    photos = np.array([110, 120, 130]) / 127.5 - 1                          # brightness of each first frame
+    assert csim["copy the photo"] == pytest.approx(0, abs=0.01)
+    assert csim["true frames"] == pytest.approx(-40 / 127.5 * 6 / 11, abs=0.02)     # 6 of 11 are brighter
+    moved = 0.1 * (photos[2] + 40 / 127.5 * 6 / 11)
+    assert csim["another person"] == pytest.approx(photos[0] - moved, abs=0.02)     # b's photo, c's motion
+    monkeypatch.setattr(evaluate, "animate", still_video(12))
     assert run(given, "talk", "--data", str(grey), "--landmarks", *out) == 0
-    rows = json.loads((grey / "out.json").read_text())["landmarks"]
-    assert asked[-1][1] == sys.executable
+    report = json.loads((grey / "out.json").read_text())
+    rows = report["landmarks"]
+    assert calls[-1][1] == sys.executable
     assert rows["true frames"]["opening_correlation"]["value"] == pytest.approx(1, abs=0.01)
     assert rows["ours"]["opening_correlation"]["value"] == 0
     assert rows["ours"]["audio_gain"]["value"] == pytest.approx(1)
+    assert "digital silence" not in rows
+    for name in ("silence_opening", "photo_opening", "shut_opening"):  # two people: median of 115 and 130
+        assert rows["ours"][name]["value"] == pytest.approx(122.5, abs=1.5)
+    assert report["start_jump"]["ours"]["mean"] > 0
 
 
 def test_faces_are_read_of_real_clips_alone(given, grey, capsys):
@@ -225,17 +248,19 @@ def test_networks_are_asked_about_every_row(given, monkeypatch, capsys):
         asked.append(x)
         return torch.stack([x.mean((1, 2, 3)), x.amax((1, 2, 3))], 1)
 
-    nets = {"lpips": lambda made, true: (made - true).abs().mean((1, 2, 3)), "inception": inception,
-            "syncnet": lambda frames, wave,
-            face: {"sync_c": frames.mean(), "sync_d": wave.abs().max(), "offset": 0}}
+    def syncnet(frames, wave, face):
+        return {"sync_c": frames.mean(), "sync_d": wave.abs().max(), "offset": 0}
+
+    nets = {"lpips": lambda pred, target: (pred - target).abs().mean((1, 2, 3)), "inception": inception,
+            "syncnet": syncnet}
     monkeypatch.setattr(perceptual, "load", lambda folder, device: (nets, ["no FVD: get it there"]))
     assert run(given, "reconstruct", "--clips", "3", "--networks", str(given), "--json",
                str(given / "o.json")) == 0
-    said, rows = capsys.readouterr().out, json.loads((given / "o.json").read_text())["rows"]
-    assert "no FVD: get it there" in said
-    assert "(n=3 clips: few)" in said
-    assert "(n=1 clips: few)" in said
-    assert "sync" not in said
+    printed, rows = capsys.readouterr().out, json.loads((given / "o.json").read_text())["rows"]
+    assert "no FVD: get it there" in printed
+    assert "(n=3 clips: few)" in printed
+    assert "(n=1 clips: few)" in printed
+    assert "sync" not in printed
     assert all(row["lpips"]["mean"] == pytest.approx(2 * row["l1"]["mean"], abs=1e-4)
                for row in rows.values())
     assert rows["copy the photo"]["fid"] > 0 and rows["true frames"]["fid"] > 0      # the latter: other clips
@@ -254,25 +279,25 @@ def test_networks_are_asked_about_every_row(given, monkeypatch, capsys):
     ("steps", 1, ("decoder: PSNR", "blinks/min", "straightness of the paths"))])
 def test_commands_on_an_untrained_release(given, capsys, command, clips, words):
     assert run(given, command, "--clips", str(clips), "--json", str(given / f"{command}.json")) == 0
-    said = capsys.readouterr().out
-    assert all(word in said for word in words), said
-    found = json.loads((given / f"{command}.json").read_text())
-    assert found["command"] == command and found["clips"] == clips
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in words), printed
+    report = json.loads((given / f"{command}.json").read_text())
+    assert report["command"] == command and report["clips"] == clips
 
 
 def test_steps_are_those_of_the_sampler(given, monkeypatch, capsys):
     """A decoder that is the better the more steps it takes, a generator asked for each number of steps."""
-    asked, dream = [], evaluate.generate_motion
-    monkeypatch.setattr(evaluate, "generate_motion", lambda *given: asked.append(given[5]) or dream(*given))
+    asked, generate_motion = [], checkpoint.generate_motion
+    monkeypatch.setattr(checkpoint, "generate_motion",
+                        lambda *given: asked.append(given[5]) or generate_motion(*given))
     monkeypatch.setattr(evaluate, "STEPS", (1, 4))
     monkeypatch.setattr(evaluate, "decode_clip", lambda release, photo, tokens, steps, seed:
                         photo.expand(len(tokens), -1, -1, -1) * (1 - 1 / (1 + steps)))
     assert run(given, "steps", "--clips", "2", "--json", str(given / "o.json")) == 0
-    found = json.loads((given / "o.json").read_text())
-    assert asked == [1, 4, 1, 4] and list(found["rows"]) == ["1", "4"]
-    assert found["rows"]["1"]["psnr"]["mean"] < found["rows"]["4"]["psnr"]["mean"] - 3
-    # untrained: one picture from everywhere
-    assert found["straightness"]["decoder"] == pytest.approx(0, abs=1e-3)
+    report = json.loads((given / "o.json").read_text())
+    assert asked == [1, 4, 1, 4] and list(report["rows"]) == ["1", "4"]
+    assert report["rows"]["1"]["psnr"]["mean"] < report["rows"]["4"]["psnr"]["mean"] - 3
+    assert report["straightness"]["decoder"] == pytest.approx(0, abs=1e-3)  # untrained: always one picture
 
 
 def test_the_mouth_is_judged_against_its_own_truth(given, monkeypatch):
@@ -282,20 +307,27 @@ def test_the_mouth_is_judged_against_its_own_truth(given, monkeypatch):
         return motion.view(-1, 1, 1, 17).expand(-1, 3, 17, 17).clone()
 
     monkeypatch.setattr(evaluate, "FRAMES", {"talk": 40})
-    monkeypatch.setattr(evaluate, "face_box", lambda person, motion,
-                        size: torch.ones(len(motion), 17, 17, dtype=torch.bool))
+    monkeypatch.setattr(evaluate, "face_box",
+                        lambda person, motion, size: torch.ones(len(motion), 17, 17, dtype=torch.bool))
     monkeypatch.setattr(evaluate, "render_batched", frames)
     monkeypatch.setattr(reader, "load_regressor", lambda path: lambda x: x[:, 0, 0])
-    monkeypatch.setattr(evaluate, "animate", lambda release, photo, wave,
-                        *more: photo.expand(wave.shape[1] // 640, -1, -1, -1))
+    monkeypatch.setattr(evaluate, "encode", lambda checkpoint, images: images.flatten(1)[:, :8])
+    monkeypatch.setattr(evaluate, "animate", still_video())
     assert run(given, "talk", "--clips", "2", "--json", str(given / "o.json")) == 0
-    rows = json.loads((given / "o.json").read_text())["rows"]
+    report = json.loads((given / "o.json").read_text())
+    rows = report["rows"]
     assert rows["true frames"]["jaw"]["mean"] == pytest.approx(1, abs=1e-4)
     assert rows["true frames"]["jaw_lag"]["mean"] == 0
     assert rows["ours"]["jaw"]["mean"] == 0 and rows["ours"]["yaw_std"]["mean"] < 1e-4
     motion = random_clip(torch.tensor([HELD_OUT, HELD_OUT + 1]), 40)["motion"]
-    spread = math.degrees(motion[:, :, 0].std(1).mean())
-    assert rows["true frames"]["yaw_std"]["mean"] == pytest.approx(spread, rel=1e-4)
+    deviation = math.degrees(motion[:, :, 0].std(1).mean())
+    assert rows["true frames"]["yaw_std"]["mean"] == pytest.approx(deviation, rel=1e-4)
+
+
+def test_a_start_jump_is_in_usual_steps():
+    """True tokens go by 1 a frame, but for one step of 9; the first generated one is 5 from the photo's."""
+    true = torch.tensor([0.0, 1, 2, 11, 12])[:, None]
+    assert evaluate.start_jump(torch.tensor([[5.0], [6]]), true) == {"ours": 5, "true frames": 1}
 
 
 def test_what_cannot_be_used_is_refused(given, tmp_path, capsys):
@@ -307,46 +339,7 @@ def test_what_cannot_be_used_is_refused(given, tmp_path, capsys):
     refused(capsys, run(given, "reconstruct", "--reader", str(tmp_path / "no")), "measure.reader")
     refused(capsys, run(given, "probe", "--device", "abacus"), "abacus")
     refused(capsys, run(given, "reconstruct", "--networks", str(tmp_path / "no")), "no folder")
-    for bad in (["probe", "--clips", "3"], ["talk", "--steps", "0"], ["dance"]):
+    for bad in (["probe", "--clips", "3"], ["talk", "--steps", "0"], ["dance"], ["probe", "--data", "x"]):
         with pytest.raises(SystemExit):
             evaluate.main(bad)
     refused(capsys, run(given, "reconstruct", "--data", str(tmp_path)), "manifest.jsonl", "data.py prepare")
-
-
-# --------------------------------------------------------------------------------------------------- emotions
-@pytest.fixture(scope="module")
-def feeling(given):
-    """Weights with experts."""
-    models, _ = load_models(given / "w.safetensors")
-    models["generator"] = Generator(replace(models["generator"].config, experts=2))
-    models["voice"] = VoiceEmotion(VoiceConfig(width=4))
-    save_weights(given / "e.safetensors", models, META)
-    return given
-
-
-def test_emotions_are_read_off_frames(feeling, tmp_path, monkeypatch, capsys):
-    """The world's own factors are at the ceiling; fresh experts change nothing."""
-    monkeypatch.setattr(emotions, "INTENSITIES", (0, 1))
-    monkeypatch.setattr(emotions, "STRIDE", 25)
-    assert run(feeling, "emotion", "--clips", "1", "--json", str(tmp_path / "e.json"),
-               ckpt="e.safetensors") == 0
-    report = json.loads((tmp_path / "e.json").read_text())
-    truth, ours = (report["rows"][name] for name in ("true factors", "ours"))
-    assert truth["accuracy"] > 0.8
-    assert truth["gain_corner"] == truth["lids_sad"] == truth["yaw_std"] == pytest.approx(1)
-    assert ours["accuracy"] == pytest.approx(1 / 7)
-    assert abs(ours["gain_corner"]) < 1e-6
-    assert ours["crosstalk"] < 1e-6
-    assert report["rows"]["other label"]["accuracy"] == pytest.approx(1 / 7) and report["voice_ceiling"] > 0.5
-    assert report["compounds_true_size"] == pytest.approx(0.64, abs=0.1)
-    assert "voice of another emotion" in capsys.readouterr().out
-
-
-def test_emotions_need_experts(given, capsys):
-    refused(capsys, run(given, "emotion", "--clips", "1"), "w.safetensors", "without emotions",
-            "train_gen.py")
-
-
-def test_ranks():
-    assert emotions.spearman(torch.tensor([0.0, 0.1, 0.5, 3.0])) == pytest.approx(1)
-    assert emotions.spearman(torch.tensor([3.0, 2.0, 1.0])) == pytest.approx(-1)

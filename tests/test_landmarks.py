@@ -127,7 +127,10 @@ def test_factors_of_a_known_mesh():
                          374: (20, -18)}.items():
         points[0, index, :2] = place
     assert {k: x.item() for k, x in landmarks.factors(points).items()} == pytest.approx(
-        {"opening": 0.1, "width": 0.4, "lids": (6 / 20 + 4 / 20) / 2, "yaw": 0, "pitch": 0})
+        {"opening": 0.1, "width": 0.4, "lids": (6 / 20 + 4 / 20) / 2, "yaw": 0, "pitch": 0, "corners": 0})
+    smile = points.copy()
+    smile[0, [61, 291], 1] -= 6                         # corners 6 px up, of a face 100 px high
+    assert landmarks.factors(smile)["corners"].item() == pytest.approx(0.06)
     for name, (a, b), angle in (("yaw", (0, 2), 25), ("pitch", (1, 2), -15)):
         cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
         turned, x, y = points.copy(), points[..., a], points[..., b]
@@ -136,6 +139,16 @@ def test_factors_of_a_known_mesh():
     roll = points @ np.array([[0.8, 0.6, 0], [-0.6, 0.8, 0], [0, 0, 1]])
     assert {k: x.item() for k, x in landmarks.factors(roll).items()} == pytest.approx(
         {k: x.item() for k, x in landmarks.factors(points).items()}, abs=1e-9)
+
+
+def test_the_head_is_measured_in_degrees_and_the_mouth_in_silence():
+    turning = landmarks.scores(curves(), curves(yaw=10 * SINE, pitch=np.full(100, 3.0)))
+    assert turning["yaw_std"] == pytest.approx(10 / 2**0.5) and turning["pitch_std"] == pytest.approx(0)
+    closing = np.array([0.2] * 5 + [0.02] * 20)         # 0.2 s to close
+    true = np.linspace(0.1, 0.2, 101)
+    assert landmarks.silence(closing, true) == pytest.approx(
+        {"silence_opening": 0.02, "photo_opening": 0.1, "shut_opening": 0.11})
+    assert np.isnan(landmarks.silence(np.full(25, np.nan), true)["silence_opening"])
 
 
 def test_another_interpreter_reads_and_its_failure_is_one_sentence(tmp_path):
@@ -158,6 +171,6 @@ def test_another_interpreter_reads_and_its_failure_is_one_sentence(tmp_path):
 def test_the_mesh_reads_a_drawn_face_and_an_empty_frame(tmp_path):
     portrait = Path(__file__).parents[1] / "examples" / "portrait.png"
     face = Image.open(portrait).convert("RGB").resize((256, 256))
-    found = landmarks.read(np.stack([np.zeros((256, 256, 3), np.uint8), np.asarray(face)]), sys.executable)
-    assert set(found) == set(landmarks.FACTORS) and all(np.isnan(curve[0]) for curve in found.values())
-    assert 0 <= found["opening"][1] < 0.2 and 0.2 < found["width"][1] < 0.6 and abs(found["yaw"][1]) < 20
+    read = landmarks.read(np.stack([np.zeros((256, 256, 3), np.uint8), np.asarray(face)]), sys.executable)
+    assert set(read) == {*landmarks.FACTORS, "corners"} and all(np.isnan(curve[0]) for curve in read.values())
+    assert 0 <= read["opening"][1] < 0.2 and 0.2 < read["width"][1] < 0.6 and abs(read["yaw"][1]) < 20

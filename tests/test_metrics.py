@@ -45,8 +45,8 @@ def direct_ssim(a, b):
             for x in range(size):
                 p, q = a[c, y: y + 11, x: x + 11], b[c, y: y + 11, x: x + 11]
                 mp, mq = (window * p).sum(), (window * q).sum()
-                vp, vq, vpq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum(), (window
-                    * (p - mp) * (q - mq)).sum()
+                p, q = p - mp, q - mq
+                vp, vq, vpq = ((window * x).sum() for x in (p * p, q * q, p * q))
                 total[y, x] += ((2 * mp * mq + 0.01**2) * (2 * vpq + 0.03**2)
                                 / ((mp**2 + mq**2 + 0.01**2) * (vp + vq + 0.03**2))) / 3
     return total
@@ -95,6 +95,17 @@ def test_seams_are_found_at_patch_borders_only():
     assert metrics.border_ratio(smooth, 8).item() == pytest.approx(4)
 
 
+def test_a_seam_is_a_step_at_the_border_of_the_square():
+    """A photo that rises by 2 a pixel; a square put in 10 brighter has steps of 12 on two sides, 8 on two."""
+    ramp = 2 * torch.arange(40)
+    photo = (20 + ramp[:, None, None] + ramp[:, None]).expand(40, 40, 3).byte().numpy()
+    frames = photo[None].repeat(2, 0)
+    assert metrics.seam_ratio(frames, photo, 8, 24) == pytest.approx(1)
+    frames[:, 8:32, 8:32] += 10
+    assert metrics.seam_ratio(frames, photo, 8, 24) == pytest.approx((12 + 8) / (2 + 2))
+    assert metrics.seam_ratio(frames, photo, 4, 32) == pytest.approx(1)         # its border is elsewhere
+
+
 # -------------------------------------------------------------------------------------------- signal measures
 def test_a_shifted_signal_is_found_with_its_lag():
     x = torch.randn(80, generator=torch.Generator().manual_seed(0))
@@ -115,9 +126,8 @@ def test_correlation_by_column():
     assert found[1].item() == pytest.approx(-1, abs=1e-5) and found[2] == 0
     clips = [torch.randn(20, 2) + 100 * k for k in range(3)]       # what differs between clips does not count
     assert metrics.motion_correlation(clips, [x.roll(7, 0) for x in clips])[0] < 0.6
-    assert metrics.motion_correlation(clips,
-                                      [2 * x - 50 * k for k, x in enumerate(clips)]) == pytest.approx([1, 1],
-                                          abs=1e-4)
+    moved = [2 * x - 50 * k for k, x in enumerate(clips)]
+    assert metrics.motion_correlation(clips, moved) == pytest.approx([1, 1], abs=1e-4)
 
 
 def test_blinks_are_counted_once():
@@ -133,6 +143,12 @@ def test_interval_is_about_two_standard_errors():
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * torch.tensor(values).std().item() / 20,
                                                          rel=0.1)
     assert metrics.interval([3.0]) == {"mean": 3.0, "low": 3.0, "high": 3.0}
+
+
+def test_a_ratio_is_of_sums_over_people():
+    a, b = torch.tensor([1.0, 9.0]), torch.tensor([2.0, 3.0])
+    assert metrics.ratio_interval(a, b) == pytest.approx({"mean": 2, "low": 0.5, "high": 3})
+    assert metrics.ratio_interval(2 * b, b) == pytest.approx({"mean": 2, "low": 2, "high": 2})
 
 
 def test_the_probe_reads_what_is_there_and_nothing_else():
