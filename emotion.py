@@ -37,7 +37,7 @@ PROMPTS = (       # each emotion in words, in the order of EMOTIONS; a text coun
 
 
 def parse_number(text, low, what):
-    """Text -> float of at least `low`; `what` begins the sentence of the error."""
+    """Read a float of at least `low` from text; `what` begins the sentence of the error."""
     try:
         value = float(text)
     except ValueError:
@@ -48,16 +48,16 @@ def parse_number(text, low, what):
 
 
 def parse_palette(text):
-    """"happy:0.6+surprised:0.4" -> weights (7,), the rest neutral. Names without a weight share what the
-    others leave."""
+    """Read "happy:0.6+surprised:0.4" -> weights (7,), the rest neutral. Names without a weight share what the
+    others leave. Raises InputError."""
     weights = {}
     for part in text.split("+"):
         name, colon, weight = part.partition(":")
         name = ALIASES.get(name.strip().lower(), name.strip().lower())
         if name not in EMOTIONS:
             near = difflib.get_close_matches(name, [*EMOTIONS, *ALIASES], n=1)
-            raise InputError(f"--emotion: no emotion {name!r}{f' (perhaps {near[0]}?)' if near else ''}; "
-                             f"there are {', '.join(EMOTIONS)}")
+            perhaps = f" (perhaps {near[0]}?)" if near else ""
+            raise InputError(f"--emotion: no emotion {name!r}{perhaps}; there are {', '.join(EMOTIONS)}")
         if name in weights:
             raise InputError(f"--emotion names {name} twice in {text.strip()!r}; give one weight")
         weights[name] = parse_number(weight, 0, f"--emotion: the weight of {name}") if colon else None
@@ -65,16 +65,17 @@ def parse_palette(text):
     if total > 1 + 1e-6:
         raise InputError(f"--emotion: the weights in {text.strip()!r} add up to {total:.3g}; give at most 1 "
                          f"in all")
-    palette = torch.tensor([(1 - total) / bare if name in weights and weights[name] is None
-                            else weights.get(name, 0.0)
-                            for name in EMOTIONS])
+    weights = {name: (1 - total) / bare if weight is None else weight for name, weight in weights.items()}
+    palette = torch.tensor([weights.get(name, 0.0) for name in EMOTIONS])
     palette[0] += (1 - palette.sum()).clamp(min=0)
     return palette
 
 
 def parse_emotion(text, seconds=math.inf):
-    """"neutral, happy@2.5, sad@6" -> [(0.0, weights (7,)), (2.5, ...), ...]; seconds: length of the video, if
-    known."""
+    """Read "neutral, happy@2.5, sad@6" -> [(0.0, weights (7,)), (2.5, ...), ...].
+
+    seconds: length of the video, if known. Raises InputError.
+    """
     stops = []
     for part in text.split(","):
         palette, at, when = part.partition("@")
@@ -90,7 +91,7 @@ def parse_emotion(text, seconds=math.inf):
 
 
 def describe(palette):
-    """Weights (7,) -> "happy 0.6, surprised 0.4": the largest first, without those below 0.05."""
+    """Write weights (7,) as "happy 0.6, surprised 0.4": the largest first, without those below 0.05."""
     ranked = sorted(zip(palette.tolist(), EMOTIONS, strict=True), key=lambda pair: -pair[0])
     return ", ".join(f"{name} {weight:.2g}" for weight, name in ranked if weight >= 0.05) or "none"
 
@@ -99,12 +100,13 @@ def intensify(mood, intensity):
     """Scale the emotions of mood (..., 7); neutral takes what remains of the sum. 0: a calm face; above 1:
     beyond training."""
     emotions = intensity * mood[..., 1:]
-    return torch.cat([(mood.sum(-1, keepdim=True) - emotions.sum(-1, keepdim=True)).clamp(min=0), emotions],
-                     -1)
+    neutral = mood.sum(-1, keepdim=True) - emotions.sum(-1, keepdim=True)
+    return torch.cat([neutral.clamp(min=0), emotions], -1)
 
 
 class Schedule:
-    """Moods of palettes in time: called with speech features (n, A), part after part, it returns (n, 7)."""
+    """Moods of weights in time, each fading into the next: called with speech features (n, A), part after
+    part, it returns (n, 7)."""
 
     def __init__(self, stops, intensity=1.0):
         self.times = FPS * torch.tensor([start for start, _ in stops[1:]])                     # (S-1,) frames
@@ -112,9 +114,9 @@ class Schedule:
         self.stops, self.intensity, self.done = stops, intensity, 0                        # frames handed out
 
     def describe(self):
-        """"neutral 1; from 2.5 s happy 0.6, surprised 0.4 (intensity 0.5)"."""
-        parts = [f"from {start:g} s " * (k > 0) + describe(palette) for k,
-                 (start, palette) in enumerate(self.stops)]
+        """Write the schedule as "neutral 1; from 2.5 s happy 0.6, surprised 0.4 (intensity 0.5)"."""
+        parts = [f"from {start:g} s " * (k > 0) + describe(palette)
+                 for k, (start, palette) in enumerate(self.stops)]
         return "; ".join(parts) + f" (intensity {self.intensity:g})" * (self.intensity != 1)
 
     def __call__(self, rows):
@@ -133,9 +135,12 @@ class VoiceConfig:
 
 
 class VoiceEmotion(nn.Module):
-    """The emotion of a voice so far. Mean, spread and rates of change of each feature over the past
-    (statistics pooling, Snyder et al. 2018), loud rows counting more and old ones less; from them a small
-    network tells the weights of the seven."""
+    """A classifier of the emotion of a voice so far.
+
+    Mean, standard deviation and rates of change of each feature over the past (statistics pooling, Snyder et
+    al. 2018), loud rows counting more and old ones less; from them a small network gives the weights of the
+    seven.
+    """
 
     def __init__(self, config: VoiceConfig):
         super().__init__()
@@ -146,13 +151,13 @@ class VoiceEmotion(nn.Module):
                              persistent=False)
         self.register_buffer("mean", torch.zeros(4 * size))      # of the statistics, over the training voices
         self.register_buffer("std", torch.ones(4 * size))
-        self.head = nn.Sequential(nn.Dropout(0.25), nn.Linear(4 * size, config.width),
-                                  nn.GELU(approximate="tanh"),
-                                  nn.Dropout(0.5), nn.Linear(config.width, len(EMOTIONS)))
+        self.head = nn.Sequential(
+            nn.Dropout(0.25), nn.Linear(4 * size, config.width), nn.GELU(approximate="tanh"),
+            nn.Dropout(0.5), nn.Linear(config.width, len(EMOTIONS)))
 
     def pool(self, rows, state=None):
-        """rows (B, n, A) -> statistics (B, n, 4*A/parts) of all up to each, frames of speech heard so far (B,
-        n, 1), and the state from which the rows that follow go on: three tensors (B, 1, ...)."""
+        """Pool rows (B, n, A) over the past of each -> statistics (B, n, 4*A/parts), the frames of speech so
+        far (B, n, 1), and the state from which the rows that follow go on: three tensors (B, 1, ...)."""
         gate = torch.sigmoid(6 * (rows.mean(-1, keepdim=True) + 0.4))                      # (B, n, 1) loud: 1
         x = rows.unflatten(-1, (self.config.parts, -1)) @ self.cepstrum                    # (B, n, parts, C)
         inner, x = x.diff(dim=2).abs().mean(2), x.mean(2)                                  # (B, n, C)
@@ -160,14 +165,15 @@ class VoiceEmotion(nn.Module):
         time = torch.arange(x.shape[1], device=x.device)
         age = time[:, None] - time
         decay = (age >= 0) * self.forget ** age.clamp(min=0)                                     # (n, n)
-        sums = decay @ (gate * torch.cat([x, x.square(), inner, (x - before).abs(), torch.ones_like(gate)],
-                                         -1))
-        heard = gate.cumsum(1)
+        moments = torch.cat([x, x.square(), inner, (x - before).abs(), torch.ones_like(gate)], -1)
+        sums, speech_frames = decay @ (gate * moments), gate.cumsum(1)
         if state is not None:
-            sums, heard = sums + self.forget ** (time[:, None] + 1) * state[0], heard + state[1]
+            sums = sums + self.forget ** (time[:, None] + 1) * state[0]
+            speech_frames = speech_frames + state[1]
         mean, square, inner, outer = (sums[..., :-1] / (sums[..., -1:] + 1e-6)).chunk(4, -1)     # (B, n, C)
-        spread = (square - mean.square()).clamp(min=1e-6).sqrt()
-        return torch.cat([mean, spread, inner, outer], -1), heard, (sums[:, -1:], heard[:, -1:], x[:, -1:])
+        std = (square - mean.square()).clamp(min=1e-6).sqrt()
+        state = sums[:, -1:], speech_frames[:, -1:], x[:, -1:]
+        return torch.cat([mean, std, inner, outer], -1), speech_frames, state
 
     def forward(self, statistics):
         """Statistics (..., 4*A/parts) -> logits (..., 7)."""
@@ -175,8 +181,8 @@ class VoiceEmotion(nn.Module):
 
 
 class FromVoice:
-    """Moods that a VoiceEmotion hears: called with speech features (n, A), part after part, it returns (n,
-    7). The weights grow over the first half second of speech; a pause keeps them."""
+    """Moods by a VoiceEmotion: called with speech features (n, A), part after part, it returns (n, 7). The
+    weights grow over the first half second of speech; a pause keeps them."""
 
     def __init__(self, voice, intensity=1.0):
         self.voice, self.intensity, self.state, self.sum, self.count = voice, intensity, None, 0, 0
@@ -187,41 +193,39 @@ class FromVoice:
         moods = [torch.zeros(0, len(EMOTIONS), device=rows.device)]
         with torch.autocast(rows.device.type, enabled=False):
             for part in rows.split(250) if len(rows) else ():
-                statistics, heard, self.state = self.voice.pool(part[None].float(), self.state)
-                moods.append(self.voice(statistics[0]).softmax(-1) * (heard[0] / (FPS / 2)).clamp(max=1))
+                statistics, speech_frames, self.state = self.voice.pool(part[None].float(), self.state)
+                sure = (speech_frames[0] / (FPS / 2)).clamp(max=1)                         # (n, 1)
+                moods.append(self.voice(statistics[0]).softmax(-1) * sure)
         mood = torch.cat(moods)
         self.sum, self.count = self.sum + mood.sum(0).cpu(), self.count + len(mood)
         return intensify(mood, self.intensity)
 
     def describe(self):
-        """The mean of what was heard so far."""
+        """Write the mean of the moods so far."""
         so_far = f": {describe(self.sum / self.count)} on average" if self.count else ""
         return f"from the voice{so_far}" + f" (intensity {self.intensity:g})" * (self.intensity != 1)
 
 
 @functools.lru_cache(maxsize=1)
 def load_text_model(name):
-    """A frozen text encoder and its tokenizer, by hub id or local folder."""
+    """Load a frozen text encoder, by hub id or local folder -> tokenizer, encoder. Raises InputError."""
     from huggingface_hub.utils import logging
     from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
-    logging.set_verbosity(logging.CRITICAL)       # what it says of failed tries, the sentence below says once
+    logging.set_verbosity(logging.CRITICAL)       # of failed tries; the sentence below says it once
     try:
-        # whose AutoModel wants pictures, too
         clip = AutoConfig.from_pretrained(name).model_type.startswith("clip")
-        model = (CLIPTextModel if clip else AutoModel).from_pretrained(name)
+        model = (CLIPTextModel if clip else AutoModel).from_pretrained(name)  # CLIP has a part for pictures
         return AutoTokenizer.from_pretrained(name), model.eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the text model {name!r}: it is neither a folder with config.json, "
-                         f"model.safetensors and "
-                         "tokenizer files nor reachable on the hub; to work offline, download it elsewhere "
-                         "and pass "
-                         "--text-model FOLDER") from error
+                         f"model.safetensors and tokenizer files nor reachable on the hub; to work offline, "
+                         f"download it elsewhere and pass --text-model FOLDER") from error
 
 
 @torch.no_grad()
 def text_palette(text, model=TEXT_MODEL):
-    """Words -> weights (7,): cosine to the nearest prompt of each emotion, standardised over the seven,
-    softmax(z / 0.5)."""
+    """Compare words with the prompts -> weights (7,): cosine to the nearest prompt of each emotion,
+    standardised over the seven, softmax(z / 0.5). Raises InputError."""
     if not text.strip():
         raise InputError('--emotion-text is empty; give a few words, such as "a bitter smile"')
     tokenizer, encoder = load_text_model(str(model))

@@ -194,7 +194,7 @@ def measure_rows(x, target, means):
     faces, true_faces = (y[..., FACE].mean(2) for y in (x, target))                                # (P, 7, 3)
     right = (torch.cdist(faces.flatten(0, 1), means).argmin(1).view(-1, 7) == torch.arange(7)).float()
     shift, true_shift = faces - faces[:, :1], true_faces - true_faces[:, :1]
-    products, squares = (shift * true_shift).sum(1), true_shift.square().sum(1)                       # (P, 3)
+    products, sizes = (shift * true_shift).sum(1), true_shift.square().sum(1)                       # (P, 3)
     lids, true_lids = (y[..., LIDS].mean(3).median(2).values for y in (x, target))                    # (P, 7)
     yaw, true_yaw = (y[..., YAW].std(2).mean(1) for y in (x, target))                                   # (P,)
     blinks, true_blinks = (torch.tensor([sum(metrics.count_events(clip[:, LIDS[0]]) for clip in person)
@@ -206,7 +206,7 @@ def measure_rows(x, target, means):
     worst = (mouth.mean(0) - mouth[:, 0].mean()).min().item()
     one = torch.ones(people)
     return {"accuracy": ratio_interval(right.mean(1), one),
-            **{f"gain_{name}": ratio_interval(products[:, k], squares[:, k])
+            **{f"gain_{name}": ratio_interval(products[:, k], sizes[:, k])
                for k, name in enumerate(("corner", "raise", "furrow"))},
             "lids_sad": ratio_interval(lids[:, 2] - lids[:, 0], true_lids[:, 2] - true_lids[:, 0]),
             "yaw_std": ratio_interval(yaw, true_yaw), "blinks": ratio_interval(blinks, true_blinks),
@@ -343,13 +343,13 @@ def real_people(args, checkpoint, clips, read_faces, nets):
         frames = decode_clip(checkpoint, c.images[0], tokens.flatten(0, 1), steps, c.number)
         frames = frames.unflatten(0, tokens.shape[:2])                                     # (7, n, 3, H, W)
         curves = read_faces(args, list(frames)) if read_faces else [{}] * len(EMOTIONS)
-        for name, read, made in zip(EMOTIONS, curves, frames, strict=True):
+        for name, read, shown in zip(EMOTIONS, curves, frames, strict=True):
             measured = {factor: landmarks.known_mean(read[factor] - curves[0][factor])
                         for factor in ("corners", "width", "lids") if read}
             if read:
                 measured["opening"] = landmarks.correlation(curves[0]["opening"], read["opening"])
             if "csim" in nets:
-                measured["csim"] = nets["csim"](c.images[:1], made, c.face).mean().item()
+                measured["csim"] = nets["csim"](c.images[:1], shown, c.face).mean().item()
             by_emotion[name].append(measured)
     rows = {name: summary(measured) for name, measured in by_emotion.items()}
     print(f"{len(by_emotion['neutral'])} clips of {len(people)} unseen people of {args.data}, their own "

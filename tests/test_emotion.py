@@ -137,13 +137,13 @@ def test_statistics_are_those_of_the_loud_rows():
     voice = emotion.VoiceEmotion(emotion.VoiceConfig(audio_dim=12, parts=2, width=8, memory=1e9))
     rows, pause = 3 + torch.randn(40, 12, generator=torch.Generator().manual_seed(0)), torch.full((40, 12),
         -5.0)
-    pooled, heard, _ = voice.pool(torch.cat([rows, pause])[None])
+    pooled, speech_frames, _ = voice.pool(torch.cat([rows, pause])[None])
     x = rows.unflatten(1, (2, 6)) @ voice.cepstrum
     want = torch.cat([x.mean((0, 1)), x.mean(1).std(0, correction=0), (x[:, 1] - x[:, 0]).abs().mean(0),
                       F.pad(x.mean(1).diff(dim=0).abs(), (0, 0, 1, 0)).mean(0)])
     torch.testing.assert_close(pooled[0, 39], want, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(pooled[0, -1], want, atol=1e-3, rtol=1e-3)
-    assert heard[0, -1].item() == pytest.approx(40, abs=0.1)
+    assert speech_frames[0, -1].item() == pytest.approx(40, abs=0.1)
 
 
 def test_what_is_heard_does_not_depend_on_how_the_rows_come(voice):
