@@ -113,9 +113,10 @@ TALK_MEASURES = {
     "yaw, degrees": ("talk", ("rows", "ours", "yaw_std", "mean"), 2),
     "blinks a minute": ("talk", ("rows", "ours", "blinks_per_minute", "mean"), 1)}
 EMOTION_MEASURES = {
-    "accuracy": ("emotion", ("rows", "ours", "accuracy"), 2),
-    "size of corners": ("emotion", ("rows", "ours", "gain_corner"), 2),
-    "accuracy, voice of another emotion": ("emotion", ("rows", "voice of another emotion", "accuracy"), 2),
+    "accuracy": ("emotion", ("rows", "ours", "accuracy", "mean"), 2),
+    "size of corners": ("emotion", ("rows", "ours", "gain_corner", "mean"), 2),
+    "accuracy, voice of another emotion": (
+        "emotion", ("rows", "voice of another emotion", "accuracy", "mean"), 2),
     "crosstalk": ("emotion", ("rows", "ours", "crosstalk"), 3),
     "mouth, worst change": ("emotion", ("rows", "ours", "mouth_worst"), 3),
     "compounds, seen": ("emotion", ("compounds_seen",), 2),
