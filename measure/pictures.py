@@ -113,9 +113,11 @@ def principal(tokens, count):
 
 
 def token_pca(checkpoint):
-    """PCA of tokens of many people in free motion -> mean, axes (k, D), deviations (k,), shares (k,),
-    scores (n, k) in deviations, motion (n, M), correlations (k, M). Each axis points to where the factor
-    grows that it correlates with most."""
+    """Compute the PCA of tokens of many people in free motion.
+
+    -> mean, axes (k, D), deviations (k,), shares (k,), scores (n, k) in deviations, motion (n, M),
+    correlations (k, M). Each axis points to where the factor grows that it correlates with most.
+    """
     ids = HELD_OUT + 10_000 + torch.arange(FRAMES["pca"])
     motion = random_motion(ids)
     tokens = encode(checkpoint, render_batched(random_identity(ids), motion, checkpoint.meta["size"])).cpu()

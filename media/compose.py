@@ -143,8 +143,10 @@ def load_composer(image, square, size, crop=False):
 
 
 def read_photo(path, model_size, detector, size=1080, crop=False, number=None):
-    """A picture file -> (its face as the models see it, (3, model_size, model_size) in [-1, 1]; its Composer,
-    see load_composer(); a sentence for the user or None, see frame_photo()). Raises InputError."""
+    """Read a photo -> its face (3, model_size, model_size) in [-1, 1], its Composer, a note or None.
+
+    See load_composer() and frame_photo(). Raises InputError.
+    """
     photo = open_image(path, None if crop else 2 * size)
     square, note = frame_photo(photo, detector, number, path)
     image = from_uint8(crop_square(photo, square, model_size))

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -29,8 +30,7 @@ def test_every_variant_differs_from_the_base_in_one_thing_and_can_be_built():
             picture = torch.zeros(2, 3, 32, 32)
             motion = encoder(picture)
             count, width = motion.shape[1:]
-            if table == "count":
-                # both budgets are fixed
+            if table == "count":                                                    # both budgets are fixed
                 assert count * width == 64 and decoder.config.tokens_per_motion * count == 8
             if table in ("width", "count"):
                 assert f"{count} x {width}" == row
@@ -66,8 +66,7 @@ def quick(monkeypatch, tmp_path):
     """Runs of two steps, measured on little."""
     monkeypatch.setattr(ablate, "CLIPS", {"reconstruct": 1, "probe": 10, "talk": 1})
     monkeypatch.setattr(evaluate, "FRAMES", {"reconstruct": 3, "probe": 2, "talk": 5})
-    monkeypatch.setattr(evaluate, "training_frames", lambda *given,
-                        few=evaluate.training_frames: few(*given, count=10))
+    monkeypatch.setattr(evaluate, "training_frames", partial(evaluate.training_frames, count=10))
     monkeypatch.setattr(ablate, "BASE", {**ablate.BASE, "persons": 2, "targets": 1})
     monkeypatch.setattr(ablate, "PAST", {**ablate.PAST, "windows": 2, "clips": 1, "seconds": 2})
     yield tmp_path
@@ -85,8 +84,8 @@ def test_the_tables_hold_what_the_runs_measured(quick, capsys):
     measured = json.loads((quick / "runs/base-1/reconstruct.json").read_text())
     assert found["base"][1]["PSNR"] == measured["rows"]["ours, 1 step"]["psnr"]["mean"]
     a, b = sorted(numbers["B as A"] for numbers in found["prediction-v"])
-    assert f"{(a + b) / 2:.2f} [{a:.2f} {b:.2f}]" in next(line for line in said.splitlines()
-                                                          if line.startswith("| v |"))
+    row, = (line for line in said.splitlines() if line.startswith("| v |"))
+    assert f"{(a + b) / 2:.2f} [{a:.2f} {b:.2f}]" in row
     picture = Image.open(quick / "curves.png")
     assert picture.size == (4 * 290, 220) and len(picture.getcolors(10**6)) > 10
     _, meta = load_models(quick / "runs/base-0/semo.safetensors")

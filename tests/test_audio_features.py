@@ -1,5 +1,4 @@
-"""Sound features: against transformers' numbers, in time with the video, and the same in pieces as in one
-go."""
+"""Sound features: transformers' numbers, in time with the video, the same in chunks as at once."""
 import numpy as np
 import pytest
 import torch
@@ -106,8 +105,7 @@ def loud_rms(wave):
 
 
 def test_level_makes_recordings_alike():
-    a, b = audio_features.normalise_loudness(SPEECHLIKE[0]), audio_features.normalise_loudness(SPEECHLIKE[0]
-        / 20)
+    a, b = (audio_features.normalise_loudness(wave) for wave in (SPEECHLIKE[0], SPEECHLIKE[0] / 20))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     assert 0.09 < loud_rms(a) < 0.12
     torch.testing.assert_close(audio_features.normalise_loudness(SPEECHLIKE)[0], a)
@@ -137,15 +135,14 @@ def test_gain_of_chunks_equals_whole():
 
 
 def gains(wave, given):
-    """What running_level did to each frame of `given`, in dB."""
-    return torch.stack([10 * (y.square().mean() / x.square().mean()).log10() for y,
-                        x in zip(wave, given.split(640), strict=True)])
+    """What streaming_gain did to each frame of `given`, in dB."""
+    return torch.stack([10 * (y.square().mean() / x.square().mean()).log10()
+                        for y, x in zip(wave, given.split(640), strict=True)])
 
 
 @pytest.mark.parametrize("sizes", [(1000,), (640,), (7, 0, 5000, 1), (50000,)])
 def test_running_level_does_not_depend_on_the_pieces(sizes):
-    """Bit for bit: neither the sound nor, as the frames it comes in are always the same, the features of
-    it."""
+    """Bit for bit: the sound, and as it always comes in the same frames, its features."""
     for samples in (50000, 639, 0):
         wave = SPEECHLIKE[0, :samples]
         whole = list(audio_features.streaming_gain([wave]))
@@ -194,10 +191,14 @@ def test_running_level_does_not_raise_silence_and_noise_floor(wave):
 def test_running_level_keeps_little(monkeypatch):
     most, gain_of = [], audio_features.gain_from_power
     monkeypatch.setattr(audio_features, "GAIN_HISTORY", 20)
-    monkeypatch.setattr(audio_features, "gain_from_power", lambda power,
-                        target: most.append(len(power)) or gain_of(power, target))
-    assert len(list(audio_features.streaming_gain([SPEECHLIKE[0]]
-                                                  * 3))) == 235 and max(most) == 20 and min(most[20:]) >= 10
+
+    def count(power, target):
+        most.append(len(power))
+        return gain_of(power, target)
+
+    monkeypatch.setattr(audio_features, "gain_from_power", count)
+    assert len(list(audio_features.streaming_gain([SPEECHLIKE[0]] * 3))) == 235
+    assert max(most) == 20 and min(most[20:]) >= 10
 
 
 # ---- whisper -----------------------------------------------------------------------------------------------

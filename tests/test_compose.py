@@ -1,5 +1,4 @@
-"""media/compose.py: the photo's own pixels are moved, nothing outside of the square changes, no edge
-shows."""
+"""media/compose.py: the photo's own pixels are moved, nothing outside the square changes, no edge shows."""
 import cv2
 import numpy as np
 import pytest

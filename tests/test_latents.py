@@ -1,5 +1,4 @@
-"""The spaces: pixels are themselves, Stable Diffusion's autoencoder is diffusers' own, its failures are
-explained."""
+"""The spaces: pixels are themselves, Stable Diffusion's autoencoder is diffusers' own, failures explained."""
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny

@@ -57,8 +57,7 @@ def test_draws_depend_on_the_seed_alone(make):
 # ---- pairs -------------------------------------------------------------------------------------------------
 
 def drawn(seeds, targets, near, **more):
-    """What random_pairs asks to be drawn, in turn: people (R, 1+T, I), motion (R, 1+T, M); and what it
-    returns, with pictures that are numbers."""
+    """What random_pairs draws in turn, people (R, 1+T, I), motion (R, 1+T, M); what it returns of numbers."""
     asked = []
 
     def draw(people, motion, size):
@@ -107,8 +106,10 @@ def test_consecutive_frames_are_of_one_clip():
 
 def test_references_of_the_video_stage_come_from_anywhere():
     seeds, clip = torch.arange(12), {}
-    _, motion, _ = consecutive_frames(seeds, 2, 8, lambda people, motion,
-                                      size: torch.zeros(len(people), 3, 8, 8))
+    def black(people, motion, size):
+        return torch.zeros(len(people), 3, 8, 8)
+
+    _, motion, _ = consecutive_frames(seeds, 2, 8, black)
     made = random_clip(seeds, 8)["motion"]
     clip = [(made[k][:, None] == motion[k]).all(2).float().argmax(0) for k in range(12)]
     assert len({place[0].item() for place in clip}) > 4 and len({place[1].item() for place in clip}) > 4

@@ -96,9 +96,8 @@ def scatter(net):
     """Random weights and statistics, so that no layer passes for another."""
     for k, (name, x) in enumerate(net.state_dict().items()):
         if x.is_floating_point():
-            near = 1.0 if name.endswith("running_var") else 0.0
-            x.copy_(near + 0.2 * draws(*x.shape, seed=k).clamp(-2, 2) if x.ndim < 2 else
-                    draws(*x.shape, seed=k) * (2 / x[0].numel()) ** 0.5)
+            near, noise = 1.0 if name.endswith("running_var") else 0.0, draws(*x.shape, seed=k)
+            x.copy_(near + 0.2 * noise.clamp(-2, 2) if x.ndim < 2 else noise * (2 / x[0].numel()) ** 0.5)
     return net.eval()
 
 

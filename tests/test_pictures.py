@@ -65,8 +65,7 @@ def test_principal_directions_are_the_eigenvectors_of_the_covariance():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_planted_factor_names_its_direction_and_moves_the_token(monkeypatch, sheets, sign):
-    """The token is the jaw along one line, and a little noise; direction 1 must be that line, towards an open
-    jaw, whichever way the decomposition points."""
+    """The token is the jaw along one line, and noise: direction 1 is that line, towards an open jaw."""
     draw = torch.Generator().manual_seed(0)
     line, jaw = torch.nn.functional.normalize(torch.randn(12, generator=draw), dim=0), NAMES.index("jaw")
     monkeypatch.setattr(pictures, "render_batched", lambda people, motion, size: motion)
@@ -138,8 +137,7 @@ def test_the_overlay_glows_where_the_token_looks(monkeypatch, sheets):
 
 
 def test_errors_are_those_of_the_frame_least_like_the_photo(monkeypatch, sheets):
-    """Grey clips: frame 2 differs most and drives. A decoder that paints 0.2 too bright: x 4 is 40% of the
-    scale."""
+    """Grey clips: frame 2 differs most and drives. A decoder 0.2 too bright: x 4 is 40% of the scale."""
     grey = torch.tensor([0.0, 0.1, 0.7, -0.3]).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
     clips = [(grey - shift, torch.tensor([0, 0, 0.9, 0])[:, None], torch.zeros(32)) for shift in (0, 0.1)]
     monkeypatch.setattr(pictures, "encode", lambda release, x: x[:, :1, 0, 0])

@@ -35,8 +35,7 @@ def speech(seconds):
 
 
 def video(path, frames, rate=25, size=(64, 96), paint=None, wave=None, lead=0.0, codec="libx264", aspect=1):
-    """A video of `frames` at `rate` (height, width); its sound starts `lead` seconds after the first
-    picture."""
+    """A video of `frames` at `rate` (height, width); its sound starts `lead` seconds after its picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=rate)
@@ -123,8 +122,7 @@ def test_pieces_are_equal_parts_of_scenes():
 
 
 def test_a_mixed_folder(tmp_path):
-    """Good, 30 fps, other containers, two scenes; too short, silent, clipped, noisy, broken, empty, and what
-    is no video."""
+    """Good, 30 fps, other containers, two scenes; short, silent, clipped, noisy, broken, empty, no video."""
     tree = tmp_path / "in"
     video(tree / "anna" / "good.mp4", 50, wave=speech(2))
     video(tree / "anna" / "fast.mkv", 60, rate=30)
@@ -332,8 +330,8 @@ def test_names_that_are_not_utf8(tmp_path):
     os.rename(tmp_path / "a.mp4", os.path.join(folder, b"\xfe.mp4"))
     assert prepare("--videos", os.fsdecode(folder), "--out", tmp_path / "out") == 0
     row, = rows(tmp_path / "out")
-    assert os.fsencode(row["source"]) == b"in\xff 'x'\n/\xfe.mp4" and (tmp_path / "out"
-        / row["file"]).exists()
+    assert os.fsencode(row["source"]) == b"in\xff 'x'\n/\xfe.mp4"
+    assert (tmp_path / "out" / row["file"]).exists()
 
 
 # ---- faces -------------------------------------------------------------------------------------------------
@@ -358,10 +356,9 @@ def test_faces_that_do_not_do_are_told(faces, word):
 
 
 def test_prepare_cuts_the_square_of_the_face(tmp_path):
-    """A video that shows a face smaller and off the middle becomes a clip that shows what a photo's square
-    does."""
-    portrait = Image.open(ROOT / "examples" / "portrait.png").convert("RGB").resize((160, 160),
-        Image.Resampling.LANCZOS)
+    """A face that is small and off the middle of a video is framed in its clip as in a photo."""
+    portrait = Image.open(ROOT / "examples" / "portrait.png").convert("RGB")
+    portrait = portrait.resize((160, 160), Image.Resampling.LANCZOS)
     frame = Image.new("RGB", (320, 240), (90, 110, 130))
     frame.paste(portrait, (140, 40))
     video(tmp_path / "a.mp4", 30, size=(240, 320), paint=lambda k: np.asarray(frame))

@@ -24,8 +24,7 @@ def test_the_reader_survives_its_file_and_any_picture_size(tmp_path):
 
 
 def test_a_mirrored_frame_has_mirrored_motion():
-    """Where the world is symmetric: the head's place. Everything else that has a side changes sign with
-    it."""
+    """Where the world is symmetric, a mirrored picture is that of the mirrored motion."""
     people = random_identity(torch.arange(4))
     people[:, [IDENTITY.index(name) for name in ("parting", "back_dir", "back_wave", "hair_volume")]] = 0.5
     images = render(people, motion := random_motion(torch.arange(4)))

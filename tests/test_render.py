@@ -68,8 +68,7 @@ def test_every_identity_factor_shows(name):
 
 
 def test_a_shift_moves_the_face():
-    """At 200 pixels, shift_x = 1 is 5 pixels to the right and shift_y = 1 is 4 down: the same face,
-    elsewhere."""
+    """At 200 pixels, shift_x = 1 moves the same face 5 pixels to the right, shift_y = 1 moves it 4 down."""
     face = (slice(None), slice(None), slice(60, 140), slice(60, 140))
     plain, right, down = (render(PEOPLE, rest(**m), 200) for m in ({}, {"shift_x": 1}, {"shift_y": 1}))
     torch.testing.assert_close(right.roll(-5, 3)[face], plain[face], atol=2e-3, rtol=0)
@@ -94,8 +93,8 @@ def test_an_eye_blinks_on_its_side_of_the_picture(eye, columns):
 
 @pytest.mark.parametrize("gaze, axis", [("gaze_x", 2), ("gaze_y", 1)])
 def test_the_dark_of_the_eye_goes_where_it_looks(gaze, axis):
-    # (B, H, W)
-    change = (render(PEOPLE, rest(**{gaze: 1}), 64) - render(PEOPLE, rest(**{gaze: -1}), 64)).mean(1)
+    there, back = (render(PEOPLE, rest(**{gaze: x}), 64) for x in (1, -1))
+    change = (there - back).mean(1)                                                                # (B, H, W)
     place = torch.arange(64.0).view(*((1, 1, 64) if axis == 2 else (1, 64, 1)))
     darker, lighter = (part / part.sum((1, 2), keepdim=True)
                        for part in ((-change).clamp(min=0), change.clamp(min=0)))

@@ -1,5 +1,4 @@
-"""media/sound.py: sound of every format comes out as known values; what cannot be used is refused in a
-sentence."""
+"""media/sound.py: sound of every format comes out as known values; other files are refused in a sentence."""
 import io
 import math
 from fractions import Fraction

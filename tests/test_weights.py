@@ -29,8 +29,7 @@ NAMES, CLIPS, FRAMES = list(MOTION), 2, 75
 
 @pytest.fixture(scope="module")
 def shipped():
-    """Models and meta of the shipped weights, their motion reader, and held-out clips (frames, motion,
-    wave)."""
+    """Models and meta of the shipped weights, the motion reader, held-out clips (frames, motion, wave)."""
     models, meta = load_models(WEIGHTS / "semo-tiny.safetensors")
     clips = []
     for seed in range(HELD_OUT, HELD_OUT + CLIPS):
@@ -72,8 +71,8 @@ def test_reconstruction_is_far_above_copying(shipped):
         made = tensor(sample.reenact(models, meta, frames[0], iter(frames), absolute=True))
         copied = frames[:1].expand_as(frames)
         assert made.shape == frames.shape
-        gains.append((metrics.psnr(made[1:], frames[1:])
-                      - metrics.psnr(copied[1:], frames[1:])).mean().item())
+        ours, copying = (metrics.psnr(pred[1:], frames[1:]) for pred in (made, copied))
+        gains.append((ours - copying).mean().item())
         r = factor_correlation(motion_reader, made, motion)
         jaws.append(r["jaw"])
         yaws.append(r["yaw"])
@@ -84,8 +83,7 @@ def test_reconstruction_is_far_above_copying(shipped):
 
 
 def test_speech_moves_the_mouth_and_other_speech_does_not(shipped):
-    """From the photo and the sound alone: jaw and lips as the true ones; with another clip's sound, unrelated
-    to them."""
+    """From photo and sound: jaw and lips as the true ones; with another clip's sound, unrelated to them."""
     models, meta, motion_reader, clips = shipped
     own, other, sharp = [], [], []
     for k, (frames, motion, wave) in enumerate(clips):
@@ -115,12 +113,12 @@ def test_the_shipped_file_of_an_older_format_is_converted_once_and_for_all(shipp
     assert meta_again == meta and meta["format"] == "semo-2"
     old, new = load_file(WEIGHTS / "semo-tiny.safetensors"), load_file(tmp_path / "w.safetensors")
     assert len(old) == len(new)
-    assert sorted(v.double().sum().item() for v in old.values()) == sorted(v.double().sum().item()
-        for v in new.values())
+    sums = (sorted(v.double().sum().item() for v in weights.values()) for weights in (old, new))
+    assert next(sums) == next(sums)
     for kind, model in models.items():
+        state = again[kind].state_dict()
         assert again[kind].config == model.config
-        assert all(torch.equal(value, again[kind].state_dict()[name]) for name,
-                   value in model.state_dict().items())
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 # ---- the format --------------------------------------------------------------------------------------------

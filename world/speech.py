@@ -67,8 +67,10 @@ def _mix(x):
 
 
 def uniform(seeds, n, stream):
-    """Numbers in [0, 1): seeds (B,) int64 -> (B, n) float32. Draw i of a seed and stream is a hash of the
-    three, so it is the same on every device, in every batch, and for every n > i."""
+    """Draw numbers in [0, 1): seeds (B,) int64 -> (B, n) float32.
+
+    Draw i of a seed and stream is a hash of the three: the same on every device, in every batch, for every n.
+    """
     golden = 0x9E3779B97F4A7C15 - 2**64
     key = _mix(_mix(seeds) + torch.full_like(seeds, stream) * golden)
     counter = torch.arange(1, n + 1, device=seeds.device) * golden
