@@ -125,27 +125,27 @@ EMOTION_MEASURES = {
 STAGE_2_MEASURES = {"past": TALK_MEASURES, "emotion": EMOTION_MEASURES}
 
 
-def slug(table, row):
+def slug(table, variant):
     """Name a run's folder."""
-    return f"{table}-{row}".replace(" ", "").replace("%", "").replace(",", "-")
+    return f"{table}-{variant}".replace(" ", "").replace("%", "").replace(",", "-")
 
 
 def folders(table):
-    """-> {row: its run's folder}; rows of stage 1 that change nothing share the run `base`."""
+    """-> {variant: its run's folder}; variants of stage 1 that change nothing share the run `base`."""
     variants = STAGE_2.get(table) or TABLES[table]
-    return {row: slug(table, row) if change else "base" for row, change in variants.items()}
+    return {variant: slug(table, variant) if change else "base" for variant, change in variants.items()}
 
 
 def runs(tables):
     """List the runs of tables -> {folder: (preset, share of the past masked, None in stage 1; measures)}."""
     presets = {}
     for table in tables:
-        for row, folder in folders(table).items():
+        for variant, folder in folders(table).items():
             if table in STAGE_2:
-                change, share = STAGE_2[table][row]
+                change, share = STAGE_2[table][variant]
                 presets[folder] = {**PAST, **change}, share, STAGE_2_MEASURES[table]
             else:
-                presets[folder] = {**BASE, **TABLES[table][row]}, None, MEASURES
+                presets[folder] = {**BASE, **TABLES[table][variant]}, None, MEASURES
     return presets
 
 
@@ -181,14 +181,14 @@ def print_table(table, results):
     """Print one table as Markdown, from results {folder: [{measure: number} of each seed]}."""
     measures = STAGE_2_MEASURES.get(table, MEASURES)
     print(f"\n**{TITLES[table]}**\n\n| | {' | '.join(measures)} |\n|{'---|' * (len(measures) + 1)}")
-    for row, folder in folders(table).items():
+    for variant, folder in folders(table).items():
         cells = []
         for name, (_, _, digits) in measures.items():
             values = [seed[name] for seed in results[folder]]
             numbers = sum(values) / len(values), min(values), max(values)
             mean, low, high = (f"{x:.{digits}f}" for x in numbers)
             cells.append(f"{mean} [{low} {high}]")
-        print(f"| {row} | {' | '.join(cells)} |")
+        print(f"| {variant} | {' | '.join(cells)} |")
 
 
 def plot(results, tables, width=290, height=220):

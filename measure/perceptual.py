@@ -33,7 +33,8 @@ PUBLISHED = {                 # what each network measures, its files, and where
         "alexnet-owt-7be5be79.pth": "https://download.pytorch.org/models",
         "alex.pth": "https://github.com/richzhang/PerceptualSimilarity/tree/master/lpips/weights/v0.1"}),
     "inception": ("FID", {
-        "inception-2015-12-05.pt": "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"}),
+        "inception-2015-12-05.pt":
+            "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"}),
     "i3d": ("FVD", {
         "i3d_torchscript.pt": "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt"}),
     "syncnet": ("Sync-C and Sync-D", {

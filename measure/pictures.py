@@ -46,12 +46,12 @@ def difference(a, b, gain):
     return heat(gain * (a - b).abs().mean(0) / 2)
 
 
-def sheet(title, head, rows, side=None):
-    """Lay out rows of pictures, each (x (3, H, W) in [-1, 1], note), under texts `head`, beside texts `side`.
+def sheet(title, head, rows, labels=None):
+    """Lay out rows of pictures, each (x (3, H, W) in [-1, 1], note), under `head`, beside `labels`.
 
     -> figure of matplotlib; a picture takes about 130 pixels.
     """
-    width = max(135 * len(head) + (150 if side else 0), 7 * max(map(len, title.split("\n"))))
+    width = max(135 * len(head) + (150 if labels else 0), 7 * max(map(len, title.split("\n"))))
     figure = new_figure(width, 135 * len(rows) + 90)
     figure.suptitle(title)
     for i, axes in enumerate(figure.subplots(len(rows), len(head), squeeze=False)):
@@ -59,8 +59,8 @@ def sheet(title, head, rows, side=None):
             ax.imshow(to_uint8(x.cpu()).permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.text(0.03, 0.04, note, color="white", transform=ax.transAxes)
             ax.set(xticks=[], yticks=[])
-        if side:
-            axes[0].set_ylabel(side[i], rotation=0, ha="right", va="center")
+        if labels:
+            axes[0].set_ylabel(labels[i], rotation=0, ha="right", va="center")
         if i == 0:
             for ax, text in zip(axes, head, strict=True):
                 ax.set_title(text, fontsize="medium")
@@ -133,19 +133,18 @@ def token_pca(checkpoint):
 
 def directions(checkpoint, photo, pca):
     """Draw photo (3, H, W) with its token moved along each principal direction."""
-    m_ref, side, rows = encode(checkpoint, photo[None]), [], []
+    m_ref, labels, rows = encode(checkpoint, photo[None]), [], []
     for k, correlations in enumerate(pca.correlations):
         changes = torch.tensor(STEPS)[:, None] * pca.deviations[k] * pca.axes[k]                    # (n, L*D)
         frames = decode_clip(checkpoint, photo, m_ref + changes.to(m_ref), checkpoint.meta["steps"], 0)
         rows.append([(x, "") for x in (*frames, difference(frames[0], frames[-1], GAIN / 2))])
-        first, second = correlations.abs().topk(2).indices.tolist()
-        side.append(f"{k + 1}: {pca.shares[k]:.1%} of variance\n\n{NAMES[first]} {correlations[first]:+.2f}\n"
-                    f"({NAMES[second]} {correlations[second]:+.2f})")
+        first, second = (f"{NAMES[j]} {correlations[j]:+.2f}" for j in correlations.abs().topk(2).indices)
+        labels.append(f"{k + 1}: {pca.shares[k]:.1%} of variance\n\n{first}\n({second})")
     title = (f"A photo's token moved along each principal direction (sd: standard deviations)\n"
              f"of the tokens of {len(pca.motion)} unseen synthetic people. Left: the true motion factors\n"
              "that correlate most with the place along it, and how much.")
     return sheet(title, [*(f"{x:+d} sd" if x else "as it is" for x in STEPS),
-                         f"change, first\nto last, x {GAIN / 2:g}"], rows, side)
+                         f"change, first\nto last, x {GAIN / 2:g}"], rows, labels)
 
 
 def trajectories(checkpoint, pca):
@@ -216,9 +215,10 @@ def attention(checkpoint, frames):
     maps = weights[..., : -c.num_tokens].unflatten(2, (c.image_size // c.patch_size, -1))  # (n, depth, h, w)
     smooth = F.interpolate(maps, size=frames.shape[-2:], mode="bicubic").clamp(min=0)
     smooth = heat(smooth / smooth.amax((2, 3), keepdim=True))                            # (n, depth, 3, H, W)
-    most = maps.amax((2, 3))                                                             # (n, depth)
-    rows = [[(x, ""), *((0.45 * x + 0.55 * m + 0.1, f"{share:.0%}") for m, share in zip(*row, strict=True))]
-            for x, *row in zip(frames, smooth, most, strict=True)]
+    rows = []
+    for x, layers, shares in zip(frames, smooth, maps.amax((2, 3)), strict=True):
+        overlays = 0.45 * x + 0.55 * layers + 0.1                                        # (depth, 3, H, W)
+        rows.append([(x, ""), *((m, f"{share:.0%}") for m, share in zip(overlays, shares, strict=True))])
     title = ("Where the motion token looks in each layer of the encoder: its attention to the\n"
              "frame's patches, mean over heads. White: the patch that gets most, and its share.")
     return sheet(title, ["frame", *(f"layer {k + 1}" for k in range(maps.shape[1]))], rows)

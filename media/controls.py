@@ -27,9 +27,9 @@ def parse_controls(text, controls, frames):
             points = [float(v) for v in values.replace(":", ",").split(",")]
         except ValueError:
             raise InputError(f"--controls: {item!r} is not NAME=number, NAME=from:to or NAME=a,b,c") from None
-        low, high, unit = (controls[names[0]][key] for key in ("low", "high", "unit"))
+        low, high, units = (controls[names[0]][key] for key in ("low", "high", "unit"))
         if not all(low <= v <= high for v in points):
-            raise InputError(f"--controls: {name} goes from {low:g} to {high:g} {unit}".rstrip())
+            raise InputError(f"--controls: {name} goes from {low:g} to {high:g} {units}".rstrip())
         points = torch.tensor(points)[None, None]
         values = F.interpolate(points, size=frames, mode="linear", align_corners=True)[0, 0]       # (frames,)
         for n in names:

@@ -113,9 +113,9 @@ class YuNet:
     def find(self, rgb):
         """Find faces in (H, W, 3) uint8 -> [(Square, True)]."""
         self.net.setInputSize(rgb.shape[1::-1])
-        _, rows = self.net.detect(np.ascontiguousarray(rgb[:, :, ::-1]))
-        rows = () if rows is None else rows
-        return [(square_of_points(row[:4], row[4:14].reshape(5, 2)), True) for row in rows]
+        _, faces = self.net.detect(np.ascontiguousarray(rgb[:, :, ::-1]))
+        return [(square_of_points(face[:4], face[4:14].reshape(5, 2)), True)
+                for face in (() if faces is None else faces)]
 
 
 def square_of_box(box, eyes=None):

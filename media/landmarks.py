@@ -81,18 +81,18 @@ def read_clip(path, mesh_class):
 def label(folder, mesh_class):
     """Write landmarks/*.npz for each clip of a prepared folder that lacks it -> number of clips."""
     with open(os.path.join(folder, "manifest.jsonl"), encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
+        records = [json.loads(line) for line in file if line.strip()]
     os.makedirs(os.path.join(folder, "landmarks"), exist_ok=True)
-    for number, row in enumerate(rows, 1):
-        path = os.path.join(folder, landmark_file(row["file"]))
+    for number, record in enumerate(records, 1):
+        path = os.path.join(folder, landmark_file(record["file"]))
         if not os.path.exists(path):
-            points, size = read_clip(os.path.join(folder, row["file"]), mesh_class)
+            points, size = read_clip(os.path.join(folder, record["file"]), mesh_class)
             np.savez(path + ".part.npz", factors=read_factors(points).astype(np.float32),
                      ellipses=ellipses(points, size).astype(np.float32))
             os.replace(path + ".part.npz", path)
-        print(f"\r{folder}: {number} of {len(rows)} clips", end="", flush=True)
+        print(f"\r{folder}: {number} of {len(records)} clips", end="", flush=True)
     print()
-    return len(rows)
+    return len(records)
 
 
 def landmark_file(clip):

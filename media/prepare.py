@@ -149,8 +149,8 @@ def audio_quality(wave):
     if clipped > MAX_CLIPPED:
         return f"clipped: {clipped:.1%} of the samples"
     powers = np.square(wave[: len(wave) // 320 * 320].reshape(-1, 320)).mean(1)            # 20 ms
-    quiet, loud = 10 * np.log10(np.percentile(powers, [10, 95]) + 1e-12)
-    return f"noisy: pauses only {loud - quiet:.0f} dB below speech" if loud - quiet < MIN_RANGE else None
+    pause, speech = 10 * np.log10(np.percentile(powers, [10, 95]) + 1e-12)
+    return f"noisy: pauses only {speech - pause:.0f} dB below speech" if speech - pause < MIN_RANGE else None
 
 
 def split_audio(path, scenes):

@@ -150,8 +150,8 @@ def phones(seeds, v, steps):
     released = (phone[..., 11] > 0) & ~closing
     phone[..., 6:8] *= ~closing[..., None]
     phone[..., 10] *= ~released
-    loudness = 10 ** (0.8 * (u[..., 9] - 0.7) + 0.15 * stress)
-    how = torch.stack([0.75 + 0.35 * stress, loudness, stress - 0.5], 2)
+    power = 10 ** (0.8 * (u[..., 9] - 0.7) + 0.15 * stress)
+    how = torch.stack([0.75 + 0.35 * stress, power, stress - 0.5], 2)
     index = torch.arange(steps, device=seeds.device).expand_as(index_of_phone)
     since = index - torch.where(index_of_phone % 4 == 0, index, 0).cummax(1).values
     return phone, how.gather(1, (index_of_phone // 4)[..., None].expand(-1, -1, 3)), since
