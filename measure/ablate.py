@@ -31,7 +31,7 @@ from generator import GeneratorConfig
 from measure import evaluate
 from measure.checkpoint import command_parser, write_json
 from media.charts import import_figure, new_figure, save_figure
-from media.files import InputError
+from media.files import InputError, command
 
 SHAPE = dict(image_size=32, patch_size=8, num_tokens=1, token_dim=64)
 BASE = dict(encoder=EncoderConfig(**SHAPE, width=96, depth=3, heads=2),
@@ -229,30 +229,26 @@ def parse(argv):
     return args
 
 
+@command("measure.ablate")
 def main(argv=None):
-    """-> exit status: 0, 130 if it was stopped and can go on, 2 after one sentence about bad input."""
+    """-> exit status: 0, 130 if it was stopped and can go on, 2 for bad input."""
     args, results = parse(argv), {}
-    try:
-        if args.png:
-            import_figure()                                      # as the next: refuse now
-        if set(args.only) & set(STAGE_2):
-            sample.load_models(args.ckpt)                        # refuse now what cannot be read hours later
-        for seed in args.seeds:                                  # all variants of a seed first: a table early
-            for name, variant in runs(args.only).items():
-                numbers = run(os.path.join(args.out, f"{name}-{seed}"), *variant, seed, args)
-                if numbers is None:
-                    return 130
-                results.setdefault(name, []).append(numbers)
-        for table in args.only:
-            print_table(table, results)
-        if args.png:
-            save_figure(plot(results, [table for table in args.only if table in TABLES]), args.png)
-        if args.json:
-            write_json(args.json, results)
-    except InputError as error:
-        print(f"measure.ablate: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if args.png:
+        import_figure()                                      # as the next: refuse now
+    if set(args.only) & set(STAGE_2):
+        sample.load_models(args.ckpt)                        # refuse now what cannot be read hours later
+    for seed in args.seeds:                                  # all variants of a seed first: a table early
+        for name, variant in runs(args.only).items():
+            numbers = run(os.path.join(args.out, f"{name}-{seed}"), *variant, seed, args)
+            if numbers is None:
+                return 130
+            results.setdefault(name, []).append(numbers)
+    for table in args.only:
+        print_table(table, results)
+    if args.png:
+        save_figure(plot(results, [table for table in args.only if table in TABLES]), args.png)
+    if args.json:
+        write_json(args.json, results)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from media import audio_features
 from media.compose import read_photo
 from media.device import autocast, fast_bf16, pick_device
 from media.face import load_detector
-from media.files import InputError
+from media.files import command
 from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks, load_audio
 from media.video import VideoWriter
 from world.speech import speak
@@ -322,18 +322,14 @@ def parse(argv):
     return args
 
 
+@command("measure.bench")
 def main(argv=None):
     args = parse(argv)
-    try:
-        device = pick_device(args.device)
-        print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-        results = {name: PARTS[name](args, device) for name in args.parts or PARTS}
-        if args.json:
-            write_json(args.json, results)
-    except InputError as error:
-        print(f"measure.bench: {error}", file=sys.stderr)
-        return 2
-    return 0
+    device = pick_device(args.device)
+    print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    results = {name: PARTS[name](args, device) for name in args.parts or PARTS}
+    if args.json:
+        write_json(args.json, results)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from measure import metrics
 from measure.checkpoint import command_parser, decode_clip, encode, open_checkpoint, render_batched
 from measure.metrics import NAMES
 from media.charts import import_figure, new_figure, save_figure
-from media.files import InputError
+from media.files import InputError, command
 from media.image import to_uint8
 from media.sound import FPS
 from world.people import HELD_OUT, random_clip, random_motion
@@ -224,29 +224,24 @@ def attention(checkpoint, frames):
     return sheet(title, ["frame", *(f"layer {k + 1}" for k in range(maps.shape[1]))], rows)
 
 
+@command("measure.pictures")
 def main(argv=None):
-    """-> exit status: 0, or 2 after one sentence about what cannot be used."""
     parser = command_parser("pictures", __doc__)
     parser.add_argument("--out", default="pictures", help="folder of the PNG files (default: %(default)s)")
     parser.add_argument("--data", help="a folder of data.py prepare (default: the synthetic world)")
     args, start = parser.parse_args(argv), time.time()
-    try:
-        import_figure()                                             # refuse before the work
-        with torch.inference_mode():
-            checkpoint = open_checkpoint(args, "encoder", "decoder")
-            clips = test_clips(args, checkpoint.meta["size"])
-            pca = token_pca(checkpoint)
-            figures = {"errors": errors(checkpoint, clips),
-                       "directions": directions(checkpoint, clips[-2][0][0], pca),
-                       "trajectories": trajectories(checkpoint, pca),
-                       "attention": attention(checkpoint, torch.stack([frames[-1] for frames, *_ in clips]))}
-        for name, figure in figures.items():
-            save_figure(figure, Path(args.out) / f"{name}.png")
-    except InputError as error:
-        print(f"measure.pictures: {error}", file=sys.stderr)
-        return 2
+    import_figure()                                             # refuse before the work
+    with torch.inference_mode():
+        checkpoint = open_checkpoint(args, "encoder", "decoder")
+        clips = test_clips(args, checkpoint.meta["size"])
+        pca = token_pca(checkpoint)
+        figures = {"errors": errors(checkpoint, clips),
+                   "directions": directions(checkpoint, clips[-2][0][0], pca),
+                   "trajectories": trajectories(checkpoint, pca),
+                   "attention": attention(checkpoint, torch.stack([frames[-1] for frames, *_ in clips]))}
+    for name, figure in figures.items():
+        save_figure(figure, Path(args.out) / f"{name}.png")
     print(f"{args.out}: {', '.join(f'{name}.png' for name in figures)}; {time.time() - start:.0f} s")
-    return 0
 
 
 if __name__ == "__main__":

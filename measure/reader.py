@@ -21,7 +21,7 @@ from torch import nn
 
 from measure import metrics
 from media.device import autocast
-from media.files import InputError, atomic_write
+from media.files import InputError, atomic_write, command
 from media.image import to_uint8
 from training import update_ema
 from world.people import HELD_OUT, random_clip, random_motion
@@ -158,6 +158,7 @@ def load_regressor(path):
     return regressor.eval().requires_grad_(False)
 
 
+@command("measure.reader")
 def main(argv=None):
     """Train the reader, and print how well it reads unseen people."""
     parser = argparse.ArgumentParser(prog="python -m measure.reader", description=__doc__, allow_abbrev=False,
@@ -168,15 +169,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.minutes < 0.01:
         parser.error("--minutes must be at least 0.01")
-    try:
-        train_regressor(args.out, args.minutes)
-    except InputError as error:
-        print(f"measure.reader: {error}", file=sys.stderr)
-        return 2
-    read = read_back(load_regressor(args.out),
-                     [true_frames(number, 64, HELD_OUT) for number in range(8, 24)]).tolist()
+    train_regressor(args.out, args.minutes)
+    test = [true_frames(number, 64, HELD_OUT) for number in range(8, 24)]
+    correlation = read_back(load_regressor(args.out), test).tolist()
     print("true frames of unseen people, correlation of what is read with what is true")
-    print("\n".join(f"{name:12} {value:.3f}" for name, value in zip(NAMES, read, strict=True)))
+    print("\n".join(f"{name:12} {value:.3f}" for name, value in zip(NAMES, correlation, strict=True)))
 
 
 if __name__ == "__main__":

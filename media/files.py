@@ -3,8 +3,10 @@
 Whatever is wrong with a user's file ends in InputError: one sentence that names the file, what is wrong and
 what would be right.
 """
+import functools
 import json
 import os
+import sys
 from contextlib import contextmanager, suppress
 from glob import escape, glob
 from pathlib import Path
@@ -25,6 +27,20 @@ class InputError(ValueError):
 
 class OutputError(InputError):
     """A result cannot be written: the disk is full, the folder protected."""
+
+
+def command(name):
+    """Decorate a main(argv): it returns its exit status; an InputError is told on stderr and is status 2."""
+    def decorate(main):
+        @functools.wraps(main)
+        def run(argv=None):
+            try:
+                return main(argv) or 0
+            except InputError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                return 2
+        return run
+    return decorate
 
 
 def check_file(path, wanted):

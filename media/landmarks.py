@@ -9,11 +9,12 @@ measure/landmarks.py judges with the attention mesh. MediaPipe needs numpy < 2 (
 this may run in an environment of its own; it needs only mediapipe, numpy and av.
 """
 import argparse
-import json
 import os
 import sys
 
 import numpy as np
+
+from media.files import InputError, atomic_write, command, read_lines
 
 FACTORS = ("opening", "width", "lid_left", "lid_right", "yaw", "pitch", "roll", "brow", "corner", "furrow")
 # Usual difference of two frames of a clip (median over clips); what mirroring a picture does to the factors.
@@ -79,20 +80,18 @@ def read_clip(path, mesh_class):
 
 
 def label(folder, mesh_class):
-    """Write landmarks/*.npz for each clip of a prepared folder that lacks it -> number of clips."""
-    with open(os.path.join(folder, "manifest.jsonl"), encoding="utf-8") as file:
-        records = [json.loads(line) for line in file if line.strip()]
+    """Write landmarks/*.npz for each clip of a prepared folder that lacks it. Raises InputError."""
+    records = read_lines(os.path.join(folder, "manifest.jsonl"))
     os.makedirs(os.path.join(folder, "landmarks"), exist_ok=True)
     for number, record in enumerate(records, 1):
         path = os.path.join(folder, landmark_file(record["file"]))
         if not os.path.exists(path):
             points, size = read_clip(os.path.join(folder, record["file"]), mesh_class)
-            np.savez(path + ".part.npz", factors=read_factors(points).astype(np.float32),
-                     ellipses=ellipses(points, size).astype(np.float32))
-            os.replace(path + ".part.npz", path)
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, factors=read_factors(points).astype(np.float32),
+                         ellipses=ellipses(points, size).astype(np.float32))
         print(f"\r{folder}: {number} of {len(records)} clips", end="", flush=True)
     print()
-    return len(records)
 
 
 def landmark_file(clip):
@@ -100,6 +99,7 @@ def landmark_file(clip):
     return os.path.join("landmarks", os.path.splitext(os.path.basename(clip))[0] + ".npz")
 
 
+@command("media.landmarks")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,17 +109,12 @@ def main(argv=None):
     try:
         from mediapipe.python.solutions.face_mesh import FaceMesh
     except ImportError as error:
-        print(f"media.landmarks: needs mediapipe==0.10.21 ({error}); see requirements-measure.txt",
-              file=sys.stderr)
-        return 2
+        raise InputError(f"needs mediapipe==0.10.21 ({error}); see requirements-measure.txt") from None
     for folder in args.data:
         if not os.path.isfile(os.path.join(folder, "manifest.jsonl")):
-            print(f"media.landmarks: {folder} holds no manifest.jsonl; make it with data.py prepare",
-                  file=sys.stderr)
-            return 2
+            raise InputError(f"{folder} holds no manifest.jsonl; make it with data.py prepare")
     for folder in args.data:
         label(folder, FaceMesh)
-    return 0
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from media.face import (
     median_square,
     middle_square,
 )
-from media.files import InputError, OutputError, printable, read_lines, write_lines
+from media.files import InputError, OutputError, command, printable, read_lines, write_lines
 from media.sound import FPS, SAMPLES_PER_FRAME, audio_chunks, has_audio
 from media.video import VideoWriter, read_frames
 
@@ -440,15 +440,12 @@ def parse(argv):
     return args
 
 
+@command("data.py")
 def main(argv=None):
     args = parse(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         prepare(args)
-    except InputError as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("data.py: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    return 0

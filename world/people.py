@@ -16,7 +16,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from media.files import InputError, atomic_write
+from media.files import InputError, atomic_write, command
 from media.image import to_uint8
 from media.sound import FPS, SAMPLE_RATE
 from media.video import VideoWriter
@@ -236,31 +236,24 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+@command("world.people")
 def main(argv=None):
     args = parse(argv)
     frames = round(args.seconds * FPS) if 0 < args.seconds < 1e6 else 0
     if args.clips < 1 or args.seed < 0 or frames < 1 or args.size < 16 or args.size % 2:
-        print(f"world.people: --clips {args.clips} must be at least 1, --seed {args.seed} at least 0, "
-              f"--seconds {args.seconds} at least a frame, --size {args.size} an even number from 16 on",
-              file=sys.stderr)
-        return 2
-    try:
-        os.makedirs(args.out, exist_ok=True)
-        for seed in tqdm(range(args.seed, args.seed + args.clips), unit="clip"):
-            factors = {name: value[0] for name, value in random_clip(torch.tensor([seed]), frames).items()}
-            stem = os.path.join(args.out, f"{seed:06d}")
-            with atomic_write(stem + ".wav") as temporary:
-                soundfile.write(temporary, factors["wave"].numpy(), SAMPLE_RATE, format="WAV")
-            with VideoWriter(stem + ".mp4", args.size, sound=stem + ".wav") as video:
-                for frame in render_clip(factors["identity"], factors["motion"], args.size):
-                    video.write(frame)
-            with atomic_write(stem + ".npz") as temporary, open(temporary, "wb") as file:
-                np.savez(file, **{name: factors[name] for name in ("identity", "motion", "emotion")},
-                         identity_names=IDENTITY, motion_names=list(MOTION), emotion_names=EMOTIONS)
-    except (InputError, OSError) as error:
-        print(f"world.people: {error}", file=sys.stderr)
-        return 2
-    return 0
+        raise InputError(f"--clips {args.clips} must be at least 1, --seed {args.seed} at least 0, --seconds "
+                         f"{args.seconds} at least a frame, --size {args.size} an even number from 16 on")
+    for seed in tqdm(range(args.seed, args.seed + args.clips), unit="clip"):
+        factors = {name: value[0] for name, value in random_clip(torch.tensor([seed]), frames).items()}
+        stem = os.path.join(args.out, f"{seed:06d}")
+        with atomic_write(stem + ".wav", make_folder=True) as temporary:
+            soundfile.write(temporary, factors["wave"].numpy(), SAMPLE_RATE, format="WAV")
+        with VideoWriter(stem + ".mp4", args.size, sound=stem + ".wav") as video:
+            for frame in render_clip(factors["identity"], factors["motion"], args.size):
+                video.write(frame)
+        with atomic_write(stem + ".npz") as temporary, open(temporary, "wb") as file:
+            np.savez(file, **{name: factors[name] for name in ("identity", "motion", "emotion")},
+                     identity_names=IDENTITY, motion_names=list(MOTION), emotion_names=EMOTIONS)
 
 
 if __name__ == "__main__":
