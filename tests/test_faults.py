@@ -26,7 +26,7 @@ import train_gen
 import training
 from measure import ablate, bench, evaluate, pictures, reader
 from media import prepare
-from media.files import InputError, OutputError, write_lines
+from media.files import InputError, OutputError, read_lines, write_lines
 from media.video import VideoWriter
 from media.weights import save_weights
 from world import people
@@ -217,3 +217,55 @@ def test_a_pipe_to_a_full_disk_is_told(odd):
                               cwd=Path(__file__).parent.parent, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2 and b"Traceback" not in done.stderr
     assert b"No space left" in done.stderr.splitlines()[-1]
+
+
+# ---- many videos -------------------------------------------------------------------------------------------
+
+def break_video(path, how, whole):
+    """Put in place of a video what cannot be used, in one of ten ways."""
+    path.unlink()
+    if how == 0:
+        path.write_bytes(b"")
+    elif how == 1:
+        path.write_text("no video at all")
+    elif how == 2:
+        path.write_bytes(np.random.default_rng(0).bytes(20_000))
+    elif how == 3:
+        path.write_bytes(whole[:len(whole) // 2])
+    elif how == 4:
+        path.write_bytes(whole[:100])
+    elif how == 5:
+        path.write_bytes(bytes(400) + whole[400:])
+    elif how == 6:
+        soundfile.write(str(path.with_suffix(".wav")), 0.1 * np.ones(16000), 16000)
+        path.with_suffix(".wav").rename(path)
+    elif how == 7:
+        make_video(path, 5)                                      # shorter than a second
+    elif how == 8:
+        path.symlink_to("nowhere.mp4")
+    else:
+        os.mkfifo(path)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_broken_videos_cost_themselves_alone(tmp_path):
+    """VIDEOS=200: so many, a quarter of them broken in ten ways."""
+    number = int(os.environ.get("VIDEOS", 200))
+    make_video(tmp_path / "whole.mp4", 30)
+    whole, bad = (tmp_path / "whole.mp4").read_bytes(), set()
+    for k in range(number):
+        path = tmp_path / "in" / f"person{k % 7}" / f"{k:03d}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(whole)
+        if k % 4 == 3:
+            break_video(path, k // 4 % 10, whole)
+            bad.add(f"in/person{k % 7}/{path.name}")
+    done = subprocess.run([sys.executable, "data.py", "prepare", "--crop", "centre", "--size", "32", "--jobs",
+                           "1", "--videos", str(tmp_path / "in"), "--out", str(tmp_path / "out")],
+                          cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    kept, dropped = (read_lines(tmp_path / "out" / f"{name}.jsonl") for name in ("manifest", "dropped"))
+    assert {row["source"] for row in dropped} == bad and all(row["reason"] for row in dropped)
+    assert len(kept) == number - len(bad) and not {row["source"] for row in kept} & bad
+    assert len(os.listdir(tmp_path / "out" / "clips")) == len(kept)

@@ -1,8 +1,11 @@
 """media/video.py: frames keep their time, written files play and are whole or absent."""
+import fcntl
 import io
 import math
 import os
 import struct
+import threading
+import time
 from contextlib import nullcontext
 from fractions import Fraction
 
@@ -281,6 +284,28 @@ def test_a_reader_that_goes_away_and_a_full_disk():
 
 
 # ---------------------------------------------------------------------------------------- what is left behind
+def test_a_slow_reader_gets_every_byte():
+    """Of a pipe that holds a page; writing waits for it."""
+    pictures = np.random.default_rng(0).integers(0, 255, (10, 64, 64, 3), dtype=np.uint8)
+    whole, got, (source, target) = io.BytesIO(), [], os.pipe()
+    fcntl.fcntl(target, fcntl.F_SETPIPE_SZ, 4096)
+
+    def read():
+        while piece := os.read(source, 1000):
+            got.append(piece)
+            time.sleep(0.002)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with open(target, "wb", buffering=0) as pipe:
+        for file in (whole, pipe):
+            with VideoWriter(file, 64) as video:
+                for picture in pictures:
+                    video.write(picture)
+    reader.join()
+    assert b"".join(got) == whole.getvalue() and len(got) > 10
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
 def test_interrupted_writing_leaves_nothing(tmp_path, error):
     def fail(k):
