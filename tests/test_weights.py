@@ -7,6 +7,7 @@ a floor.
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from test_training import META, networks
 
 import sample
-from measure import metrics, reader
+from measure import emotions, metrics, reader
+from measure.checkpoint import decode_clip
 from media import audio_features
+from media.latents import Pixel
 from media.weights import save_weights
 from sample import load_models
 from world.people import HELD_OUT, random_clip
@@ -95,6 +98,23 @@ def test_speech_moves_the_mouth_and_other_speech_does_not(shipped):
     assert min(own) > 0.85
     assert max(map(abs, other)) < 0.4
     assert 0.7 < min(sharp) <= max(sharp) < 1.2
+
+
+@torch.inference_mode()
+def test_emotions_move_the_corners_of_the_mouth(shipped):
+    """Of a calm photo with its own speech: lip corners, as read off the frames, up when happy and down when
+    sad."""
+    models, meta, motion_reader, clips = shipped
+    checkpoint = SimpleNamespace(**models, space=Pixel(), meta=meta, device=torch.device("cpu"))
+    changes = []
+    for frames, _, wave in clips:
+        tokens = emotions.generate_moods(checkpoint, frames[0], wave, emotions.EYE[:3], 0)[:, 12::4]
+        made = decode_clip(checkpoint, frames[0], tokens.flatten(0, 1), meta["steps"], 0)
+        corners = motion_reader(made)[:, NAMES.index("lip_corner")].view(3, -1).mean(1)
+        neutral, happy, sad = corners.tolist()
+        changes.append((happy - neutral, happy - sad))
+    assert sum(happy for happy, _ in changes) / CLIPS > 0.12, changes
+    assert min(both for _, both in changes) > 0.2, changes
 
 
 def test_released_defaults(shipped):
