@@ -232,16 +232,15 @@ def write_clips(path, scenes, kept, out, size):
                 next(images)
             continue
         record, sound = rows[start], None if audio is None else torch.from_numpy(audio)
-        tight, path_out = Square(*record["square"]), os.path.join(out, record["file"])
+        tight, clip = Square(*record["square"]), os.path.join(out, record["file"])
+        square = replace(tight, side=MARGIN * tight.side)
         comment = f"A part of {record['source']}, prepared for training."
-        with VideoWriter(path_out, margin_px(size), sound, comment, KEYFRAMES) as video:
+        with VideoWriter(clip, margin_px(size), sound, comment, KEYFRAMES) as video:
             for _ in range(count):
-                square = replace(tight, side=MARGIN * tight.side)
                 video.write(crop_square(next(images), square, margin_px(size)))
 
 
 # ---- all videos --------------------------------------------------------------------------------------------
-
 
 def find_videos(folders):
     """List all videos below the folders -> sorted [(path, source): the folder's name and the path in it]."""
@@ -257,10 +256,9 @@ def find_videos(folders):
     if not videos:
         raise InputError(f"{', '.join(folders)}: no video file below; give folders that hold mp4, mov, mkv, "
                          "webm or avi files")
-    names = Counter(name for _, name in videos)
-    if max(names.values()) > 1:
-        raise InputError(f"--videos names two folders with the same last part and the same file in both: "
-                         f"{names.most_common(1)[0][0]}")
+    (name, count), = Counter(name for _, name in videos).most_common(1)
+    if count > 1:
+        raise InputError(f"--videos: two folders have the same last part, and the same file in both: {name}")
     return sorted(videos, key=lambda pair: pair[1])
 
 
@@ -335,20 +333,25 @@ def lock_folder(folder):
         yield
 
 
-def prepare(args):
-    """Run the command. OUT/parts keeps each video's outcome: started again, it goes on with the others."""
-    todo, known = find_videos(args.videos), {}
-    for record in read_lines(args.people) if args.people else ():
+def read_people(path):
+    """Read the list of --people -> {real path of a video: {"identity", "split"}}. Raises InputError."""
+    people, folder = {}, os.path.dirname(os.path.abspath(path))
+    for record in read_lines(path):
         name, file = record.get("identity", record.get("ident")), record.get("file")
         split = record.get("split")
         if not (isinstance(name, str) and isinstance(file, str) and split in (None, "train", "test")):
-            raise InputError(f"{args.people}: each line needs file and identity, "
-                             "and may have split: train or test")
+            raise InputError(f"{path}: each line needs file and identity, and may have split: train or test")
         try:
-            path = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(args.people)), file))
+            video = os.path.realpath(os.path.join(folder, file))
         except ValueError:                                       # a zero byte, half a character
-            raise InputError(f"{args.people}: {file!a} cannot be the name of a file") from None
-        known[path] = {"identity": name, "split": split or split_of(name)}
+            raise InputError(f"{path}: {file!a} cannot be the name of a file") from None
+        people[video] = {"identity": name, "split": split or split_of(name)}
+    return people
+
+
+def prepare(args):
+    """Run the command. OUT/parts keeps each video's outcome: started again, it goes on with the others."""
+    todo, people = find_videos(args.videos), read_people(args.people) if args.people else {}
     if args.crop == "face":
         load_detector(args.detector)                             # refuse now rather than once a video
     for folder in ("clips", "parts"):
@@ -357,7 +360,7 @@ def prepare(args):
         except OSError as error:
             raise InputError(f"--out {args.out} cannot be made: {error.strerror}") from None
     with lock_folder(args.out):
-        prepare_all(args, todo, known)
+        prepare_all(args, todo, people)
 
 
 def read_part(path, out):
@@ -376,8 +379,11 @@ def read_part(path, out):
     return part if complete else None
 
 
-def prepare_all(args, todo, known):
-    """Prepare the videos todo [(path, source)] into args.out, which no other process writes to now."""
+def prepare_all(args, todo, people):
+    """Prepare the videos todo [(path, source)] into args.out, which no other process writes to now.
+
+    people: identity and split of those listed, see read_people().
+    """
     for folder in ("clips", "parts", ""):
         for name in os.listdir(os.path.join(args.out, folder)):
             if name.startswith(".") and name.endswith(".part"):  # left by a run that was killed
@@ -398,8 +404,8 @@ def prepare_all(args, todo, known):
             labels = parse_identity(name, folder)
             if "/" not in labels["identity"]:
                 labels["identity"] = f"{folder}/{labels['identity']}"
-            labels = {**labels, "split": split_of(labels["identity"]),
-                      **known.get(os.path.realpath(path), {})}
+            labels["split"] = split_of(labels["identity"])
+            labels.update(people.get(os.path.realpath(path), {}))
             jobs[workers.submit(path, source, labels, args.out, args.size, args.crop, args.detector)] = source
         for job in as_completed(jobs):
             write_lines(parts[jobs[job]], [job.result()])
@@ -409,9 +415,8 @@ def prepare_all(args, todo, known):
     write_lines(os.path.join(args.out, "dropped.jsonl"), dropped)
     write_lines(os.path.join(args.out, "manifest.jsonl"), kept)
     minutes = sum(record["frames"] for record in kept) / FPS / 60
-    people = len({record["identity"] for record in kept})
-    out = printable(args.out)
-    print(f"{len(kept)} clips, {minutes:.1f} minutes, {people} people in {out}/manifest.jsonl; "
+    number, out = len({record["identity"] for record in kept}), printable(args.out)
+    print(f"{len(kept)} clips, {minutes:.1f} minutes, {number} people in {out}/manifest.jsonl; "
           f"{len(dropped)} dropped, each with its reason in {out}/dropped.jsonl")
     if not kept:
         raise InputError(f"no clip could be made; see the reasons in {args.out}/dropped.jsonl")
