@@ -28,11 +28,8 @@ from media.sound import FPS, SAMPLE_RATE, has_audio, load_audio
 
 # ------------------------------------------------------------------------------------------------------ files
 def read_at(path: str, numbers, size: int, margin=False) -> np.ndarray:
-    """Read the tight square of frames of a prepared clip, by number, in any order -> (n, size, size, 3)
-    uint8.
-
-    margin: the whole prepared square, (n, W, W, 3) with W = margin_px(size). Raises InputError.
-    """
+    """Read frames of a prepared clip by number, in any order: their tight square, (n, size, size, 3) uint8.
+    margin: the whole prepared square, (n, W, W, 3) with W = margin_px(size). Raises InputError."""
     frames, wide = {}, margin_px(size)
     edge = 0 if margin else (wide - size) // 2
     with open_media(path, VIDEO_WANTED) as container:
@@ -70,9 +67,7 @@ def read_clip(path: str, size: int):
 
 def load_sets(folders, split: str, sound=False) -> list[dict]:
     """Read the manifests of prepared folders -> one {identity: [its clips, with their path]} for each.
-
-    Raises InputError.
-    """
+    Raises InputError."""
     sets = []
     for folder in folders:
         path = os.path.join(folder, "manifest.jsonl")
@@ -143,10 +138,8 @@ def make_batch(pictures, views, masks, factors, kind: str) -> Batch:
 
 def draw_regions(ellipses: Tensor, size: int) -> Tensor:
     """Draw ellipses of mouth, two eyes and face as soft masks.
-
     ellipses (B, 4, 4): x, y, half width, half height in [-1, 1] -> (B, 3, H, W): mouth and eyes; eyes, with
-    the brows above them by half; face.
-    """
+    the brows above them by half; face."""
     brows = ellipses[:, 1:3] * torch.tensor([1, 1, 1.15, 2.0], device=ellipses.device)
     brows[..., 1] = brows[..., 1] - 0.4 * brows[..., 3]
     ellipses = torch.cat([ellipses, brows], 1)                                         # (B, 6, 4)
@@ -159,12 +152,11 @@ def draw_regions(ellipses: Tensor, size: int) -> Tensor:
 
 
 def random_views(rng, persons: int, size: int, framing=True):
-    """Sampling grids that change the shape of a face, one per person (ours) -> (R, size, size, 2), mirrored
-    (R,).
+    """Sampling grids that change the shape of a face, one per person (ours).
 
-    framing: into a prepared square, the tight square varied by 12% in size and 8% of its side in place,
-    mirrored half of the time. Always: a smooth warp of a 4 x 4 grid (5% of half the side) for 7 in 10, so
-    that persons seem more.
+    -> (R, size, size, 2), mirrored (R,) bool. framing: into a prepared square, the tight square varied by 12%
+    in size and 8% of its side in place, mirrored half of the time. Always: a smooth warp of a 4 x 4 grid (5%
+    of half the side) for 7 in 10, so that persons seem more.
     """
     def uniform(*shape):
         return torch.rand(*shape, generator=rng) * 2 - 1
@@ -189,10 +181,7 @@ def random_views(rng, persons: int, size: int, framing=True):
 
 def random_colours(x: Tensor, rng, strength=1.0) -> Tensor:
     """Change the colours and the light of pictures x (R, n, 3, H, W), alike for all n of a person (ours).
-
-    Gamma 0.7 to 1.4, a random 3 x 3 matrix near the identity, an offset, a linear gradient of light up to
-    20%.
-    """
+    Gamma 0.7 to 1.4, a random 3 x 3 matrix near the identity, an offset, a gradient of light up to 20%."""
     persons, size = len(x), x.shape[-1]
     gamma = torch.exp(0.35 * strength * (torch.rand(persons, generator=rng) * 2 - 1))
     matrix = torch.eye(3) + 0.12 * strength * torch.randn(persons, 3, 3, generator=rng)
@@ -238,9 +227,7 @@ class Clips(Dataset):
 
     def frame(self, wide, ellipses, rng):
         """Frame prepared squares (R, 1+T, 3, W, W) and ellipses in them.
-
-        -> pictures, masks and encoder views (R, 1+T, 3, size, size) each, mirrored (R,).
-        """
+        -> pictures, masks and encoder views (R, 1+T, 3, size, size) each, mirrored (R,)."""
         persons, count, size = *wide.shape[:2], self.size
         masks = draw_regions(ellipses.flatten(0, 1), wide.shape[-1]).unflatten(0, (persons, count))
         if not self.augment:
@@ -263,10 +250,8 @@ class Clips(Dataset):
 
     def person(self, rng, k: int):
         """Draw set, then person, then clip, each equally.
-
         -> pictures (1+T, W, W, 3) uint8 of the prepared square, ellipses (1+T, 4, 4), factors (1+T, K), nan
-        where not known.
-        """
+        where not known."""
         people = self.sets[rng.integers(len(self.sets))]
         clips = people[rng.integers(len(people))][1]
         clip = clips[rng.integers(len(clips))]
@@ -292,10 +277,9 @@ class Clips(Dataset):
 
 
 def mine_pairs(rng, factors, first: int, columns, count: int) -> list[int]:
-    """Choose frames of nearly the pose of frame `first` that differ from it most in `columns` of factors (F,
-    K).
+    """Choose frames of nearly the pose of frame `first` that differ from it most in `columns` of factors.
 
-    -> `count` of the 2 * count most different of the quarter nearest in yaw, pitch and roll.
+    factors (F, K) -> `count` of the 2 * count most different of the quarter nearest in yaw, pitch and roll.
     """
     known = np.flatnonzero(np.isfinite(factors).all(1) & (np.arange(len(factors)) != first))
     pose = np.abs(factors[known, 4:7] - factors[first, 4:7]).sum(1)
@@ -307,9 +291,7 @@ def mine_pairs(rng, factors, first: int, columns, count: int) -> list[int]:
 
 def load_landmarks(clip: dict):
     """Read a clip's landmarks -> ellipses (F, 4, 4) in its prepared square, factors (F, K).
-
-    The usual ellipses and nan where there are none. Raises InputError.
-    """
+    The usual ellipses and nan where there are none. Raises InputError."""
     usual = np.tile(np.array(landmarks.USUAL, np.float32) / MARGIN, (clip["frames"], 1, 1))
     unknown = np.full((clip["frames"], len(landmarks.FACTORS)), np.nan, np.float32)
     folder = clip["path"][: -len(clip["file"])]
@@ -330,10 +312,8 @@ def load_landmarks(clip: dict):
 
 def worker_init(_):
     """Leave signals to the main process.
-
     Ctrl-C and torchrun's end reach the whole group, but the main process may need another batch before it
-    stops. It may still end this process by SIGTERM.
-    """
+    stops. It may still end this process by SIGTERM."""
     if hasattr(os, "setsid"):
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

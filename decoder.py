@@ -1,11 +1,9 @@
-"""Chapter 2, generation: a DiT that predicts the target frame from a photo and two motions (section 3.1, eq.
-3).
+"""Chapter 2, generation: a DiT that predicts the target frame from a photo and two motions (paper eq. 3).
 
     reference patches Z_r + motion M_r --> tokens without time t that attend only to themselves, once a video
                                                 | keys and values of every layer
     noised target patches Z_t^n + motion M_t ---+--> tokens that attend to the reference and to themselves
-                    (in a video model also to the same patch of the other frames: temporal block) -> velocity
-                    V
+                                                (a video model also over frames, temporal block) -> velocity V
 
 One set of weights serves both rows. The paper lets all tokens attend to all (full_attention=True); the
 default is faster, since one reference serves every frame and every sampling step.
@@ -103,9 +101,7 @@ class DiTBlock(nn.Module):
 
     def forward(self, x, condition, ref_kv=None):
         """x (B, n, E), condition (B, E) -> x, its own (k, v).
-
-        ref_kv: keys and values (B, heads, m, d) that are attended to beside x's own.
-        """
+        ref_kv: keys and values (B, heads, m, d) that are attended to beside x's own."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=1)
         q, k, v = self.attention.project(modulate(self.norm1(x), shift1, scale1))
         kv = (k, v)
@@ -119,10 +115,8 @@ class DiTBlock(nn.Module):
 
 class TemporalBlock(nn.Module):
     """Temporal align block: each patch position attends over the F frames of its clip; adds zero at first.
-
     The paper says "flattens to f x t" and gives the cost as o(f); attention per position has that cost. A
-    single frame passes unchanged, so an image model becomes a video model without forgetting.
-    """
+    single frame passes unchanged, so an image model becomes a video model without forgetting."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -252,10 +246,8 @@ class Decoder(nn.Module):
 
     def forward(self, z_t, t, m_t, cache, as_picture=False):
         """Velocity of the target (B*F, C, H, W), or with as_picture (predict="x" only) the Picture.
-
         z_t (B*F, C, H, W), t (B*F,), m_t (B*F, L, D), cache: encode_reference of B references. The F frames
-        of a clip are consecutive in the batch: (b f).
-        """
+        of a clip are consecutive in the batch: (b f)."""
         out, condition, z_r = self.features(z_t, t, m_t, cache)
         if self.config.predict == "v":
             return unpatchify(out, self.config.patch_size)                             # eq. (3)

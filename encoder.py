@@ -69,10 +69,8 @@ def sincos_2d(grid_size: int, width: int) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute softmax attention, (B, heads, n, d) -> (B, heads, n, d).
-
     Uses torch's fused kernel, except in training on a CPU: its backward pass is slower there than two plain
-    products at these short lengths.
-    """
+    products at these short lengths."""
     if q.device.type == "cpu" and q.requires_grad:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -157,10 +155,8 @@ class RunningNorm(nn.Module):
 
 class TokenInit(nn.Module):
     """Add to the learnable tokens a linear function of the visible patches, with weights per position (ours).
-
     Without it a token first holds the mean over all patches, in which a mouth is a fiftieth of the variation;
-    learning to attend to it takes several times the steps.
-    """
+    learning to attend to it takes several times the steps."""
 
     def __init__(self, patches: int, width: int, dim: int, num_tokens: int):
         super().__init__()
@@ -198,9 +194,7 @@ class MotionEncoder(nn.Module):
 
     def forward(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Encode x (B, C, H, W) -> motion (B, L, D), fp32.
-
-        ids_keep (B, n): sorted numbers of the visible patches, see random_masking; None: all are visible.
-        """
+        ids_keep (B, n): sorted numbers of the visible patches, see random_masking; None: all are visible."""
         z = self.embed(patchify(x, self.config.patch_size)) + self.pos_embed           # (B, N, E)
         patches = z.shape[1]
         if ids_keep is not None:
@@ -216,10 +210,8 @@ class MotionEncoder(nn.Module):
 
 def random_masking(batch: int, patches: int, ratio: float, generator=None, device=None) -> Tensor:
     """Choose the patches that stay visible, a different subset for each sample (MAE, He et al. 2022).
-
     -> ids_keep (batch, n) sorted, n = patches - floor(ratio * patches), at least 1. One ratio for all, so
-    that the batch stays a rectangle.
-    """
+    that the batch stays a rectangle."""
     visible = max(1, patches - int(ratio * patches))
     order = torch.rand(batch, patches, generator=generator, device=device).argsort(1)
     return order[:, :visible].sort(1).values                                           # (batch, n)

@@ -23,10 +23,8 @@ def interpolate(z, eps, t):
 
 def sample_timesteps(batch, generator=None, device=None, p_pure_noise=0.5, mean=0.8, std=0.8):
     """Draw training times (batch,): a share at exactly t = 1, the rest logit-normal, leaning to noise (ours).
-
     At pure noise a picture can be told only from the condition; low noise teaches nothing but denoising
-    (logit-normal: Esser et al. 2024).
-    """
+    (logit-normal: Esser et al. 2024)."""
     t = torch.sigmoid(mean + std * torch.randn(batch, generator=generator, device=device))
     pure = torch.rand(batch, generator=generator, device=device) < p_pure_noise
     return torch.where(pure, torch.ones_like(t), t)
@@ -40,12 +38,9 @@ def flow_loss(model, z, eps, t, weight=None, **cond):
 
 
 def x_to_v(x, z_t, t, t_min=0.05):
-    """Velocity towards predicted data x at time t, v = (x - z_t) / t, t not below t_min (JiT, arXiv
-    2511.13720).
-
-    In training t_min bounds the gradient. In sampling it must lie below the last step's time, 1 / steps, so
-    that the last step ends at x.
-    """
+    """Velocity v = (x - z_t) / t towards predicted data x at time t (JiT, arXiv 2511.13720).
+    t is taken as at least t_min. In training this bounds the gradient. In sampling it must lie below the last
+    step's time, 1 / steps, so that the last step ends at x."""
     return (x - z_t) / _per_sample(t.clamp(min=t_min), z_t)
 
 
@@ -63,9 +58,7 @@ def with_cfg(model, guidance, null):
 
 def integrate(model, noise, steps, skip_last=0, **cond):
     """Walk from noise (t = 1) to data (t = 0) in equal Euler steps -> the same shape as noise.
-
-    skip_last: so many steps are left to take.
-    """
+    skip_last: so many steps are left to take."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     z, dt = noise, 1 / steps

@@ -69,10 +69,8 @@ class CrossAttention(nn.Module):
 
 class Experts(nn.Module):
     """Seven small MLPs, one for each emotion, scaled by its weight at each frame and added up.
-
     A mixture of experts whose gates are given (MoEE, arXiv 2501.01808, learns them). An expert gets no
-    gradient from frames without its emotion.
-    """
+    gradient from frames without its emotion."""
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -101,8 +99,8 @@ class GeneratorBlock(nn.Module):
         zero_init(self.cross_attn_audio.out, self.cross_attn_ref.out, self.modulation)
 
     def forward(self, x, condition, pos_embed, audio, reference, mood=None):
-        """x (B, P+K, E), condition (B, E), pos_embed (P+K, E), audio (B, m, E), reference (B, L, E), mood
-        (B, P+K, 7) -> x."""
+        """x (B, P+K, E), condition (B, E), pos_embed (P+K, E), audio (B, m, E), reference (B, L, E),
+        mood (B, P+K, 7) -> x."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=1)
         x = x + gate1[:, None] * self.attention(modulate(self.norms[0](x), shift1, scale1))
         x = x + self.cross_attn_audio(self.norms[1](x) + pos_embed, audio)

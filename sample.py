@@ -1,20 +1,17 @@
-"""The main job: a photo and a speech recording -> a talking portrait video. Or the photo moves as a driving
-video does.
+"""The main job: a photo and a speech recording, or a driving video -> a talking portrait video.
 
-    python sample.py --img x.png --wav y.wav [--out out.mp4] [--ckpt F] [--steps N] [--guidance S] [--seed N]
-                     [--device auto]
+    python sample.py --img x.png --wav y.wav [--out out.mp4]
     python sample.py --img x.png --wav y.wav --emotion "neutral, happy:0.6+surprised:0.4@2.5"
-                     [--intensity 0..1.5]
-    python sample.py --img x.png --video driving.mp4 [--out out.mp4]
-    python sample.py --img x.png --controls "yaw=-10:10 blink=0,1,0" [--seconds 4]
+    python sample.py --img x.png --video driving.mp4
+    python sample.py --img x.png --controls "yaw=-10:10 blink=0,1,0" --seconds 4
     python sample.py --img x.png --wav - --out -      live: raw 16 kHz sound in, a fragmented mp4 out
 
     photo --encoder--> reference motion --+-----------------------------------------+
     sound --rows, 25 a second--> generator, 16 tokens a pass --> motion --> decoder --> frames --> mp4
 
-Memory does not grow with the length of the sound or the video. The same seed gives the same frames.
-Exit status: 0 with a complete file, 2 after one sentence about bad input, 130 when interrupted, 1 when the
-reader of `--out -` went away; else no file is left.
+Memory does not grow with the length of the sound or the video. The same seed gives the same frames. Exit
+status: 0 with a complete file, 2 after one sentence about bad input, 130 when interrupted, 1 when the reader
+of `--out -` went away; else no file is left.
 """
 import argparse
 import math
@@ -51,8 +48,8 @@ MODELS = {"encoder": (MotionEncoder, EncoderConfig), "decoder": (Decoder, Decode
 
 
 def load_models(path, device="cpu"):
-    """A file of weights, or owner/name[@revision] on the model hub -> ({kind: model in eval mode}, meta).
-    Raises InputError."""
+    """Load weights -> ({kind: model in eval mode}, meta). Raises InputError.
+    path: a file, or owner/name[@revision] on the model hub."""
     models, meta = load_weights(resolve(path), MODELS, device)
     possible = {"size": range(16, 8193, 2), "latents": SPACES, "steps": range(1, 1001)}
     if "generator" in models:
@@ -62,13 +59,13 @@ def load_models(path, device="cpu"):
     for name in possible.keys() & meta.keys():
         if not isinstance(meta[name], (str, int)) or meta[name] not in possible[name]:
             raise InputError(f"{path}: its {name} is {meta[name]!r}, which cannot be; the file is damaged or "
-                             f"of another version")
+                             "of another version")
     return models, meta
 
 
 def autocast_iter(device, items, models=True):
-    """The items of an iterator, each made without gradients and, where bf16 is fast, under autocast; with
-    models=False, out of it. The context is left before an item is handed out, so it never leaks to the
+    """The items of an iterator, each made without gradients and, where bf16 is fast, under autocast.
+    models=False: out of autocast. The context is left before an item is handed out, so it never leaks to the
     caller."""
     items = iter(items)
     while True:
@@ -80,8 +77,8 @@ def autocast_iter(device, items, models=True):
 
 
 def encode_video(encoder, space, video, device, m_ref=None):
-    """Motion of a video: iterator of (3, H, W) frames -> iterator of (n, L*D): as it is, or what has changed
-    since its first frame added to m_ref (1, L*D)."""
+    """Encode a video: iterator of (3, H, W) frames -> iterator of motions (n, L*D).
+    m_ref (1, L*D): what has changed since the first frame is added to it; None: the motions as they are."""
     m_first = None
     for frames in rechunk((frame[None] for frame in video), BATCH):
         motion = encoder(space.encode(frames.to(device))).flatten(1)
@@ -97,8 +94,7 @@ def latents_to_frames(space, frames):
 
 
 def pictures_to_frames(space, pictures, composer=None):
-    """The decoder's Pictures -> (H, W, 3) uint8 frames: put into the whole photo by a Composer, or as they
-    are."""
+    """The decoder's Pictures -> (H, W, 3) uint8 frames, put into the whole photo if there is a Composer."""
     for picture in pictures:
         low = latents_to_frames(space, picture.x)
         if composer is None:
@@ -116,74 +112,74 @@ def encode_silence(kind, whisper=None):
 
 
 def prepare_reference(models, meta, image, seed):
-    """What both jobs start with -> space of the latents, photo (1, C, H, W) in it, its motion (1, L*D),
-    source of noise, the frames' noise (1, C, H, W). Noise is drawn on the CPU, so that every device gets the
-    same."""
+    """What all jobs start with -> space of the latents, z_r, m_ref, source of noise, noise of the frames.
+    z_r (1, C, H, W): the photo in that space, m_ref (1, L*D): its motion, noise (1, C, H, W). Noise is drawn
+    on the CPU, so that every device gets the same."""
     device = next(models["decoder"].parameters()).device
-    space, rng = load_latents(meta["latents"], meta.get("vae", SD),
-                              device), torch.Generator().manual_seed(seed)
+    space = load_latents(meta["latents"], meta.get("vae", SD), device)
+    rng = torch.Generator().manual_seed(seed)
     with torch.inference_mode(), autocast(device):
         z_r = space.encode(image[None].to(device))
         m_ref = models["encoder"](z_r).flatten(1)
     return space, z_r, m_ref, rng, torch.randn(z_r.shape, generator=rng).to(device)
 
 
-def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidance=None, emotion=None,
-                       composer=None):
-    """A photo speaks. image (3, H, W) in [-1, 1]; features: iterator of (n, A) sound features -> (H, W, 3)
-    uint8 frames, as many as rows of features, yielded as they are made. steps and guidance are those of the
-    weights (meta) where None. emotion: called with each part of features, it returns their moods
-    (emotion.py). composer: makes frames whole photos (media/compose.py)."""
-    space, z_r, m_ref, rng, noise = prepare_reference(models, meta, image, seed)
-    silence_features = encode_silence(meta["audio"], meta.get("whisper"))
-    guidance = meta["guidance"] if guidance is None else guidance
-    features = autocast_iter(z_r.device, features, models=False)                         # sound stays in fp32
-    motions = generate_motion(models["generator"], m_ref, features, rng, silence_features,
-                              steps or meta["gen_steps"], guidance, emotion)
+def decode_motions(models, meta, reference, motions, steps=None, composer=None):
+    """Motions, iterator of (n, L*D) -> (H, W, 3) uint8 frames, as many, as they are made.
+    reference: what prepare_reference gives. steps: those of the weights (meta) where None. composer: makes
+    frames whole photos (media/compose.py)."""
+    space, z_r, m_ref, _, noise = reference
     pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH,
                              as_pictures=True)
-    yield from pictures_to_frames(space, autocast_iter(z_r.device, pictures), composer)
+    return pictures_to_frames(space, autocast_iter(z_r.device, pictures), composer)
 
 
-def animate_live(models, meta, image, chunks, seed=0, steps=None, guidance=None, emotion=None, composer=None):
-    """A photo speaks live. image (3, H, W) in [-1, 1]; chunks: iterator of (S,) float sound, 16 kHz, full
-    scale 1, as it arrives, any S -> (H, W, 3) uint8 frames, 25 a second, as soon as a window of sound and
-    what it hears ahead are there (16 + 3 frames with the embedded weights, 0.8 s; the 30 s of Whisper with
-    weights trained on it).
+def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidance=None, emotion=None,
+                       composer=None):
+    """Let a photo speak: (3, H, W) in [-1, 1] -> frames as of decode_motions, as many as rows of features.
+    features: iterator of (n, A) speech features. steps and guidance are those of the weights (meta) where
+    None. emotion: called with each part of features, it returns their moods (emotion.py)."""
+    reference = _, _, m_ref, rng, _ = prepare_reference(models, meta, image, seed)
+    silence_features = encode_silence(meta["audio"], meta.get("whisper"))
+    guidance = meta["guidance"] if guidance is None else guidance
+    features = autocast_iter(m_ref.device, features, models=False)                     # sound stays in fp32
+    motions = generate_motion(models["generator"], m_ref, features, rng, silence_features,
+                              steps or meta["gen_steps"], guidance, emotion)
+    return decode_motions(models, meta, reference, motions, steps, composer)
 
-    Differs from a file in one thing: its loudness is levelled by the past alone
-    (audio_features.streaming_gain)."""
-    features = audio_features.stream_features(audio_features.streaming_gain(chunks), meta["audio"],
-                                              meta.get("whisper"))
-    return animate_from_audio(models, meta, image, features, seed, steps, guidance, emotion, composer)
+
+def animate_live(models, meta, image, chunks, *options, **named):
+    """Let a photo speak live; options and frames as of animate_from_audio.
+
+    chunks: iterator of (S,) float sound, any S, 16 kHz, full scale 1, as it arrives. Frames come as soon as a
+    window of sound and its look-ahead are there (16 + 3 frames with the embedded weights, 0.8 s; the 30 s of
+    Whisper with weights trained on it). Differs from a file in one thing: the loudness is levelled by the
+    past alone (audio_features.streaming_gain).
+    """
+    chunks = audio_features.streaming_gain(chunks)
+    features = audio_features.stream_features(chunks, meta["audio"], meta.get("whisper"))
+    return animate_from_audio(models, meta, image, features, *options, **named)
 
 
 def reenact(models, meta, image, video, seed=0, steps=None, absolute=False, composer=None):
-    """A photo moves as a video. image (3, H, W) in [-1, 1]; video: iterator of such -> (H, W, 3) uint8, as
-    many.
+    """Let a photo move as a video does: iterator of (3, H, W) in [-1, 1], as the photo -> frames, as many.
 
     It begins as the photo is and changes as the video does (Siarohin et al. 2019, FOMM): a token of somebody
     else's face tells where and how large that face is, too. absolute: it takes the video's motion as it is.
     """
-    space, z_r, m_ref, _, noise = prepare_reference(models, meta, image, seed)
+    reference = space, z_r, m_ref, _, _ = prepare_reference(models, meta, image, seed)
     motions = encode_video(models["encoder"], space, video, z_r.device, None if absolute else m_ref)
-    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH,
-                             as_pictures=True)
-    yield from pictures_to_frames(space, autocast_iter(z_r.device, pictures), composer)
+    return decode_motions(models, meta, reference, motions, steps, composer)
 
 
 def animate_from_changes(models, meta, image, changes, seed=0, steps=None, composer=None):
-    """A photo whose motion changes by changes (n, L*D) -> (H, W, 3) uint8 frames, as many."""
-    space, z_r, m_ref, _, noise = prepare_reference(models, meta, image, seed)
-    motions = iter([m_ref + changes.to(m_ref)])
-    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH,
-                             as_pictures=True)
-    yield from pictures_to_frames(space, autocast_iter(z_r.device, pictures), composer)
+    """Let the motion of a photo change by changes (n, L*D) -> frames, as many."""
+    reference = _, _, m_ref, _, _ = prepare_reference(models, meta, image, seed)
+    return decode_motions(models, meta, reference, iter([m_ref + changes.to(m_ref)]), steps, composer)
 
 
 def scan_audio(path):
-    """A first pass over the sound: it can be used, and -> the gain that levels it, its length in video
-    frames."""
+    """Read the sound once -> the gain that levels it, its length in video frames. Raises InputError."""
     sizes = []
 
     def counted():
@@ -198,116 +194,101 @@ def scan_audio(path):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--img", required=True, help="the photo: jpg, png or webp")
-    parser.add_argument("--face", type=int, metavar="N",
-                        help="the N-th face of the photo from the left (default: the largest)")
-    parser.add_argument("--detector", metavar="YUNET.onnx",
-                        help="find faces with this file of OpenCV's YuNet (default: with the "
-                                                                 "cascades in OpenCV)")
-    drive = parser.add_mutually_exclusive_group(required=True)
-    drive.add_argument("--wav", help="the speech: wav, flac, ogg, mp3, m4a or a video with sound; -: raw "
-                                     "from stdin, as it "
-                                     "arrives (signed 16-bit little-endian PCM, mono, 16 kHz)")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    p.add_argument("--img", required=True, help="the photo: jpg, png or webp")
+    p.add_argument("--face", type=int, metavar="N",
+                   help="the N-th face of the photo from the left (default: the largest)")
+    p.add_argument("--detector", metavar="YUNET.onnx",
+                   help="find faces with this file of OpenCV's YuNet (default: with the cascades in OpenCV)")
+    drive = p.add_mutually_exclusive_group(required=True)
+    drive.add_argument("--wav",
+                       help="the speech: wav, flac, ogg, mp3, m4a or a video with sound; -: raw from stdin, "
+                            "as it arrives (signed 16-bit little-endian PCM, mono, 16 kHz)")
     drive.add_argument("--video", help="a driving video instead: its motion and its sound")
     drive.add_argument("--controls", metavar="TEXT",
-                       help="known movements instead, changes from the photo: 'yaw=-10:10 "
-                                                          "blink=0,1,0' goes from -10 to 10 degrees and "
-                                                          "blinks once (web/controls.py)")
-    parser.add_argument("--seconds", type=float, default=4.0,
-                        help="with --controls: length of the video (default: %(default)s)")
-    parser.add_argument("--absolute", action="store_true",
-                        help="with --video: its poses as they are, not its changes of pose")
-    parser.add_argument("--out", default="out.mp4",
-                        help="the video to write; -: to stdout, as it is made (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=1080,
-                        help="long side of the video, at most (default: %(default)s)")
-    parser.add_argument("--crop", action="store_true",
-                        help="write the square of the face alone, not the whole photo")
-    parser.add_argument("--ckpt", default=DEFAULT,
-                        help="weights: a .safetensors file, or owner/name[@revision] on the model "
-                                                           "hub (default: the embedded ones)")
-    parser.add_argument("--vae", help="folder of the autoencoder of sd weights (default: where it was "
-                                      "trained with it)")
-    parser.add_argument("--whisper", help="folder of the Whisper model of weights trained on it (default: "
-                                          "likewise)")
-    parser.add_argument("--steps", type=int, help="sampling steps of both models (default: as released)")
-    parser.add_argument("--guidance", type=float,
-                        help="how much the sound counts; 1: as it is (default: as released)")
-    feel = parser.add_mutually_exclusive_group()
-    feel.add_argument("--emotion", help="neutral, happy, sad, angry, afraid, disgusted or surprised; mixed: "
-                                        "happy:0.6+surprised:0.4; "
-                      "in time: 'neutral, happy@2.5, sad@6' (seconds); auto: as the voice sounds; none: no "
-                      "opinion (default)")
-    feel.add_argument("--emotion-text", metavar="WORDS",
+                       help="known movements instead, changes from the photo: 'yaw=-10:10 blink=0,1,0' goes "
+                            "from -10 to 10 degrees and blinks once (web/controls.py)")
+    p.add_argument("--seconds", type=float, default=4.0,
+                   help="with --controls: length of the video (default: %(default)s)")
+    p.add_argument("--absolute", action="store_true",
+                   help="with --video: its poses as they are, not its changes of pose")
+    p.add_argument("--out", default="out.mp4",
+                   help="the video to write; -: to stdout, as it is made (default: %(default)s)")
+    p.add_argument("--size", type=int, default=1080,
+                   help="long side of the video, at most (default: %(default)s)")
+    p.add_argument("--crop", action="store_true", help="write the square of the face, not the whole photo")
+    p.add_argument("--ckpt", default=DEFAULT,
+                   help="weights: a .safetensors file, or owner/name[@revision] on the model hub (default: "
+                        "the embedded ones)")
+    p.add_argument("--vae", help="folder of the autoencoder of sd weights (default: as in training)")
+    p.add_argument("--whisper", help="folder of the Whisper model of the weights (default: as in training)")
+    p.add_argument("--steps", type=int, help="sampling steps of both models (default: as released)")
+    p.add_argument("--guidance", type=float,
+                   help="how much the sound counts; 1: as it is (default: as released)")
+    wish = p.add_mutually_exclusive_group()
+    wish.add_argument("--emotion",
+                      help="neutral, happy, sad, angry, afraid, disgusted or surprised; mixed: "
+                           "happy:0.6+surprised:0.4; in time: 'neutral, happy@2.5, sad@6' (seconds); auto: "
+                           "as the voice sounds; none: no opinion (default)")
+    wish.add_argument("--emotion-text", metavar="WORDS",
                       help='the emotion in words, such as "a bitter smile"')
-    parser.add_argument("--text-model", default=TEXT_MODEL,
-                        help="what reads the words: hub id or folder (default: %(default)s)")
-    parser.add_argument("--intensity", type=float,
-                        help="of the emotion, 0 (a calm face) to 1.5 (beyond training) (default: 1)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="another number, another take (default: %(default)s)")
-    parser.add_argument("--device", default="auto",
-                        help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.absolute and not args.video:
-        parser.error("--absolute goes with --video")
-    if not 0.04 <= args.seconds <= 3600:
-        parser.error(f"--seconds is {args.seconds}; give 0.04 to 3600")
-    if args.steps is not None and args.steps < 1:
-        parser.error(f"--steps is {args.steps}; give 1 or more")
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed is {args.seed}; give 0 or more, below 2^63")
-    if args.guidance is not None and not 0 <= args.guidance <= 100:
-        parser.error(f"--guidance is {args.guidance}; give 0 to 100")
-    if not 32 <= args.size <= 8192:
-        parser.error(f"--size is {args.size}; give 32 to 8192")
+    p.add_argument("--text-model", default=TEXT_MODEL,
+                   help="what reads the words: hub id or folder (default: %(default)s)")
+    p.add_argument("--intensity", type=float,
+                   help="of the emotion, 0 (a calm face) to 1.5 (beyond training) (default: 1)")
+    p.add_argument("--seed", type=int, default=0, help="another number, another take (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    args = p.parse_args(argv)
+    for name, low, high in (("seconds", 0.04, 3600), ("size", 32, 8192), ("steps", 1, 1000),
+                            ("guidance", 0, 100), ("intensity", 0, 1.5), ("seed", 0, 2**63 - 1)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            p.error(f"--{name} is {value}; give {low} to {high}")
     if args.emotion is not None and args.emotion.strip().lower() == "none":
         args.emotion = None
     asked = args.emotion is not None or args.emotion_text is not None
+    if args.absolute and not args.video:
+        p.error("--absolute goes with --video")
     if asked and args.video:
-        parser.error("--emotion and --emotion-text go with --wav: with --video the face takes the video's "
-                     "motion")
-    if args.intensity is not None and not (asked and 0 <= args.intensity <= 1.5):
-        parser.error(f"--intensity is {args.intensity}; give 0 to 1.5, together with --emotion or "
-                     f"--emotion-text")
+        p.error("--emotion and --emotion-text go with --wav: with --video the face takes the video's motion")
+    if args.intensity is not None and not asked:
+        p.error("--intensity goes with --emotion or --emotion-text")
     return args
 
 
 def choose_emotion(args, models, seconds=math.inf):
-    """What --emotion and --emotion-text ask for, in a sound of so many seconds -> Schedule, FromVoice, or
-    None."""
+    """What --emotion and --emotion-text ask for, in so many seconds -> Schedule, FromVoice or None."""
     if args.emotion is None and args.emotion_text is None:
         return None
     intensity, config = 1.0 if args.intensity is None else args.intensity, models["generator"].config
     if not (config.experts or config.mood_table):
         raise InputError(f"{args.ckpt} was trained without emotions; leave --emotion out, or give weights "
-                         f"that train_gen.py makes")
+                         "that train_gen.py makes")
     if args.emotion_text is not None:
         palette = text_palette(args.emotion_text, args.text_model)
         if palette.topk(2).values.diff().abs() < 0.1:
-            print("sample.py: the words of --emotion-text leave two emotions almost as likely",
-                  file=sys.stderr)
+            print_note("the words of --emotion-text leave two emotions almost as likely")
         return Schedule([(0.0, palette)], intensity)
     if args.emotion.strip().lower() != "auto":
         return Schedule(parse_emotion(args.emotion, seconds), intensity)
     if "voice" not in models:
         raise InputError(f"{args.ckpt} cannot hear emotions, so not --emotion auto; name one, or give "
-                         f"weights that train_gen.py makes")
+                         "weights that train_gen.py makes")
     return FromVoice(models["voice"], intensity)
 
 
 def frames_and_sound(args, models, meta, image, composer, detector):
-    """What the arguments ask for -> iterator of frames, their number (None: not known yet), sound for
-    VideoWriter, emotion."""
+    """What the arguments ask for -> iterator of frames, their number, sound for VideoWriter, emotion.
+    The number is None where it is not known yet."""
+    common = {"seed": args.seed, "steps": args.steps, "composer": composer}
     if args.controls is not None:
         changes = parse_controls(args.controls, meta.get("controls"), round(args.seconds * FPS))
-        return animate_from_changes(models, meta, image, changes, args.seed, args.steps,
-                                    composer), len(changes), None, None
+        return animate_from_changes(models, meta, image, changes, **common), len(changes), None, None
     if args.video:
         video, note = frame_video(args.video, meta["size"], detector)
         print_note(note)
-        frames = reenact(models, meta, image, video, args.seed, args.steps, args.absolute, composer)
+        frames = reenact(models, meta, image, video, absolute=args.absolute, **common)
         return frames, None, args.video if has_audio(args.video) else None, None
     if args.wav == "-":
         queue = deque()                                           # from the sound's arrival to its frame
@@ -317,17 +298,14 @@ def frames_and_sound(args, models, meta, image, composer, detector):
                 queue.append(chunk)
                 yield chunk
 
-        emotion = choose_emotion(args, models)
-        frames = animate_live(models, meta, image, listen(), args.seed, args.steps, args.guidance, emotion,
-                              composer)
-        return frames, None, pop_all(queue), emotion
+        common |= {"guidance": args.guidance, "emotion": choose_emotion(args, models)}
+        frames = animate_live(models, meta, image, listen(), **common)
+        return frames, None, pop_all(queue), common["emotion"]
     gain, total = scan_audio(args.wav)
-    emotion = choose_emotion(args, models, total / FPS)
-    features = audio_features.stream_features((chunk * gain for chunk in audio_chunks(args.wav)),
-                                              meta["audio"], meta.get("whisper"))
-    frames = animate_from_audio(models, meta, image, features, args.seed, args.steps, args.guidance, emotion,
-                                composer)
-    return frames, total, args.wav, emotion
+    common |= {"guidance": args.guidance, "emotion": choose_emotion(args, models, total / FPS)}
+    chunks = (chunk * gain for chunk in audio_chunks(args.wav))
+    features = audio_features.stream_features(chunks, meta["audio"], meta.get("whisper"))
+    return animate_from_audio(models, meta, image, features, **common), total, args.wav, common["emotion"]
 
 
 def print_note(note):
@@ -343,8 +321,8 @@ def pop_all(queue):
 
 
 def write_all(video, frames, done):
-    """Write frames while the next are computed: in a thread, at most BATCH behind; done() after each. To a
-    pipe at once, so that it may wait for its reader, and a signal end that wait."""
+    """Write frames while the next are computed: in a thread, at most BATCH behind; done() after each.
+    To a pipe at once, so that it may wait for its reader, and a signal end that wait."""
     if not isinstance(video.path, str):
         for frame in frames:
             video.write(frame)
@@ -379,11 +357,11 @@ def run(args):
         if both and os.path.samefile(path, args.out):
             raise InputError(f"--out {args.out} would overwrite an input; choose another name")
     models, meta = load_models(args.ckpt, pick_device(args.device))
-    wanted = {"size", "latents", "steps",
-              *(("audio", "gen_steps", "guidance") if "generator" in models else ())}
+    wanted = {"size", "latents", "steps"}
+    wanted |= {"audio", "gen_steps", "guidance"} if "generator" in models else set()
     if lacking := sorted(wanted - meta.keys()):
         raise InputError(f"{args.ckpt} does not say its {', '.join(lacking)}; the file is damaged or of "
-                         f"another version")
+                         "another version")
     meta.update({name: given for name, given in (("vae", args.vae), ("whisper", args.whisper)) if given})
     if args.wav and "generator" not in models:
         raise InputError(f"{args.ckpt} holds no motion generator; give another, or --video in place of --wav")
@@ -396,19 +374,17 @@ def run(args):
     if not live:
         remove_unfinished(args.out)
     start = time.perf_counter()
-    with VideoWriter(out, composer.size, sound, comment) as video, tqdm(total=total, unit="frame",
-        disable=None) as bar:
+    with (VideoWriter(out, composer.size, sound, comment) as video,
+          tqdm(total=total, unit="frame", disable=None) as bar):
         write_all(video, frames, bar.update)
-    seconds = time.perf_counter() - start
-    print(f"{printable(args.out)}: {video.frames} frames, {video.frames / FPS:.2f} s, made at "
-          f"{video.frames / seconds:.1f} fps", file=sys.stderr if live else sys.stdout)
+    rate, report = video.frames / (time.perf_counter() - start), sys.stderr if live else sys.stdout
+    print(f"{printable(args.out)}: {video.frames} frames, {video.frames / FPS:.2f} s, made at {rate:.1f} fps",
+          file=report)
     if emotion is not None:
-        print(f"emotion: {emotion.describe()}", file=sys.stderr if live else sys.stdout)
+        print(f"emotion: {emotion.describe()}", file=report)
 
 
 def main(argv=None):
-    """-> exit status: 0 with a complete file, 2 for bad input, 130 when interrupted, 1 when nobody reads
-    --out - any more."""
     args = parse(argv)
     try:
         run(args)

@@ -107,9 +107,7 @@ def charbonnier(x: Tensor, target: Tensor) -> Tensor:
 
 def dssim(x: Tensor, y: Tensor, window: int = 7, stride: int = 3) -> Tensor:
     """(1 - SSIM) / 2 of the luminance of pictures (B, C, H, W) in [-1, 1] (Wang et al. 2004).
-
-    -> (B, 1, (H-7)//3 + 1, (W-7)//3 + 1), of windows `stride` pixels apart.
-    """
+    -> (B, 1, (H-7)//3 + 1, (W-7)//3 + 1), of windows `stride` pixels apart."""
     x, y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
     moments = torch.cat([x, y, x * x, y * y, x * y], 1)
     mx, my, xx, yy, xy = F.avg_pool2d(moments, window, stride).chunk(5, 1)
@@ -130,12 +128,9 @@ def field_roughness(field: Tensor) -> Tensor:
 
 
 class RunningRidge(nn.Module):
-    """Linear map from differences of tokens to differences of known motion, by running ridge regression
-    (ours).
-
+    """Linear map from differences of tokens to those of known motion, by running ridge regression (ours).
     A head that is trained by gradient descent is wrong at first and lags behind the encoder; this one is the
-    best linear map of about the last hundred batches, of all processes.
-    """
+    best linear map of about the last hundred batches, of all processes."""
 
     def __init__(self, inputs: int, outputs: int, momentum: float = 0.01):
         super().__init__()
@@ -184,10 +179,8 @@ class AutoEncoder(nn.Module):
 
     def forward(self, batch: data.Batch, noise, t, ids_keep, weights: dict, endpoint=None):
         """-> scalar loss of a batch of R references and R*T targets.
-
         noise (R*T, C, H, W), t (R*T,), ids_keep (R + R*T, n): visible patches; weights: schedule(); endpoint
-        (R*T, C, H, W): where the paths end if not at the target (reflow).
-        """
+        (R*T, C, H, W): where the paths end if not at the target (reflow)."""
         reference, target = batch.reference, batch.target
         motion = self.encoder(batch.encoder_views, ids_keep)                           # (R+R*T, L, D) eq. (1)
         m_r, m_t = motion[: len(reference)], motion[len(reference):]
@@ -215,9 +208,7 @@ class AutoEncoder(nn.Module):
 
     def label_loss(self, delta, batch: data.Batch):
         """Error of known motion read from differences of tokens (R*T, L*D); 0 where none is known.
-
-        Every process updates all heads, as it sums with the others'.
-        """
+        Every process updates all heads, as it sums with the others'."""
         loss = 0.0
         for kind, head in self.label_heads.items():
             known = kind == batch.kind and batch.factors is not None
@@ -273,10 +264,8 @@ def image_px(preset: dict) -> int:
 
 def synthetic_batch(args, preset, number: int, render_fn, device="cpu", held_out=False) -> data.Batch:
     """Draw the persons of one forward pass, a function of its number alone: no two passes get the same.
-
     In every second batch of a curriculum the encoder sees another person make the same motion (ours): the
-    truth, which only a synthetic world has, that a token must not tell who moves.
-    """
+    truth, which only a synthetic world has, that a token must not tell who moves."""
     seeds = (args.seed * 1_000_003 + number) * args.persons + torch.arange(args.persons, device=device)
     seeds = seeds + HELD_OUT if held_out else seeds % HELD_OUT
     size = image_px(preset)
@@ -325,11 +314,11 @@ def held_out_batch(args, preset) -> tuple[data.Batch, str]:
 
 
 def sample_noise_t_mask(args, encoder: EncoderConfig, shape, number: int, rank: int, now: dict):
-    """Noise and times of the R*T targets of one pass, visible patches of all; drawn from (seed, rank,
-    number).
+    """Draw noise and times of the R*T targets of one pass, and visible patches of all pictures.
 
-    On the CPU, so that devices agree. The frames of a clip share their time and, as in sampling, their noise.
-    now: schedule(). Without a curriculum t is uniform on [0, 1], as in the paper.
+    From (seed, rank, number), on the CPU, so that devices agree. The frames of a clip share their time and,
+    as in sampling, their noise. now: schedule(). Without a curriculum t is uniform on [0, 1], as in the
+    paper.
     """
     rng, clips = training.step_rng(args.seed, rank, number), shape[0] // args.frames
     noise = torch.randn(clips, *shape[1:], generator=rng).repeat_interleave(args.frames, 0)

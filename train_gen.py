@@ -128,10 +128,9 @@ class Encoded(NamedTuple):
 
 @torch.no_grad()
 def encode_clip(encoder, space, parts, mask_max, rng, device, bf16):
-    """Pictures of a speaker, iterable of (n, 3, H, W) -> motion (F, L*D), the same through a mask, the
-    frames.
+    """Encode pictures of a speaker, iterable of (n, 3, H, W), eqs. (5) and (4).
 
-    Eqs. (5) and (4); frames (F, C, H, W) in the encoder's space, half precision. One mask ratio for all.
+    -> motion (F, L*D), motion through a mask of one ratio, frames (F, C, H, W) in half precision as encoded.
     """
     clear, masked, frames = [], [], []
     patches = (encoder.config.image_size // encoder.config.patch_size) ** 2
@@ -149,9 +148,7 @@ def encode_clip(encoder, space, parts, mask_max, rng, device, bf16):
 @torch.no_grad()
 def encode_masked(encoder, frames, mask_max, device, bf16, index, rng):
     """Encode frames[index], index (B, P), through masks drawn now, eq. (4) -> (B, P, L*D).
-
-    Each window has a ratio of its own, so each is a pass of its own: a batch of masks is a rectangle.
-    """
+    Each window has a ratio of its own, so each is a pass of its own: a batch of masks is a rectangle."""
     patches, motion = (encoder.config.image_size // encoder.config.patch_size) ** 2, []
     for window in index:
         ratio = mask_max * torch.rand((), generator=rng).item()
@@ -199,9 +196,7 @@ def mood_label(record):
 
 def real_clips(args, preset, folder, size, rank, world):
     """Clips with sound of a prepared folder, its train split; with augment each once more, mirrored.
-
-    Others of a labelled clip are middle frames of the person's neutral clips, or else of any.
-    """
+    Others of a labelled clip are middle frames of the person's neutral clips, or else of any."""
     people, = data.load_sets([folder], "train", sound=True)
     records = [record for identity in sorted(people) for record in people[identity]]
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(args.seed)).tolist()
@@ -364,10 +359,8 @@ def sample_windows(encoded, config, count, rng, silence_features, augment=False,
 
 def vary_sound(audio, silence_features, rng):
     """Vary mel features (B, rows, 320) as speakers, microphones and rooms do, alike in all rows of a window.
-
     The length of the vocal tract (Jaitly & Hinton 2013), loudness, a tilt and gentle waves of the spectrum,
-    and for 4 in 10 a floor of noise.
-    """
+    and for 4 in 10 a floor of noise."""
     def normal(*shape):
         return torch.randn(*shape, generator=rng)
 
@@ -390,10 +383,8 @@ def vary_sound(audio, silence_features, rng):
 
 def readout_directions(encoded, count=20000, seed=0):
     """Find linear directions of the token that tell FACTORS -> (L*D, 6), or None where nothing is known.
-
     By ridge regression of differences within clips. Each is scaled so that its reading has the root of its
-    R^2 as standard deviation: what cannot be read from the token does not count.
-    """
+    R^2 as standard deviation: what cannot be read from the token does not count."""
     rng = torch.Generator().manual_seed(seed)
     x, y = [], []
     for k in encoded.clip_index[:, 2].unique():                    # every set has units of its own
@@ -437,9 +428,7 @@ def motion_loss(model, motion, noise, t, directions=None, **cond):
 @torch.no_grad()
 def voice_statistics(args, preset, encoded, model, rank):
     """What VoiceEmotion sees after one, two and all seconds of a voice (n, 3, S), and its moods (n, 7).
-
-    Of synthetic voices without pictures, kept in --out, and of labelled clips.
-    """
+    Of synthetic voices without pictures, kept in --out, and of labelled clips."""
     kind, frames = preset.get("audio", "mel"), round(preset["seconds"] * FPS)
     key = [args.voices, frames, args.seed, args.whisper, kind, "moods"]
     path = os.path.join(args.out, f"voices-{rank}.pt")
@@ -469,10 +458,8 @@ def voice_statistics(args, preset, encoded, model, rank):
 
 def train_voice(args, preset, encoded, rank, steps=1500, batch=256):
     """Train VoiceEmotion, which tells the mixture of a voice, by cross-entropy.
-
     Nothing of it is in state.pt: a resumed run trains the same again, from the seed and what is kept in
-    --out.
-    """
+    --out."""
     parts = 4 if preset.get("audio", "mel") == "mel" else 2
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)                                                   # weights and dropout

@@ -104,10 +104,8 @@ def init_distributed(device="auto"):
 
 def rendezvous_store(rank, world):
     """Where the processes of this start find each other; None leaves it to torch.
-
     torchrun's own store still holds the addresses of dead processes after a restart (torch 2.13), on which a
-    new start fails or hangs. So only the place of a fresh one is read there, until it answers.
-    """
+    new start fails or hangs. So only the place of a fresh one is read there, until it answers."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host = os.environ["MASTER_ADDR"]
@@ -156,10 +154,8 @@ def shutdown(main):
 
 def ddp_wrap(model, world, device):
     """The same model, its gradients averaged over all processes.
-
     Buffers are not sent: those that change (running statistics) are the same everywhere. Gradients live in
-    the buckets that are sent, not beside them.
-    """
+    the buckets that are sent, not beside them."""
     if world == 1:
         return model
     devices = [device.index] if device.type == "cuda" else None
@@ -169,9 +165,7 @@ def ddp_wrap(model, world, device):
 
 def checkpoint_activations(model):
     """Let each transformer block keep only its input for the backward pass, which computes the rest again.
-
-    Less memory for about a third more arithmetic. In place; names of weights stay.
-    """
+    Less memory for about a third more arithmetic. In place; names of weights stay."""
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)         # there is no dropout
     for name, module in model.named_modules():
         if name.split(".")[-2:-1] in (["blocks"], ["temporal"]):
@@ -185,10 +179,8 @@ def step_rng(seed, rank, step):
 
 class Stopper:
     """Turns the first SIGTERM or Ctrl-C into a wish to stop after the current step; a second ends at once.
-
     Under torchrun it does not: a scheduler's signal comes twice there, from itself and passed on, and
-    torchrun kills after its own 30 seconds.
-    """
+    torchrun kills after its own 30 seconds."""
 
     def __init__(self):
         self.wanted = False
@@ -238,10 +230,8 @@ def set_lr(optimisers, step, steps, warmup, decay=0.3):
 
 def clip_and_step(model, optimisers, loss, step, state, device):
     """Change the weights by the gradients at hand, their norm clipped to 1.
-
     Where the loss or a gradient of any process is not finite, all end with a sentence that names the last
-    good state, and nothing is changed.
-    """
+    good state, and nothing is changed."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if any_rank(not (math.isfinite(loss) and norm.isfinite()), device):
         raise SystemExit(f"loss {loss:.4g}, length of the gradient {norm:.4g} at step {step}: not finite, so "
@@ -287,8 +277,8 @@ def print_settings(args, model, step, **more):
 
 
 def make_run_folder(folder):
-    """Make the folder of a run, without what a killed run left unfinished in it, and check that it can be
-    written to. Raises InputError."""
+    """Make the folder of a run, check that it can be written to, remove what a killed run left unfinished.
+    Raises InputError."""
     try:
         os.makedirs(folder, exist_ok=True)
         remove_unfinished(folder)
@@ -307,10 +297,8 @@ def save_checkpoint(path, step, args, configs, model, ema, optimisers):
 
 def resume(path, args, configs, model, ema, optimisers):
     """Go on from `path`, if it exists -> the number of steps done.
-
     Raises InputError if that run has other networks or other settings, or if only some processes see it: they
-    would train different steps.
-    """
+    would train different steps."""
     exists, device = os.path.exists(path), next(model.parameters()).device
     if any_rank(exists, device) and any_rank(not exists, device):
         raise InputError(f"{path}: seen by some nodes only; give an --out on a disk that all of them share")

@@ -1,5 +1,5 @@
-"""The motion encoder: values against torch's own layers, masks that really hide, statistics that processes
-share."""
+"""The motion encoder: values against torch's own layers, masks that hide, statistics that processes share."""
+import sys
 
 import pytest
 import torch
@@ -297,6 +297,12 @@ def test_a_number_that_never_changes_stays_finite():
     assert out.isfinite().all() and out.abs().max() < 1
 
 
+def run_two(half, folder):
+    """Run half(rank, folder) in two processes, forked where that is safe: a new one imports for seconds."""
+    fork = sys.platform == "linux" and not torch.cuda.is_available()
+    mp.start_processes(half, (str(folder),), nprocs=2, start_method="fork" if fork else "spawn")
+
+
 def half(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -307,7 +313,7 @@ def half(rank, folder):
 
 
 def test_two_processes_share_the_statistics_of_the_whole_batch(tmp_path):
-    mp.spawn(half, (str(tmp_path),), nprocs=2)
+    run_two(half, tmp_path)
     one = RunningNorm(3)
     whole = torch.stack([one(lopsided(8, seed)) for seed in range(3)])
     for rank in range(2):

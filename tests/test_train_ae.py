@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL
 from PIL import Image
+from test_encoder import run_two
 
 import data
 import train_ae
@@ -460,7 +461,7 @@ def half(rank, folder):
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    torch.multiprocessing.spawn(half, (str(tmp_path),), nprocs=2)
+    run_two(half, tmp_path)
     model = auto_encoder()
     model(*given_batch(), ALL).backward()
     assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) > 1
@@ -490,10 +491,10 @@ def gradients(model, bf16=False):
     return {name: p.grad for name, p in model.named_parameters()}, sum(n for _, n in size)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bf16, compiled", [(False, False), (True, False), (True, True)])
 def test_checkpointed_activations_change_memory_alone(bf16, compiled):
-    plain = auto_encoder(depth=2, frames=2)                                  # with temporal blocks
+    """Of the networks; what the loss on regions keeps lies outside of their blocks."""
+    plain = auto_encoder(depth=2, frames=2, loss="velocity")                 # with temporal blocks
     other = copy.deepcopy(plain)
     names = list(other.state_dict())
     training.checkpoint_activations(other)
@@ -503,7 +504,7 @@ def test_checkpointed_activations_change_memory_alone(bf16, compiled):
     got, little = gradients(other, bf16=bf16)
     assert list(other.state_dict()) == names and same(dict(plain.named_buffers()),
                                                       dict(other.named_buffers()))
-    assert same(want, got) and little < 0.7 * much
+    assert same(want, got) and little < 0.5 * much
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_audio_features import whisper_folder  # noqa: F401
+from test_encoder import run_two
 from test_image import read_video
 from test_train_ae import same, state
 
@@ -551,7 +552,7 @@ def half(rank, folder):
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    torch.multiprocessing.spawn(half, (str(tmp_path),), nprocs=2)
+    run_two(half, tmp_path)
     model, given, about = given_windows()
     train_gen.flow.flow_loss(model, *given, **about).backward()
     for rank in range(2):
