@@ -34,7 +34,7 @@ from media.compose import read_photo
 from media.controls import parse_controls
 from media.device import autocast, pick_device
 from media.face import frame_video, load_detector
-from media.files import InputError, check_file, printable, remove_unfinished
+from media.files import InputError, check_file, command, printable, remove_unfinished
 from media.image import to_uint8
 from media.latents import SD, SPACES, load_latents
 from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks, has_audio, pcm_chunks, rechunk
@@ -384,6 +384,7 @@ def run(args):
         print(f"emotion: {emotion.describe()}", file=report)
 
 
+@command("sample.py")
 def main(argv=None):
     args = parse(argv)
     try:
@@ -393,10 +394,6 @@ def main(argv=None):
         return 130
     except BrokenPipeError:
         return 1
-    except InputError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder, random_masking
 from media import latents
 from media.device import autocast
-from media.files import InputError
+from media.files import InputError, command
 from media.landmarks import FACTORS
 from media.weights import save_weights
 from sample import load_models
@@ -473,9 +473,11 @@ def train(args, preset: dict) -> int:
     return 130 if step < args.steps else 0
 
 
+@command("train_ae.py")
 def main(argv=None) -> int:
+    """-> exit status: 0 when the run is complete, 130 when it was stopped, 2 for bad input."""
     args = parse(argv)
-    return training.exit_status("train_ae.py", train, args, PRESETS[args.preset])
+    return train(args, PRESETS[args.preset])
 
 
 if __name__ == "__main__":

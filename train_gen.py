@@ -35,7 +35,7 @@ from encoder import random_masking
 from generator import Generator, GeneratorConfig
 from media import audio_features
 from media.device import autocast
-from media.files import InputError
+from media.files import InputError, command
 from media.image import from_uint8
 from media.latents import SD, load_latents
 from media.sound import FPS
@@ -587,9 +587,11 @@ def train(args, preset) -> int:
     return 130 if step < args.steps else 0
 
 
+@command("train_gen.py")
 def main(argv=None) -> int:
+    """-> exit status: 0 when the run is complete, 130 when it was stopped, 2 for bad input."""
     args = parse(argv)
-    return training.exit_status("train_gen.py", train, args, PRESETS[args.preset])
+    return train(args, PRESETS[args.preset])
 
 
 if __name__ == "__main__":

@@ -76,15 +76,6 @@ def check_options(p, args, preset) -> None:
         p.error(f"--mask-max is {args.mask_max}; give a number in [0, 1)")
 
 
-def exit_status(script, train, args, preset) -> int:
-    """Run train(args, preset) -> status: 0 complete, 130 stopped, 2 after a sentence about bad input."""
-    try:
-        return train(args, preset)
-    except InputError as error:
-        print(f"{script}: {error}", file=sys.stderr)
-        return 2
-
-
 # ---- processes and randomness ------------------------------------------------------------------------------
 
 def init_distributed(device="auto"):
