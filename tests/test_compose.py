@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from media.compose import Composer, edge_window, load_composer, output_size
+from media.compose import BORDER, Composer, edge_window, load_composer, output_size
 from media.face import Square, crop_square, square_matrix
 
 rng = np.random.default_rng(0)
 STILL = np.zeros((24, 24, 2), np.float32)
 SOLID = np.zeros((48, 48), np.float32)              # alpha: the photo is faded nowhere
+INNER = 0.98 - 2 * BORDER                            # share of the square in which nothing is faded out
 
 
 def smooth_photo(width, height, detail=8):
@@ -57,7 +58,7 @@ def test_the_edge_of_the_square_does_not_show(square):
     composer = Composer(photo, square)
     for out in (composer.frame(white, white // 4, np.ones((96, 96)), STILL + 0.3), composer.blend(white)):
         rim = inside(square, photo.shape) & ~inside(square, photo.shape, 0.97)
-        assert out[rim].max() < 60 + 12 and (out[inside(square, photo.shape, 0.75)] > 250).all()
+        assert out[rim].max() < 60 + 12 and (out[inside(square, photo.shape, INNER)] > 250).all()
         steps = np.abs(np.diff(out[..., 0].astype(int), axis=1))
         assert steps.max() < 40                                   # 195 in one step if there were no window
 
@@ -72,7 +73,7 @@ def test_a_constant_displacement_moves_the_photos_own_pixels(square):
     dx, dy = np.array([[c, -s], [s, c]]) @ (0.1, -0.05) * square.side / 2
     y, x = np.mgrid[:240, :300].astype(np.float32)
     expected = cv2.remap(PHOTO, (x + dx).astype(np.float32), (y + dy).astype(np.float32), cv2.INTER_CUBIC)
-    middle = inside(square, PHOTO.shape, 0.7)
+    middle = inside(square, PHOTO.shape, INNER)
     assert np.abs(out[middle].astype(int) - expected[middle]).max() <= 6
     assert np.abs(PHOTO[middle].astype(int) - expected[middle]).mean() > 10
 
@@ -95,7 +96,7 @@ def test_what_is_painted_is_added_to_the_moved_photo():
     moved = crop_square(PHOTO, square, 48)
     low = np.clip(moved.astype(int) + 15, 0, 255).astype(np.uint8)
     out = Composer(PHOTO, square).frame(low, moved, SOLID, STILL).astype(int)
-    middle = inside(square, PHOTO.shape, 0.7) & (PHOTO.max(-1) < 230)
+    middle = inside(square, PHOTO.shape, INNER) & (PHOTO.max(-1) < 230)
     assert np.abs(out[middle] - PHOTO[middle] - 15).max() <= 2
 
 
@@ -103,7 +104,7 @@ def test_where_alpha_is_one_the_models_picture_stands():
     square = SQUARES[0]
     low = np.full((48, 48, 3), (200, 100, 50), np.uint8)
     out = Composer(PHOTO, square).frame(low, np.zeros_like(low), np.ones((48, 48)), STILL)
-    assert np.abs(out[inside(square, PHOTO.shape, 0.7)].astype(int) - (200, 100, 50)).max() <= 1
+    assert np.abs(out[inside(square, PHOTO.shape, INNER)].astype(int) - (200, 100, 50)).max() <= 1
 
 
 def test_half_an_alpha_keeps_half_of_the_photos_detail():
@@ -128,7 +129,7 @@ def test_a_latent_picture_replaces_the_square():
     square = SQUARES[1]
     low = np.full((32, 32, 3), (10, 200, 90), np.uint8)
     out = Composer(PHOTO, square).blend(low)
-    assert np.abs(out[inside(square, PHOTO.shape, 0.7)].astype(int) - (10, 200, 90)).max() <= 1
+    assert np.abs(out[inside(square, PHOTO.shape, INNER)].astype(int) - (10, 200, 90)).max() <= 1
 
 
 def test_the_window_is_still_at_its_edge_and_whole_inside():

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from media import audio_features
-from media.compose import CHANGED
+from media.compose import BORDER, CHANGED
 from media.files import InputError, atomic_write
 from media.sound import SAMPLE_RATE, SAMPLES_PER_FRAME
 from sample import DEFAULT, load_models
@@ -37,7 +37,6 @@ MODEL = Path(__file__).resolve().parent / "page" / "model"
 WEIGHTS = "weights.bin"
 LIMIT = 20_000_000                                                # bytes of all graphs together
 OPSET = 20
-BORDER = 0.1                                       # share of the face square's side in which motion fades out
 
 
 class Reference(nn.Module):
