@@ -24,7 +24,6 @@ from measure.checkpoint import (
     open_checkpoint,
     render_batched,
     speech_features,
-    summary,
     table,
 )
 from measure.metrics import ratio_interval
@@ -334,12 +333,13 @@ def real_people(args, checkpoint, clips, read_faces, nets):
     clips: iterator of test clips with images and wave; read_faces(args, [frames]) -> [{factor: (n,)}], or
     None; nets: networks of perceptual.load, of which CSIM is used. Prints and returns {emotion: {measure}}:
     changes of lip corners, lip width and lids from neutral, in heights of the face (lids: widths of the eye);
-    correlation of the opening of the mouth with neutral's; csim with the photo.
+    correlation of the opening of the mouth with neutral's; csim with the photo. Medians over people.
     """
-    steps, by_emotion, people = args.steps or checkpoint.meta["steps"], {name: [] for name in EMOTIONS}, set()
+    steps, by_emotion, people = args.steps or checkpoint.meta["steps"], {name: [] for name in EMOTIONS}, []
     for c in clips:
-        people.add(c.person)
-        tokens = generate_moods(checkpoint, c.images[0], c.wave, EYE, c.number)[:, FPS // 2::STRIDE]
+        people.append(c.person)
+        tokens = generate_moods(checkpoint, c.images[0], c.wave, EYE, c.number)[:, FPS // 5:]
+        tokens = tokens[:, ::max(1, tokens.shape[1] // 25)]                           # 25 to 49 of each clip
         frames = decode_clip(checkpoint, c.images[0], tokens.flatten(0, 1), steps, c.number)
         frames = frames.unflatten(0, tokens.shape[:2])                                     # (7, n, 3, H, W)
         curves = read_faces(args, list(frames)) if read_faces else [{}] * len(EMOTIONS)
@@ -351,10 +351,12 @@ def real_people(args, checkpoint, clips, read_faces, nets):
             if "csim" in nets:
                 measured["csim"] = nets["csim"](c.images[:1], shown, c.face).mean().item()
             by_emotion[name].append(measured)
-    rows = {name: summary(measured) for name, measured in by_emotion.items()}
-    print(f"{len(by_emotion['neutral'])} clips of {len(people)} unseen people of {args.data}, their own "
-          f"sound; changes from neutral, mean over clips [95%]")
-    table(["", *(text for k in rows["happy"] for text in (k, ""))],
-          [[name, *(text for value in entry.values() for text in cell(value, 3, bounds=True))]
+    rows = {name: landmarks.summary(measured, people) for name, measured in by_emotion.items()}
+    measures = list(by_emotion["neutral"][0])
+    print(f"{len(people)} clips of {len(set(people))} unseen people of {args.data}, their own sound; changes "
+          f"from neutral, median over people [95%]")
+    table(["", *(text for k in measures for text in (k, ""))],
+          [[name, *(text for k in measures for text in (landmarks.number(entry[k], 3),
+                                                        landmarks.bounds(entry[k], 3)))]
            for name, entry in rows.items()])
     return {"rows": rows}

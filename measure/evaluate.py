@@ -92,7 +92,8 @@ def test_clips(args, size, sound=False):
                                   box=face_box(identity, motion, size), face=perceptual.FACE)
         return
     people, = data.load_sets([args.data], "test", sound=sound)
-    manifest = [entry for person in sorted(people) for entry in people[person]][:args.clips]
+    each = 1 if args.command == "emotion" else None                                    # clips of a person
+    manifest = [entry for person in sorted(people) for entry in people[person][:each]][:args.clips]
     for number, entry in enumerate(tqdm(manifest, unit="clip", disable=None)):
         images, wave = data.read_clip(entry["path"], size)
         images = images[:length]

@@ -210,9 +210,10 @@ def rates(counts):
 def summary(clips, people, rounds=2000, seed=0):
     """Summarize a row of clips by person.
 
-    clips: what `scores` returned for each; people: whose each is. -> {measure: {value, low, high}}: the
-    median over people of the mean of each one's clips; blinks and missing frames counted over all; with
-    bootstrap intervals (95%) over people. None where nothing can be said.
+    clips: what `scores` returned for each, or other numbers {measure: number}; people: whose each is. ->
+    {measure: {value, low, high}}: the median over people of the mean of each one's clips; where COUNTS are
+    given, blinks and missing frames counted over all; with bootstrap intervals (95%) over people. None where
+    nothing can be said.
     """
     names = sorted(set(people))
     of = np.array([names.index(person) for person in people])
@@ -235,6 +236,8 @@ def summary(clips, people, rounds=2000, seed=0):
             add(key, np.median(known), np.median(drawn, axis=1))
         else:
             add(key, np.nan, known)
+    if not set(COUNTS) <= clips[0].keys():
+        return result
     sums = {key: np.bincount(of, [clip[key] for clip in clips], len(names)) for key in COUNTS}
     drawn = rates({key: x[(draw * len(names)).astype(int)].sum(1) for key, x in sums.items()})
     for key, value in rates({key: x.sum() for key, x in sums.items()}).items():
@@ -247,15 +250,17 @@ def number(x, digits=2):
     return "-" if x is None or x["value"] is None else f"{x['value']:.{digits}f}"
 
 
+def bounds(x, digits=2):
+    """Format the interval of {value, low, high} -> text."""
+    return "" if x["low"] is None else f"[{x['low']:.{digits}f} {x['high']:.{digits}f}]"
+
+
 def lines(rows):
     """Format rows {name: summary} as a table of text lines.
 
     Per factor: correlation at lag 0 [95% interval] amplitude; then more about the opening, blinks, frames
     without a face.
     """
-    def bounds(x):
-        return "" if x["low"] is None else f"[{x['low']:.2f} {x['high']:.2f}]"
-
     head = ["", *(text for name in FACTORS for text in (name, "", "ampl")),
             "+-1", "lag", "concord", "blinks/min", "F1", "no face"]
     body = []
