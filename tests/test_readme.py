@@ -140,8 +140,10 @@ def source_of(name):
     name = {"data": "media.prepare"}.get(name, name)
     paths = (ROOT / (name.replace(".", "/") + ".py"), ROOT / name.replace(".", "/") / "__main__.py")
     text = next((path.read_text(encoding="utf-8") for path in paths if path.is_file()), "")
-    shared = "command_parser" in text and not name.endswith("checkpoint")
-    return text + source_of("measure.checkpoint") if shared else text
+    if name in ("train_ae", "train_gen"):
+        return text + source_of("training")
+    uses_shared = "command_parser(" in text and name != "measure.checkpoint"
+    return text + source_of("measure.checkpoint") if uses_shared else text
 
 
 def test_readme_is_short():
