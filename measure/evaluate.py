@@ -17,20 +17,16 @@ of real people, --landmarks reads mouth, lids and head pose with a face mesh (la
 """
 import sys
 import time
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
 import flow
 import sample
-from measure import emotions, landmarks, metrics, perceptual, reader
+from measure import emotions, landmarks, metrics, reader
 from measure.checkpoint import (
     cell,
     command_parser,
@@ -44,300 +40,32 @@ from measure.checkpoint import (
     table,
     write_json,
 )
+from measure.clips import (
+    FRAMES,
+    SILENCE,
+    Row,
+    load_networks,
+    motion_table,
+    nearest_in,
+    picture_metrics,
+    read_faces,
+    test_clips,
+    training_frames,
+)
 from measure.metrics import NAMES
 from media.compose import Composer
 from media.device import autocast
 from media.face import Square
-from media.files import InputError
-from media.image import to_uint8
-from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
+from media.files import InputError, command
+from media.sound import FPS, SAMPLE_RATE
 from training import step_rng
 from world.people import HELD_OUT, random_clip, random_motion
 from world.render import face_box, random_identity
 
-# --clips of each command (people, for probe and emotion), and the length of a clip in frames (of each person,
-# for probe)
+# --clips of each command (people, for probe and emotion)
 CLIPS = {"reconstruct": 24, "masked": 12, "probe": 600, "talk": 12, "steps": 6, "emotion": 12}
-FRAMES = {"reconstruct": 50, "masked": 50, "probe": 8, "talk": 150, "steps": 100, "emotion": 75}
 STEPS = (1, 2, 4, 8, 20)
 MASKS = (0.0, 0.3, 0.5, 0.7, 0.9)
-PAPER = {
-    "reconstruct": "Paper, table 2 (256 px, other clips, L1 of an unknown scale): PSNR, SSIM, L1, LPIPS, "
-                   "FID, FVD on HDTF 29.12, 0.912, 57.8, 0.043, 21.4, 136.7; DH-FaceVid-1K 32.13, 0.914, "
-                   "51.4, 0.036, 22.0, 112.2; MEAD 36.23, 0.949, 44.5, 0.019, 23.5, 71.0",
-    "talk": "Paper, tables 3 and 4 (256 px, other clips): PSNR, SSIM, LPIPS, FID, FVD on DH-FaceVid-1K "
-            "22.95, 0.768, 0.095, 27.7, 206.5; HDTF 21.99, 0.739, 0.111, 26.9, 218.4, with Sync-C 6.147, "
-            "Sync-D 8.574"}
-NOT_READ = "the same with frame 0", "nearest training frame"       # rows that the face mesh does not read
-SILENCE = "digital silence"                                        # row of talk that it reads by itself
-
-
-# ---- clips, and the rows of a table of pictures ------------------------------------------------------------
-
-def test_clips(args, size, sound=False):
-    """Yield clips that training never saw.
-
-    Each has number, id, person (whose it is), images (n, 3, H, W), box (n, H, W) of the face as a mask, face
-    (the same as shares of the sides), and motion (n, M) where it is known; with sound wave (1, S); with
-    --landmarks large (n, 3, 256, 256) and wide (W, W, 3) uint8, the first frame with its margin.
-    """
-    seconds_for_blinks = args.landmarks and args.command == "reconstruct"
-    length = FRAMES["talk" if seconds_for_blinks else args.command]
-    if not args.data:
-        for seed in tqdm(range(HELD_OUT, HELD_OUT + args.clips), unit="clip", disable=None):
-            factors = random_clip(torch.tensor([seed]), length)
-            motion, identity = factors["motion"][0], factors["identity"][0]
-            yield SimpleNamespace(number=seed - HELD_OUT, id=seed, person=seed, motion=motion,
-                                  images=render_batched(identity, motion, size), wave=factors["wave"],
-                                  box=face_box(identity, motion, size), face=perceptual.FACE)
-        return
-    people, = data.load_sets([args.data], "test", sound=sound)
-    each = 1 if args.command == "emotion" else None                                    # clips of a person
-    manifest = [entry for person in sorted(people) for entry in people[person][:each]][:args.clips]
-    for number, entry in enumerate(tqdm(manifest, unit="clip", disable=None)):
-        images, wave = data.read_clip(entry["path"], size)
-        images = images[:length]
-        face = entry.get("face", perceptual.FACE)
-        left, top, right, bottom = (round(size * share) for share in face)
-        box = torch.zeros(len(images), size, size)
-        box[:, max(0, top):bottom, max(0, left):right] = 1
-        clip = SimpleNamespace(number=number, id=entry["file"], person=entry["identity"], images=images,
-                               wave=wave[None, : len(images) * SAMPLES_PER_FRAME] if sound else None,
-                               box=box, face=face, motion=None)
-        if args.landmarks:
-            clip.large = data.read_clip(entry["path"], landmarks.SIZE)[0][:length]
-            clip.wide = data.read_at(entry["path"], [0], landmarks.SIZE, margin=True)[0]
-        yield clip
-
-
-def training_frames(args, size, count=1000):
-    """Draw or read frames that training may have seen -> about (count, 3, H, W) as bytes: of the synthetic
-    world, or of a folder's train split."""
-    if not args.data:
-        ids = torch.arange(count)
-        return to_uint8(render_batched(random_identity(ids), random_motion(ids), size))
-    people, = data.load_sets([args.data], "train")
-    manifest = [entry for person in sorted(people) for entry in people[person]]
-    manifest = manifest[:: -(-len(manifest) // (count // 5))]                   # five frames of each clip
-    frames = [data.read_at(entry["path"], range(0, entry["frames"], -(-entry["frames"] // 5)), size)
-              for entry in tqdm(manifest, desc="training frames", unit="clip", disable=None)]
-    return torch.cat([torch.from_numpy(x).permute(0, 3, 1, 2) for x in frames])
-
-
-def nearest_in(bank):
-    """Make the function true frames (n, 3, H, W) -> the frame of the bank closest to each, seen at 16 x 16.
-
-    bank: (k, 3, H, W) bytes, shrunk once and few at a time.
-    """
-    def shrink(images):
-        return F.interpolate(images.float(), size=(16, 16), mode="area").flatten(1)
-
-    bank_small = torch.cat([shrink(part) for part in bank.split(50)])
-    return lambda target: bank[torch.cdist(shrink((target + 1) * 127.5), bank_small).argmin(1)] / 127.5 - 1
-
-
-@dataclass
-class Row:
-    """Pictures of one clip in a row of a table: pred against target (n, 3, H, W), box (n, H, W) of the face.
-
-    motion (n, M): the commanded one, where it is known and is to be read off pred. Without target, pred is
-    only read by the face mesh (--landmarks) and compared with photo (3, H, W), whose face it should show.
-    numbers: other measures of the row.
-    """
-    name: str
-    pred: torch.Tensor
-    target: torch.Tensor | None = None
-    box: torch.Tensor | None = None
-    motion: torch.Tensor | None = None
-    photo: torch.Tensor | None = None
-    numbers: dict | None = None
-
-
-class FeatureCache:
-    """Network features of the pictures of one clip, once for each tensor: rows share their target."""
-
-    def __init__(self):
-        self.features = {}
-
-    def __call__(self, name, network, pictures):
-        key = name, id(pictures)
-        if key not in self.features:
-            self.features[key] = network(pictures), pictures    # kept: ids of freed tensors are reused
-        return self.features[key][0]
-
-
-def person_mean(clips):
-    """Average the measures of one person's clips, [{name: number}, ...] -> {name: number}."""
-    return {name: sum(measured[name] for measured in clips) / len(clips) for name in clips[0]}
-
-
-def load_networks(args, device):
-    """Load the networks of --networks -> {name: function}, and sentences about those that are absent."""
-    if not args.networks:
-        return {}, ["LPIPS, FID, FVD, Sync and CSIM need published networks: --networks DIR"]
-    return perceptual.load(args.networks, device)
-
-
-def picture_metrics(args, checkpoint, rows_of, sound=False):
-    """Measure pictures against true ones, and print the tables.
-
-    rows_of(clip, earlier) -> [Row] of each test clip; earlier: id, person, photo (the first frame), wide and
-    wave of the clips before it. -> SimpleNamespace: rows {row: measures}, read {row: [(n, M)]} and commanded
-    {row: [(n, M)]} where motion is known, clips (as `earlier`, all), ids, read_motion (the regressor),
-    landmarks.
-    """
-    by_row, by_network, by_mesh, read, commanded, clips = {}, {}, {}, {}, {}, []
-    size = checkpoint.meta["size"]
-    patch = checkpoint.decoder.config.patch_size * checkpoint.space.factor
-    read_motion = None if args.data else reader.load_regressor(args.reader)
-    nets, absent = load_networks(args, checkpoint.device)
-    for c in test_clips(args, size, sound):
-        rows, cache = rows_of(c, clips), FeatureCache()
-        clips.append(SimpleNamespace(id=c.id, person=c.person, photo=c.images[0], wave=c.wave,
-                                     wide=getattr(c, "wide", None)))
-        for name, scores in (landmark_scores(args, c, rows) if args.landmarks else {}).items():
-            by_mesh.setdefault(name, []).append((c.person, scores))
-        for row in rows:
-            if row.name != SILENCE:
-                by_network.setdefault(row.name, []).append(network_metrics(nets, c, row, cache, sound))
-            if row.target is not None:
-                measured = metrics.compare(row.pred, row.target, row.box, patch)
-                by_row.setdefault(row.name, {}).setdefault(c.person, []).append(measured)
-            if row.motion is not None:
-                read.setdefault(row.name, []).append(read_motion(row.pred))
-                commanded.setdefault(row.name, []).append(row.motion)
-    ids, people = [c.id for c in clips], {c.person for c in clips}
-    rows = {name: summary([person_mean(of_one) for of_one in by_person.values()])
-            for name, by_person in by_row.items()}
-    print(f"{len(ids)} clips of {len(people)} unseen people of {args.data or 'the synthetic world'}, "
-          f"{size} px; face: the box round the head; mean [95%]")
-    pictures_table(rows)
-    if nets:
-        networks_table(by_network, rows)
-    mesh = landmarks_table(by_mesh, size) if by_mesh else {}
-    print(PAPER.get(args.command, ""), *absent, sep="\n")
-    return SimpleNamespace(rows=rows, read=read, commanded=commanded, clips=clips, ids=ids,
-                           read_motion=read_motion, landmarks=mesh)
-
-
-def read_faces(args, clips):
-    """Read clips [(n, 3, H, W)] with the face mesh, all enlarged to its size -> [{factor: (n,)}]."""
-    frames = torch.cat([F.interpolate(x.float(), landmarks.SIZE, mode="bicubic") for x in clips])
-    frames = to_uint8(frames).permute(0, 2, 3, 1).contiguous().numpy()
-    try:
-        curves = landmarks.read(frames, args.landmarks)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    ends = np.cumsum([len(x) for x in clips])[:-1]
-    return [{name: np.split(curve, ends)[k] for name, curve in curves.items()} for k in range(len(clips))]
-
-
-def landmark_scores(args, c, rows):
-    """Compare what the face mesh reads from a clip's rows [Row] with what it reads from the clip at 256 px.
-
-    So the row `true frames` is the ceiling at the model's size. -> {row: landmarks.scores and row.numbers}.
-    """
-    rows = [x for x in rows if x.name not in NOT_READ]
-    first = int(args.command == "reconstruct")                      # its rows begin after the photo
-    target, *curves = read_faces(args, [c.large[first:], *(x.pred for x in rows)])
-    scores = {}
-    for x, read in zip(rows, curves, strict=True):
-        if x.name == SILENCE:
-            scores["ours"] |= landmarks.silence(read["opening"], target["opening"])
-        else:
-            true = {name: curve[:len(x.pred)] for name, curve in target.items()}
-            scores[x.name] = landmarks.scores(true, read) | (x.numbers or {})
-    return scores
-
-
-def landmarks_table(by_mesh, size):
-    """Print what the face mesh read, {row: [(person, scores) of each clip]} -> {row: landmarks.summary}."""
-    rows = {name: landmarks.summary([scores for _, scores in clips], [person for person, _ in clips])
-            for name, clips in by_mesh.items()}
-    print(f"\nread by a face mesh at {landmarks.SIZE} px (true frames: reduced to {size} px, the ceiling); "
-          f"median over people: correlation [95%],\nampl(itude): ratio of standard deviations; of the "
-          f"opening also the correlation within 1 frame, lag, concord(ance)")
-    print(*landmarks.lines(rows), sep="\n")
-    print("\nhead: standard deviation of the angles, degrees")
-    keys = ["yaw_std", "pitch_std"] + ["seam"] * any("seam" in entry for entry in rows.values())
-    table(["", *keys],
-          [[name, *(landmarks.number(entry.get(k)) for k in keys)] for name, entry in rows.items()])
-    if "silence_opening" in rows.get("ours", {}):
-        names = ("silence_opening", "photo_opening", "shut_opening")
-        print("opening of the mouth in digital silence, after 0.2 s: {}; in the photo: {}; lowest tenth of "
-              "the true clip: {}".format(*(landmarks.number(rows["ours"][name], 3) for name in names)))
-    if "other sound" in rows:
-        other = [scores["opening_error"] for _, scores in by_mesh["other sound"]]
-        own = [scores["opening_error"] for _, scores in by_mesh["ours"]]
-        gain = float(np.nanmean(other) / np.nanmean(own[-len(other):]))          # the first has no other
-        print(f"audio gain {gain:.3f}: error of the opening with another recording's sound, divided by that "
-              f"with its own")
-        rows["ours"]["audio_gain"] = {"value": gain, "low": None, "high": None}
-    return rows
-
-
-def network_metrics(nets, c, row, cache, sound):
-    """Measure a Row of clip c by the networks of perceptual.py -> {measure: number}.
-
-    For Frechet distances the features of its pred and target, by the clip's FeatureCache. CSIM compares with
-    the photo.
-    """
-    values, paired = {}, nets if row.target is not None else {}
-    if "lpips" in paired:
-        values["lpips"] = nets["lpips"](row.pred, row.target).mean().item()
-    if "csim" in nets:
-        photo = c.images[0] if row.photo is None else row.photo
-        values["csim"] = nets["csim"](photo[None], row.pred, c.face).mean().item()
-    if "syncnet" in paired and sound:
-        values |= {k: v for k, v in nets["syncnet"](row.pred, c.wave, c.face).items() if k != "offset"}
-    for name in {"inception", "i3d"} & paired.keys():
-        values[name] = [cache(name, nets[name], x) for x in (row.pred, row.target)]
-    return values
-
-
-def networks_table(by_network, rows):
-    """Print what the networks measured, {row: [network_metrics() of each clip]}, and add it to rows {row:
-    measures}.
-
-    Of the true frames the Frechet distance is that of every other clip to the rest: as near as different
-    clips come.
-    """
-    titles = {"inception": "FID", "i3d": "FVD"}
-    measures = list({k: None for values in by_network.values() for clip in values for k in clip})
-    lines = []
-    for name, values in by_network.items():
-        line, entry = [name], rows.setdefault(name, {})
-        for k in measures:
-            if k not in values[0]:
-                line.append("-")
-            elif k not in titles:
-                entry[k] = metrics.interval([clip[k] for clip in values])
-                line += cell(entry[k], 3)
-            else:
-                pred, target = ([clip[k][column] for clip in values] for column in (0, 1))
-                if name == "true frames":
-                    pred, target = pred[::2], pred[1::2]
-                a, b = (torch.cat(x) if x else torch.zeros(0, 1) for x in (pred, target))
-                enough = min(len(a), len(b)) > 1
-                entry[titles[k].lower()] = perceptual.frechet(a, b) if enough else None
-                clips = min(len(pred), len(target))
-                line.append(perceptual.frechet_text(a, b, clips) if enough else "too few")
-        lines.append(line)
-    print()
-    table(["", *(titles.get(k, k) for k in measures)], lines)
-
-
-def motion_table(result, factors=NAMES):
-    """Print how far the motion read off a measurement's frames follows the commanded -> {row: {factor:
-    correlation}}."""
-    rows = {name: dict(zip(NAMES, metrics.motion_correlation(x, result.commanded[name]), strict=True))
-            for name, x in result.read.items()}
-    if rows:
-        ceiling = " (true frames: the reader's ceiling)" if "true frames" in rows else ""
-        print(f"\nmotion read off the frames, correlation with the commanded within clips{ceiling}")
-        table(["", *rows],
-              [[factor, *(f"{entry[factor]:.3f}" for entry in rows.values())] for factor in factors])
-    return rows
 
 
 def step_label(n):
@@ -415,19 +143,6 @@ def masked(args):
     result = picture_metrics(args, checkpoint, rows_of)
     return {"rows": result.rows, "motion_correlation": motion_table(result, ("yaw", "jaw", "blink_l")),
             "ids": result.ids}
-
-
-def pictures_table(rows):
-    """Print the picture measures of {row: measures}; L1 in brackets: on pictures from 0 to 255."""
-    def cells(name, value):
-        if "l1" in name:
-            return [f"{value['mean']:.4f} ({255 * value['mean']:.1f})"]
-        return cell(value, 4 if "ssim" in name else 2, "psnr" in name)
-
-    table(["", "PSNR", "", "SSIM", "L1 (x 255)", "face PSNR", "", "face SSIM", "face L1", "sharpness",
-           "blockiness"],
-          [[name, *(text for k, value in entry.items() for text in cells(k, value))]
-           for name, entry in rows.items()])
 
 
 def probe(args):
@@ -632,9 +347,9 @@ def parse(argv):
     return args
 
 
-def run(args):
-    """Measure, print and, with --json, write. Raises InputError."""
-    start = time.time()
+@command("measure.evaluate")
+def main(argv=None):
+    args, start = parse(argv), time.time()
     if args.networks and not Path(args.networks).is_dir():
         raise InputError(f"--networks {args.networks} is no folder; give one that holds published networks "
                          f"(README)")
@@ -644,17 +359,6 @@ def run(args):
         write_json(args.json, {"command": args.command, "ckpt": args.ckpt, "clips": args.clips,
                                "steps": args.steps, **result})
     print(f"\n{time.time() - start:.0f} s")
-
-
-def main(argv=None):
-    """-> exit status: 0, or 2 after one sentence about what cannot be used."""
-    args = parse(argv)
-    try:
-        run(args)
-    except InputError as error:
-        print(f"measure.evaluate: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":

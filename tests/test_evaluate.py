@@ -12,7 +12,7 @@ from test_metrics import pictures
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig
-from measure import checkpoint, evaluate, landmarks, perceptual, reader
+from measure import checkpoint, clips, evaluate, landmarks, perceptual, reader
 from media.files import write_lines
 from media.video import VideoWriter
 from media.weights import save_weights
@@ -42,8 +42,8 @@ def given(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(evaluate, "FRAMES",
-                        {"reconstruct": 5, "probe": 2, "masked": 5, "talk": 12, "steps": 16, "emotion": 12})
+    for command, frames in {"reconstruct": 5, "probe": 2, "masked": 5, "talk": 12, "steps": 16}.items():
+        monkeypatch.setitem(clips.FRAMES, command, frames)
     bank = evaluate.training_frames
     monkeypatch.setattr(evaluate, "training_frames", lambda args, size, count=10: bank(args, size, count))
 
@@ -77,7 +77,9 @@ def still_video(frames=None):
 def test_a_perfect_decoder_is_measured_as_perfect(given, monkeypatch, capsys):
     shown = []                                                   # A's frames, then B's photo and B moved as A
     render_batched = evaluate.render_batched
-    monkeypatch.setattr(evaluate, "render_batched", lambda *a: shown.append(render_batched(*a)) or shown[-1])
+    for module in (clips, evaluate):
+        monkeypatch.setattr(module, "render_batched",
+                            lambda *given: shown.append(render_batched(*given)) or shown[-1])
     monkeypatch.setattr(evaluate, "decode_clip", lambda *_: shown[-1])
     assert run(given, "reconstruct", "--clips", "2", "--json", str(given / "o.json")) == 0
     found = json.loads((given / "o.json").read_text())
@@ -108,7 +110,7 @@ def test_the_nearest_training_frame_is_the_nearest(monkeypatch):
     bank = ((pictures(20, 32) + 1) * 127.5).round().byte()
     true = (bank[[7, 3]] / 127.5 - 1) + 0.05 * pictures(2, 32, seed=1)
     nearest, shrunk, interpolate = evaluate.nearest_in(bank), [], F.interpolate
-    monkeypatch.setattr(evaluate.F, "interpolate",
+    monkeypatch.setattr(clips.F, "interpolate",
                         lambda x, *a, **k: shrunk.append(len(x)) or interpolate(x, *a, **k))
     assert torch.equal(nearest(true), bank[[7, 3]] / 127.5 - 1)
     assert shrunk == [2]                                                    # the bank was shrunk before
@@ -137,8 +139,8 @@ def grey(tmp_path):
     first brighter."""
     (tmp_path / "clips").mkdir()
     rows = []
-    clips = [("a", "train", 90), ("b", "test", 10), ("b", "test", 20), ("c", "test", 40)]
-    for k, (person, split, step) in enumerate(clips):
+    steps = [("a", "train", 90), ("b", "test", 10), ("b", "test", 20), ("c", "test", 40)]
+    for k, (person, split, step) in enumerate(steps):
         with VideoWriter(tmp_path / f"clips/{k}.mp4", 40, sound=0.1 * torch.randn(8 * 640)) as video:
             for n in range(8):
                 video.write(np.full((40, 40, 3), 100 + step * (n > 0), np.uint8))
@@ -306,10 +308,11 @@ def test_the_mouth_is_judged_against_its_own_truth(given, monkeypatch):
     def frames(people, motion, size):
         return motion.view(-1, 1, 1, 17).expand(-1, 3, 17, 17).clone()
 
-    monkeypatch.setattr(evaluate, "FRAMES", {"talk": 40})
-    monkeypatch.setattr(evaluate, "face_box",
-                        lambda person, motion, size: torch.ones(len(motion), 17, 17, dtype=torch.bool))
-    monkeypatch.setattr(evaluate, "render_batched", frames)
+    monkeypatch.setitem(clips.FRAMES, "talk", 40)
+    for module in (clips, evaluate):
+        monkeypatch.setattr(module, "face_box",
+                            lambda person, motion, size: torch.ones(len(motion), 17, 17, dtype=torch.bool))
+        monkeypatch.setattr(module, "render_batched", frames)
     monkeypatch.setattr(reader, "load_regressor", lambda path: lambda x: x[:, 0, 0])
     monkeypatch.setattr(evaluate, "encode", lambda checkpoint, images: images.flatten(1)[:, :8])
     monkeypatch.setattr(evaluate, "animate", still_video())
