@@ -218,7 +218,7 @@ several = pytest.mark.parametrize("cases",
 
 @several
 @pytest.mark.parametrize("kind", ["photo", "sound", "video", "checkpoint"])
-def test_sample_survives_damage(kind, cases, good, tmp_path, capsys):
+def test_sample_survives_damage(kind, cases, good, tmp_path, capfd):
     folder, names = good
     others = [(folder / name).read_bytes() for some in names.values() for name in some]
     for k in cases:
@@ -231,7 +231,7 @@ def test_sample_survives_damage(kind, cases, good, tmp_path, capsys):
                  "--device", "cpu"]
         with limits(f"{kind} {k}"):
             status = sample.main(list(map(str, words)))
-        said = capsys.readouterr().err.splitlines()
+        said = capfd.readouterr().err.splitlines()
         if status:
             assert status == 2 and said[-1].startswith("sample.py: ") and os.listdir(tmp_path) == [name], (k,
                 said)
@@ -244,7 +244,7 @@ def test_sample_survives_damage(kind, cases, good, tmp_path, capsys):
 
 @several
 @pytest.mark.parametrize("name", ["settings.jsonl", "people.jsonl"])
-def test_prepare_survives_damage(name, cases, prepared, capsys):
+def test_prepare_survives_damage(name, cases, prepared, capfd):
     """Of what an earlier run left, or of the list of people: the set is whole, or it is refused and as it
     was."""
     folder, words = prepared
@@ -255,7 +255,7 @@ def test_prepare_survives_damage(name, cases, prepared, capsys):
             path.write_bytes(damage(name, k, whole, [b"\x00\x00\x00\x18ftyp" * 8], json_text=True))
             with limits(f"{name} {k}"):
                 status = prepare.main(words)
-            said = capsys.readouterr().err.splitlines()
+            said = capfd.readouterr().err.splitlines()
             assert status in (0, 2) and (status == 0 or said[-1].startswith("data.py: ")), (k, said)
             assert not list((folder / "out").rglob("*.part"))
             if status:
