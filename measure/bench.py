@@ -209,8 +209,8 @@ def stage_1(name, persons, device):
     regions = torch.rand(count, 3, e.image_size, e.image_size, device=device)
     batch = data.Batch(reference, target, torch.cat([reference, target]), regions, None, "synthetic")
     weights, t = train_ae.schedule(train_ae.parse(["--preset", name]), 0.8), torch.ones(count, device=device)
-    ids_keep = random_masking(persons + count, (e.image_size // e.patch_size) ** 2, weights["mask_max"] / 2,
-                              device=device)
+    patches = (e.image_size // e.patch_size) ** 2
+    ids_keep = random_masking(persons + count, patches, weights["mask_max"] / 2, device=device)
     return model, lambda: model(batch, noise, t, ids_keep, weights), count
 
 

@@ -168,8 +168,8 @@ def trajectories(checkpoint, pca):
         curves = (curves - curves.mean(1, keepdim=True)) / curves.std(1, keepdim=True).clamp(min=1e-6)
         ax.plot(seconds, curves[0], color="tab:orange", label=f"true {name}")
         ax.plot(seconds, curves[1], color="navy", label=f"token, direction {k + 1}")
-        ax.set_title(f"correlation {metrics.correlation(*curves[:, :, None]).item():.2f}", loc="right",
-                     fontsize="medium")
+        correlation = metrics.correlation(*curves[:, :, None]).item()
+        ax.set_title(f"correlation {correlation:.2f}", loc="right", fontsize="medium")
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, frameon=False)
     ax.set_xlabel("time (s)")
     right.suptitle(f"One frame each of {len(yaw)} synthetic people, coloured by the true yaw\n"
@@ -179,8 +179,8 @@ def trajectories(checkpoint, pca):
     limit = degrees.abs().max().item()
     points = ax.scatter(*pca.scores[:, :2].T, c=degrees, s=8, cmap="coolwarm", vmin=-limit, vmax=limit)
     ax.plot(*path[:, :2].T, color="black")
-    ax.set(xlabel="direction 1 (standard deviations)", ylabel="direction 2", xlim=(-2.6, 2.6),
-           ylim=(-2.6, 2.6))
+    ax.set(xlabel="direction 1 (standard deviations)", ylabel="direction 2")
+    ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6))
     right.colorbar(points, label="yaw (degrees)")
     return figure
 

@@ -129,8 +129,8 @@ def test_silence_and_noise_floor_are_not_raised(wave):
 
 def test_gain_of_chunks_equals_whole():
     whole = audio_features.loudness_gain([SPEECHLIKE[0]])
-    assert audio_features.loudness_gain(pieces(SPEECHLIKE[0], (333, 4000, 0, 1))) == pytest.approx(whole,
-        rel=1e-5)
+    gain = audio_features.loudness_gain(pieces(SPEECHLIKE[0], (333, 4000, 0, 1)))
+    assert gain == pytest.approx(whole, rel=1e-5)
     assert audio_features.loudness_gain([]) == 1.0
 
 
@@ -154,15 +154,15 @@ def test_running_level_does_not_depend_on_the_pieces(sizes):
 def test_running_level_hears_nothing_of_the_future():
     """Sound comes out before more is asked for, and what comes later changes nothing."""
     taken = []
-    live = audio_features.streaming_gain(taken.append(k) or SPEECHLIKE[0, 640 * k:640 * (k + 1)]
-                                         for k in range(70))
+    frames = (taken.append(k) or SPEECHLIKE[0, 640 * k:640 * (k + 1)] for k in range(70))
+    live = audio_features.streaming_gain(frames)
     for k in range(70):
         next(live)
         assert len(taken) == k + 1
     other = torch.cat([SPEECHLIKE[0, :32000], 0.9 * torch.randn(18000)])
     a, b = (list(audio_features.streaming_gain([wave])) for wave in (SPEECHLIKE[0], other))
-    assert all(torch.equal(x, y) for x, y in zip(a[:50], b[:50], strict=True)) and not torch.equal(a[50],
-        b[50])
+    assert all(torch.equal(x, y) for x, y in zip(a[:50], b[:50], strict=True))
+    assert not torch.equal(a[50], b[50])
 
 
 @pytest.mark.parametrize("scale", [0.05, 1, 15])

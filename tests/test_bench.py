@@ -76,12 +76,12 @@ def release(tmp_path_factory):
     shape = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 1, "token_dim": 8}
     models = {"encoder": MotionEncoder(EncoderConfig(**shape)),
               "decoder": Decoder(DecoderConfig(**shape, tokens_per_motion=2)),
-              "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=8,
-                                                     past=4, lookahead=1))}
+              "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1,
+                                                     window=8, past=4, lookahead=1))}
     for p in models["decoder"].parameters():
         p.data += 0.05 * torch.randn_like(p)
-    save_weights(path, models, {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2,
-                                "guidance": 1.5})
+    meta = {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2, "guidance": 1.5}
+    save_weights(path, models, meta)
     return str(path)
 
 

@@ -64,8 +64,8 @@ def test_the_tiny_twin_is_a_drop_in(tmp_path):
         latents = twin.encode(IMAGES).latents
         torch.testing.assert_close(space.encode(IMAGES), latents, atol=1e-5, rtol=0)
         assert latents.shape == (3, space.channels, 32 // space.factor, 32 // space.factor)
-        torch.testing.assert_close(space.decode(latents), twin.decode(latents).sample.clamp(-1, 1), atol=1e-5,
-                                   rtol=0)
+        decoded = twin.decode(latents).sample.clamp(-1, 1)
+        torch.testing.assert_close(space.decode(latents), decoded, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["no folder", "an empty folder"])

@@ -112,8 +112,8 @@ def nets(tmp_path_factory):
     torch.save(trunk | {"classifier.1.weight": torch.zeros(2, 2)}, folder / "alexnet-owt-7be5be79.pth")
     with pytest.MonkeyPatch.context() as patch:                         # the published one was saved on a GPU
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
-        torch.save({name: x.abs() for name, x in weights.items() if name.startswith("lin")},
-                   folder / "alex.pth")
+        linear = {name: x.abs() for name, x in weights.items() if name.startswith("lin")}
+        torch.save(linear, folder / "alex.pth")
     weights = scatter(perceptual.SyncNet()).state_dict()
     torch.save({name: x for name, x in weights.items() if "num_batches" not in name},
                folder / "syncnet_v2.model")
@@ -175,9 +175,8 @@ def by_eigenvalues(a, b):
 
 def test_frechet_distance_of_known_gaussians():
     d = torch.float64
-    a = exactly(torch.tensor([1.0, 0, 2], dtype=d), torch.diag(torch.tensor([1.0, 4, 9], dtype=d)), 20)
-    b = exactly(torch.tensor([0.0, 0, 0], dtype=d), torch.diag(torch.tensor([4.0, 4, 1], dtype=d)), 31,
-                seed=1)
+    a = exactly(torch.tensor([1, 0, 2], dtype=d), torch.tensor([1, 4, 9], dtype=d).diag(), 20)
+    b = exactly(torch.tensor([0, 0, 0], dtype=d), torch.tensor([4, 4, 1], dtype=d).diag(), 31, seed=1)
     assert frechet(a, b) == pytest.approx(5 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2, abs=1e-9)
     turn = torch.linalg.qr(draws(3, 3).double()).Q                          # no change in a turned frame
     assert frechet(a @ turn, b @ turn) == pytest.approx(10, abs=1e-9)

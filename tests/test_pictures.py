@@ -215,8 +215,8 @@ def test_the_command_draws_four_pictures(given, tmp_path, capsys, sheets):
     sizes = {name[:-4]: Image.open(tmp_path / "out" / name).size for name in os.listdir(tmp_path / "out")}
     assert sizes["trajectories"] == (1200, 640)
     assert len(Image.open(tmp_path / "out" / "trajectories.png").getcolors(10**6)) > 10
-    for name, asked, columns, rows in zip(("errors", "directions", "attention"), sheets, (8, 6, 3), (5, 8, 5),
-                                          strict=True):
+    names = "errors", "directions", "attention"
+    for name, asked, columns, rows in zip(names, sheets, (8, 6, 3), (5, 8, 5), strict=True):
         assert len(asked[1]) == columns and len(asked[2]) == rows
         assert sizes[name][0] >= 130 * columns and 0 < sizes[name][1] - 130 * rows < 150
     assert "errors.png" in capsys.readouterr().out
@@ -233,8 +233,8 @@ def test_of_real_people_only_what_is_known_is_shown(given, tmp_path, capsys, she
         rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": False,
                      "margin": 1.25})
     write_lines(tmp_path / "manifest.jsonl", rows)
-    args = ["--ckpt", str(given / "w.safetensors"), "--device", "cpu", "--data", str(tmp_path), "--out",
-            str(tmp_path / "out")]
+    args = ["--ckpt", str(given / "w.safetensors"), "--device", "cpu", "--data", str(tmp_path)]
+    args += ["--out", str(tmp_path / "out")]
     assert pictures.main(args) == 0 and len(os.listdir(tmp_path / "out")) == 4
     errors = sheets[0]
     assert len(errors[1]) == 6 and not any("true" in text for text in errors[1])

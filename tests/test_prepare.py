@@ -211,12 +211,10 @@ def test_ended_midway_and_started_again_gives_the_same_bytes(tmp_path, how):
         run.terminate()
         assert run.wait(60) == 130
         assert not list((tmp_path / "cut").rglob(".*"))
-    assert not (tmp_path / "cut" / "manifest.jsonl").exists() and list((tmp_path
-        / "cut").glob("parts/*.jsonl"))
-    (tmp_path / "cut" / "clips" / ".half.mp4.1.part").write_bytes(b"what a kill in the middle of writing "
-                                                                  b"leaves")
-    assert subprocess.run([*words, "--out", tmp_path / "cut"], capture_output=True,
-                          cwd=tmp_path).returncode == 0
+    cut = tmp_path / "cut"
+    assert not (cut / "manifest.jsonl").exists() and list(cut.glob("parts/*.jsonl"))
+    (cut / "clips" / ".half.mp4.1.part").write_bytes(b"what a kill in the middle of writing leaves")
+    assert subprocess.run([*words, "--out", cut], capture_output=True, cwd=tmp_path).returncode == 0
     assert tree_of(tmp_path / "cut") == tree_of(tmp_path / "whole")
 
 
@@ -319,8 +317,8 @@ def test_sound_is_held_a_scene_at_a_time(monkeypatch):
     scenes = split_scenes(3601 * 25 + 10, [130])
     for (start, count), wave in zip(scenes, prepare_module.split_audio("x", scenes), strict=True):
         assert len(wave) == count * 640 and len(taken) <= (start + count) / 25 + 1
-        assert wave[0] == start // 25 and wave[-1] == ((start + count - 1) // 25 if start + count <= 90000
-                                                       else 0)
+        last = (start + count - 1) // 25 if start + count <= 90000 else 0
+        assert wave[0] == start // 25 and wave[-1] == last
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -367,8 +365,8 @@ def test_prepare_cuts_the_square_of_the_face(tmp_path):
     row, = prepare_module.prepare_one(str(tmp_path / "a.mp4"), "in/a.mp4", about, tmp_path, 96)["kept"]
     square = Square(*row["square"])
     alone = largest(find_faces(load_detector(), portrait))
-    assert (square.cx - 140, square.cy - 40, square.side) == pytest.approx((alone.cx, alone.cy, alone.side),
-        abs=6)
+    moved = square.cx - 140, square.cy - 40, square.side
+    assert moved == pytest.approx((alone.cx, alone.cy, alone.side), abs=6)
     assert row["face"] == FACE_BOX and row["margin"] == 1.25
     wide = data.read_at(str(tmp_path / row["file"]), [7], 96, margin=True)
     around = crop_square(frame, replace(square, side=1.25 * square.side), 120)

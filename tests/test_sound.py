@@ -111,10 +111,10 @@ def test_sound_of_a_video_starts_with_its_first_picture(tmp_path, lead):
             picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
             picture.pts, picture.time_base = k + round(25 * base), Fraction(1, 25)
             container.mux(video.encode(picture))
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sine(16000, 1.0, 1).T), format="fltp",
-                                           layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = 16000, round((base + lead) * 16000), Fraction(1,
-            16000)
+        samples = np.ascontiguousarray(sine(16000, 1.0, 1).T)
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+        frame.sample_rate, frame.time_base = 16000, Fraction(1, 16000)
+        frame.pts = round((base + lead) * 16000)
         container.mux(audio.encode(frame))
         container.mux(video.encode(None))
         container.mux(audio.encode(None))

@@ -242,8 +242,8 @@ def test_a_stream_is_whole_and_leaves_as_it_is_made():
             left.append(len(out.getvalue()))
     data = out.getvalue()
     times, sound = decoded(data)
-    assert times == pytest.approx([k / 25 for k in range(100)]) and len(sound) == pytest.approx(64000,
-        abs=1024)
+    assert times == pytest.approx([k / 25 for k in range(100)])
+    assert len(sound) == pytest.approx(64000, abs=1024)
     check_sine(torch.from_numpy(sound[1024:60000]), 58976 / 16000)
     assert all(len(decoded(data[:left[k]])[0]) >= k - 2 for k in (5, 16, 40, 99))
     with av.open(io.BytesIO(data)) as container:

@@ -54,8 +54,8 @@ def factor_correlation(motion_reader, frames, motion):
 
 
 def speak(models, meta, photo, wave):
-    rows = audio_features.extract_features(audio_features.normalise_loudness(wave), meta["audio"],
-                                           meta.get("whisper"))[0]
+    wave = audio_features.normalise_loudness(wave)
+    rows = audio_features.extract_features(wave, meta["audio"], meta.get("whisper"))[0]
     return tensor(sample.animate_from_audio(models, meta, photo, iter([rows])))
 
 

@@ -139,8 +139,8 @@ def perform(seeds, jaw, lip_width, emotion, movement=False):
     """
     frames, device = jaw.shape[1], jaw.device
     emotion = emotion.expand(frames, -1, -1).transpose(0, 1) if emotion.ndim == 2 else emotion     # (B, F, 7)
-    face = torch.tensor([[EMOTION_FACE[e].get(name, 0.0) for name in MOTION] for e in EMOTIONS],
-                        device=device)
+    face = [[EMOTION_FACE[e].get(name, 0.0) for name in MOTION] for e in EMOTIONS]
+    face = torch.tensor(face, device=device)                                              # (7, M)
     moves = torch.tensor([EMOTION_MOVEMENT[e] for e in EMOTIONS], device=device) * movement
     lids, tempo, jumps = (emotion @ moves).unbind(2)                                      # (B, F)
     tempo, jumps = tempo.exp(), jumps.exp()
@@ -175,8 +175,9 @@ def random_clip(seeds, frames, face=None, emotion=None):
     face, with its movement (default: the voice's, expression alone).
     """
     speech = speak(seeds, frames, emotion)
-    motion = perform(seeds, speech["jaw"], speech["lip_width"], speech["emotion"] if face is None else face,
-                     face is not None)
+    movement = face is not None
+    face = face if movement else speech["emotion"]
+    motion = perform(seeds, speech["jaw"], speech["lip_width"], face, movement)
     return {"identity": random_identity(seeds), "motion": motion, "wave": speech["wave"],
             "emotion": speech["emotion"]}
 

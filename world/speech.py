@@ -53,8 +53,8 @@ CONSONANTS = {
     "f": (250, 1100, 2200, 0, 90, 0, 0, 0.15, 5000, 3500),
     "h": (450, 1450, 2450, 0.0, 60, 0, 0.45, *REST[2:]), "l": (350, 1150, 2650, 0.1, 60, 0.6, *REST[1:]),
     "r": (350, 1150, 1600, -0.4, 60, 0.6, *REST[1:]), "w": (290, 700, 2200, -1.0, 70, 0.5, *REST[1:])}
-PHONES = {"pause": (200, 1500, 2500, 0, 0, 0, *REST[1:]), **{k: (*x, *REST) for k, x in VOWELS.items()},
-          **CONSONANTS}
+PAUSE = (200, 1500, 2500, 0, 0, 0, *REST[1:])
+PHONES = {"pause": PAUSE, **{k: (*x, *REST) for k, x in VOWELS.items()}, **CONSONANTS}
 PHONES = {k: (*x, k in "mbp", k in "bpdtgk") for k, x in PHONES.items()}  # lips closed; stops: a late noise
 F1_CLOSED, F1_SPAN, F2_LIPS = 200.0, 560.0, 300.0  # F1 rises with the jaw, F2 with the spread of the lips
 
@@ -234,8 +234,8 @@ def speak(seeds, frames, emotion=None):
     slow = [opening, lips * v["lips"], F2 - F2_LIPS * lips, F3]
     opening, lips, tongue, F3 = smooth(torch.stack(slow, 2), 15).unbind(2)  # 64 ms wide at half height
     inhaling = 0.2 * loud * (since == 0)
-    quick = [voicing * loud * v["energy"], breath * loud + voicing * v["breath"] + inhaling, hiss * loud,
-             closed]
+    breath = breath * loud + voicing * v["breath"] + inhaling
+    quick = [voicing * loud * v["energy"], breath, hiss * loud, closed]
     *levels, closed = smooth(torch.stack(quick, 2), 5).unbind(2)
     jaw = opening * (1 - closed)
 
