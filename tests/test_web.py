@@ -42,7 +42,7 @@ CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-brows
                  if path), None)
 FLAGS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update",
-         "--disable-sync", "--enable-unsafe-swiftshader",
+         "--disable-sync", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
          "--autoplay-policy=no-user-gesture-required", "--use-fake-device-for-media-stream",
          "--use-fake-ui-for-media-stream"]
 SECONDS, SEED = 2.0, 3

@@ -30,18 +30,6 @@ export function middleSquare({ width, height }) {            // as Python's midd
   return { cx: width / 2, cy: (height - side) / 10 + side / 2, side, angle: 0 };
 }
 
-export async function findFace(image) {                      // by the browser, where it can -> square or null
-  if (!("FaceDetector" in self)) return null;
-  try {
-    const [face] = await new self.FaceDetector({ maxDetectedFaces: 1 }).detect(image);
-    if (!face) return null;
-    const { x, y, width, height } = face.boundingBox;
-    return { cx: x + width / 2, cy: y + height / 2, side: 1.44 * height, angle: 0 };
-  } catch {
-    return null;
-  }
-}
-
 function shrink({ data, width, height }, newWidth, newHeight) {       // each new pixel the mean of those it covers
   const covers = (size, wanted) => Array.from({ length: wanted }, (_, k) => {
     const low = k * size / wanted, high = (k + 1) * size / wanted, shares = [];

@@ -1,6 +1,6 @@
 // What the visitor sees and does. Computing is in worker.js, drawing in compose.js, sound in player.js.
 import { Composer } from "./compose.js";
-import { facePixels, findFace, middleSquare, openPhoto, toPixels } from "./image.js";
+import { facePixels, middleSquare, openPhoto, toPixels } from "./image.js";
 import { openSound, Player, recorder, save } from "./player.js";
 
 const $ = id => document.getElementById(id), canvas = $("picture"), overlay = $("overlay"), pen = overlay.getContext("2d");
@@ -8,6 +8,7 @@ const LABELS = { jaw: "Jaw", lip_width: "Lip width", lip_corner: "Lip corners", 
   gaze_x: "Gaze sideways", gaze_y: "Gaze up, down", brow_raise: "Brows raised", brow_furrow: "Brows drawn", yaw: "Turn (yaw)",
   pitch: "Nod (pitch)", roll: "Tilt (roll)", light_x: "Light from", light: "Light strength", shift_x: "Move sideways",
   shift_y: "Move up, down", scale: "Nearer" };
+const WORKS = 0.5;                                           // a slider is shown if its value is read back with this correlation
 const worker = new Worker("worker.js", { type: "module" }), player = new Player(worker, show, share => { $("progress").value = share; });
 const app = { worker, player, values: {}, seed: 0, path: null, shown: [], ready: false, pending: false };
 let frame, again = false, later, adjusting = false;
@@ -25,12 +26,12 @@ const on = (id, kind, job) => $(id).addEventListener(kind, guarded(job));
 
 // ---- photo and face square
 
-async function usePhoto(image) {
+function usePhoto(image) {
   player.stop();
   app.image = image;
   Object.assign(overlay, { width: image.width, height: image.height });
   app.composer.setPhoto(image);
-  setSquare(await findFace(image) || middleSquare(image));
+  setSquare(middleSquare(image));
 }
 
 function setSquare(square) {
@@ -94,8 +95,7 @@ overlay.addEventListener("pointermove", event => {
   } else if ($("lead").checked && !$("puppet").hidden && app.square) {
     const x = (here[0] * scale - app.square.cx) / app.square.side, y = (here[1] * scale - app.square.cy) / app.square.side;
     for (const [name, share] of [["gaze_x", 2 * x], ["gaze_y", 2 * y], ["yaw", 1.5 * x], ["pitch", 1.5 * y]]) {
-      const c = app.model.controls[name];
-      if (c) setSlider(name, Math.min(1, Math.max(-1, share)) * c.high);
+      if (name in app.values) setSlider(name, Math.min(1, Math.max(-1, share)) * app.model.controls[name].high);
     }
     pose();
   }
@@ -123,13 +123,14 @@ on("adjust", "click", () => {
   if (adjusting) overlay.focus();
   drawOverlay();
 });
-on("photo", "change", async ({ target }) => { if (target.files[0]) await usePhoto(await openPhoto(target.files[0])); target.value = ""; });
-on("example", "click", async () => { await useExample(); });
+on("photo", "change", async ({ target }) => { if (target.files[0]) usePhoto(await openPhoto(target.files[0])); target.value = ""; });
+on("example", "click", useExample);
 document.addEventListener("dragover", event => event.preventDefault());
 const take = guarded(async (event, files) => {               // dropped or pasted: a sound, or else a picture
   if (!files?.length || !app.ready) return;
   event.preventDefault();
-  await (/^(audio|video)\//.test(files[0].type) ? useSound(files[0]) : usePhoto(await openPhoto(files[0])));
+  if (/^(audio|video)\//.test(files[0].type)) await useSound(files[0]);
+  else usePhoto(await openPhoto(files[0]));
 });
 document.addEventListener("drop", event => { event.preventDefault(); take(event, event.dataTransfer.files); });
 document.addEventListener("paste", event => take(event, event.clipboardData.files));
@@ -142,7 +143,7 @@ on("webcam", "click", async () => {
 on("shoot", "click", async () => {
   const image = toPixels(video, video.videoWidth, video.videoHeight);
   $("camera").close();
-  await usePhoto(image);
+  usePhoto(image);
 });
 on("close-camera", "click", () => $("camera").close());
 on("camera", "close", () => video.srcObject?.getTracks().forEach(track => track.stop()));
@@ -194,7 +195,7 @@ function addSlider(box, id, label, low, high, changed) {
 
 function makeSliders() {
   const { controls, generator: { moods } } = app.model;
-  for (const name of Object.keys(LABELS).filter(name => controls[name])) {
+  for (const name of Object.keys(LABELS).filter(name => controls[name]?.correlation >= WORKS)) {
     addSlider("sliders", name, LABELS[name], controls[name].low, controls[name].high, value => { setSlider(name, value); pose(); });
     setSlider(name, 0);
   }
@@ -297,7 +298,7 @@ const replies = {
 
 async function useExample() {
   const get = async name => (await fetch(`example/${name}`)).blob();
-  await usePhoto(await openPhoto(await get("portrait.png")));
+  usePhoto(await openPhoto(await get("portrait.png")));
   if (!app.wave) { await useSound(await get("speech.wav")); $("sound-name").textContent = `Example speech, ${app.sound.duration.toFixed(1)} s`; }
 }
 
@@ -311,6 +312,6 @@ worker.onmessage = ({ data }) => guarded(replies[data.kind])(data);
 worker.onerror = event => fail(`The page's worker stopped: ${event.message || "it could not be loaded"}.`);
 const wish = new URLSearchParams(location.search);
 worker.postMessage({ kind: "load", base: new URL(".", location).href, backend: wish.get("backend") || "wasm",
-  threads: Math.min(4, navigator.hardwareConcurrency || 1) });
+  threads: Math.min(4, Math.max(1, (navigator.hardwareConcurrency || 1) - 1)) });         // one core is for drawing
 
 export { app };
