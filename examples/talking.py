@@ -17,7 +17,7 @@ from PIL import Image
 
 import sample
 from media.face import frame_photo, load_detector
-from media.files import InputError, atomic_write
+from media.files import InputError, atomic_write, command
 from media.image import open_image
 
 HERE = Path(__file__).resolve().parent
@@ -67,6 +67,7 @@ def encode(frames):
     raise InputError(f"more than {LIMIT / 1e6} MB at any quality; give fewer --seconds or a smaller --size")
 
 
+@command("examples.talking")
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m examples.talking", description=__doc__.split("\n")[0])
     parser.add_argument("photos", nargs="+", metavar="PHOTO")
@@ -77,20 +78,15 @@ def main(argv=None):
     parser.add_argument("--ckpt", default=sample.DEFAULT, help="weights (default: the embedded ones)")
     parser.add_argument("--out", default=str(HERE / "talking.webp"), help="default: %(default)s")
     args = parser.parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            wave, rate = soundfile.read(args.wav)
-            wav = str(Path(folder) / "speech.wav")
-            soundfile.write(wav, wave[: round(args.seconds * rate)], rate)
-            videos = [speak(photo, wav, args, folder) for photo in args.photos]
-        data = encode([beside(images) for images in zip(*videos, strict=True)])
-        with atomic_write(args.out) as temporary:
-            Path(temporary).write_bytes(data)
-    except InputError as error:
-        print(f"examples.talking: {error}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        wave, rate = soundfile.read(args.wav)
+        wav = str(Path(folder) / "speech.wav")
+        soundfile.write(wav, wave[: round(args.seconds * rate)], rate)
+        videos = [speak(photo, wav, args, folder) for photo in args.photos]
+    data = encode([beside(images) for images in zip(*videos, strict=True)])
+    with atomic_write(args.out) as temporary:
+        Path(temporary).write_bytes(data)
     print(f"{args.out}: {len(data) / 1e6:.2f} MB")
-    return 0
 
 
 if __name__ == "__main__":
