@@ -30,7 +30,7 @@ from measure.metrics import ratio_interval
 from media import audio_features
 from media.device import autocast
 from media.files import InputError
-from media.sound import FPS
+from media.sound import FPS, SAMPLE_RATE
 from training import step_rng
 from world import speech
 from world.people import EMOTION_FACE, HELD_OUT, UNSEEN_PAIRS, perform, random_clip
@@ -251,13 +251,14 @@ def synthetic_people(args):
     untrained = torch.tensor([(EMOTIONS[a], EMOTIONS[b]) in UNSEEN_PAIRS for a, b in PAIRS])
     slope = torch.stack(slopes).mean((0, 1))
     seconds, largest = switch_time(torch.stack(courses).mean(0))
+    two_seconds = person.waves[:1, : 2 * SAMPLE_RATE]
     extra = {"compounds_seen": distance[~untrained].mean().item(),
              "compounds_unseen": distance[untrained].mean().item(),
              "compounds_true_size": true_shift.norm(dim=2).mean().item(),
              "intensity": [round(value, 3) for value in slope.tolist()],
              "intensity_spearman": rank_correlation(slope),
              "switch_80_percent_seconds": seconds, "switch_largest_step": largest,
-             "time_with_emotion": time_with_mood(checkpoint, person.photo, person.waves[:1, :2 * 16_000])}
+             "time_with_emotion": time_with_mood(checkpoint, person.photo, two_seconds)}
     if hasattr(checkpoint, "voice"):
         extra |= voice_accuracy(checkpoint, args.clips)
     print()
