@@ -99,10 +99,10 @@ class Attention(nn.Module):
         return self.out(rearrange(attention(*self.project(x)), "b h n d -> b n (h d)"))   # (B, n, E)
 
 
-def mlp(width: int, ratio: int = 4) -> nn.Sequential:
-    """Two linear layers with a GELU between them, `ratio` times as wide inside."""
-    return nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(approximate="tanh"),
-                         nn.Linear(ratio * width, width))
+def mlp(width: int) -> nn.Sequential:
+    """Two linear layers with a GELU between them, four times as wide inside."""
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"),
+                         nn.Linear(4 * width, width))
 
 
 class Block(nn.Module):

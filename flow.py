@@ -21,12 +21,12 @@ def interpolate(z, eps, t):
     return (1 - t) * z + t * eps                                                       # eqs. (2), (6)
 
 
-def sample_timesteps(batch, generator=None, device=None, p_pure_noise=0.5, mean=0.8, std=0.8):
+def sample_timesteps(batch, generator=None, p_pure_noise=0.5, mean=0.8, std=0.8):
     """Draw training times (batch,): a share at exactly t = 1, the rest logit-normal, leaning to noise (ours).
     At pure noise a picture can be told only from the condition; low noise teaches nothing but denoising
     (logit-normal: Esser et al. 2024)."""
-    t = torch.sigmoid(mean + std * torch.randn(batch, generator=generator, device=device))
-    pure = torch.rand(batch, generator=generator, device=device) < p_pure_noise
+    t = torch.sigmoid(mean + std * torch.randn(batch, generator=generator))
+    pure = torch.rand(batch, generator=generator) < p_pure_noise
     return torch.where(pure, torch.ones_like(t), t)
 
 

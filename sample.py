@@ -226,12 +226,12 @@ def parse(argv):
     p.add_argument("--steps", type=int, help="sampling steps of both models (default: as released)")
     p.add_argument("--guidance", type=float,
                    help="how much the sound counts; 1: as it is (default: as released)")
-    wish = p.add_mutually_exclusive_group()
-    wish.add_argument("--emotion",
+    mood = p.add_mutually_exclusive_group()
+    mood.add_argument("--emotion",
                       help="neutral, happy, sad, angry, afraid, disgusted or surprised; mixed: "
                            "happy:0.6+surprised:0.4; in time: 'neutral, happy@2.5, sad@6' (seconds); auto: "
                            "as the voice sounds; none: no opinion (default)")
-    wish.add_argument("--emotion-text", metavar="WORDS",
+    mood.add_argument("--emotion-text", metavar="WORDS",
                       help='the emotion in words, such as "a bitter smile"')
     p.add_argument("--text-model", default=TEXT_MODEL,
                    help="what reads the words: hub id or folder (default: %(default)s)")

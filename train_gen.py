@@ -120,7 +120,7 @@ class Encoded(NamedTuple):
     features: torch.Tensor       # (n, A) of the speech
     mood: torch.Tensor           # (n, 7)
     factors: torch.Tensor        # (n, 6)
-    others: torch.Tensor         # (clips, OTHERS, L*D) the person in other moods, seen through a mask
+    others: torch.Tensor         # (clips, OTHERS, L*D) in other moods; masked without fresh_masks
     clip_index: torch.Tensor     # (clips, 4) first frame, length, number of its set, frame of change of mood
     voices: torch.Tensor         # (clips, 7) moods of the voices; zeros: unknown
     frames: torch.Tensor | None = None       # (n, C, H, W) half precision, with fresh_masks
@@ -132,8 +132,7 @@ def encode_clip(encoder, space, parts, mask_max, rng, device, bf16):
 
     -> motion (F, L*D), motion through a mask of one ratio, frames (F, C, H, W) in half precision as encoded.
     """
-    clear, masked, frames = [], [], []
-    patches = (encoder.config.image_size // encoder.config.patch_size) ** 2
+    clear, masked, frames, patches = [], [], [], len(encoder.pos_embed)
     ratio = mask_max * torch.rand((), generator=rng).item()
     for images in parts:
         images = space.encode(images.to(device))
@@ -149,10 +148,10 @@ def encode_clip(encoder, space, parts, mask_max, rng, device, bf16):
 def encode_masked(encoder, frames, mask_max, device, bf16, index, rng):
     """Encode frames[index], index (B, P), through masks drawn now, eq. (4) -> (B, P, L*D).
     Each window has a ratio of its own, so each is a pass of its own: a batch of masks is a rectangle."""
-    patches, motion = (encoder.config.image_size // encoder.config.patch_size) ** 2, []
+    motion = []
     for window in index:
         ratio = mask_max * torch.rand((), generator=rng).item()
-        ids_keep = random_masking(len(window), patches, ratio, rng).to(device)
+        ids_keep = random_masking(len(window), len(encoder.pos_embed), ratio, rng).to(device)
         with bf16:
             motion.append(encoder(frames[window].to(device).float(), ids_keep).flatten(1).cpu())
     return torch.stack(motion)
@@ -260,9 +259,10 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
             wave = audio_features.normalise_loudness(clip.wave)
             features = audio_features.extract_features(wave, kind, args.whisper)[0]    # (F, A)
             frames = min(len(motion), len(features))
-            others = masked[torch.arange(OTHERS) * frames // OTHERS]                   # without: own frames
+            seen = 0 if fresh_masks else 1                                      # in the paper M_r is clear
+            others = (motion, masked)[seen][torch.arange(OTHERS) * frames // OTHERS]   # without: own frames
             if clip.others is not None:
-                others = encode_clip(encoder, space, [clip.others], *how)[1]
+                others = encode_clip(encoder, space, [clip.others], *how)[seen]
             number += 1
             rows = [x[:frames] for x in (motion, masked, features, clip.mood, clip.factors)]
             vary = name != "synthetic" and preset["augment"] and kind == "mel" and not fresh_masks
@@ -295,10 +295,9 @@ def change_tempo(rows, count):
 # ---- windows and loss --------------------------------------------------------------------------------------
 
 def sample_windows(encoded, config, count, rng, silence_features, augment=False, encode_past=None):
-    """Draw random windows.
+    """Draw random windows -> new motion, past, reference, audio, mood.
 
-    -> new motion (B, K, L*D), past (B, P, L*D), reference (B, L*D), audio (B, P+K+lookahead, A), mood (B,
-    P+K, 7)
+    (B, K, L*D), (B, P, L*D), (B, L*D), (B, P+K+lookahead, A), (B, P+K, 7).
 
     Sets are drawn equally, then their clips. Two kinds: within a clip, and (a quarter, and all of clips too
     short for a past) at its start, where the past is the reference motion, repeated, and the audio before is

@@ -52,8 +52,8 @@ def test_loss_equals_hand_computation():
 
 
 def test_loss_is_fp32_and_has_a_gradient():
-    z, eps, scale = torch.randn(4, 3).bfloat16(), torch.randn(4, 3).bfloat16(), torch.ones((),
-        requires_grad=True)
+    z, eps = torch.randn(4, 3).bfloat16(), torch.randn(4, 3).bfloat16()
+    scale = torch.ones((), requires_grad=True)
     loss = flow.flow_loss(lambda z_t, t: scale * z_t, z, eps, torch.rand(4))
     assert loss.dtype == torch.float32
     loss.backward()

@@ -1,5 +1,4 @@
-"""sample.py: the whole job on a small untrained release; its frames, its sound, its promises, its
-refusals."""
+"""sample.py: the whole job on a small untrained release; its frames, sound, promises and refusals."""
 import fcntl
 import io
 import os
@@ -90,20 +89,19 @@ def test_photo_and_speech_make_a_video(given, tmp_path, capsys):
     assert "25 frames" in capsys.readouterr().out
     with av.open(str(tmp_path / "o.mp4")) as container:
         video, sound = container.streams.video[0], container.streams.audio[0]
-        assert (video.frames, video.width, video.height, sound.rate, sound.channels) == (25, 144, 128, 22050,
-            2)
+        assert (video.frames, video.width, video.height) == (25, 144, 128)
+        assert (sound.rate, sound.channels) == (22050, 2)
     assert os.listdir(tmp_path) == ["o.mp4"]
 
 
 def images_and_frames(monkeypatch):
-    """Lists that fill with the photo's square as the models see it and with the frames as they are
-    written."""
+    """Lists that fill with the photo's square, as the models see it, and the frames, as they are written."""
     images, frames, prepare, write = [], [], sample.prepare_reference, VideoWriter.write
     monkeypatch.setattr(sample, "prepare_reference",
-                        lambda models, meta, image,
-                        seed: images.append(image) or prepare(models, meta, image, seed))
-    monkeypatch.setattr(VideoWriter, "write", lambda self,
-                        frame: frames.append(frame.copy()) or write(self, frame))
+                        lambda models, meta, image, seed: (
+                            images.append(image) or prepare(models, meta, image, seed)))
+    monkeypatch.setattr(VideoWriter, "write", lambda self, frame: (
+        frames.append(frame.copy()) or write(self, frame)))
     return images, frames
 
 
@@ -388,8 +386,7 @@ def live(given, out, *more):
 
 
 def test_frames_leave_before_the_sound_has_ended(given):
-    """Three seconds in, stdin still open: at least two windows have left; stdout is an mp4 and nothing
-    else."""
+    """Three seconds in, stdin still open: at least two windows have left; stdout is an mp4, nothing else."""
     work = start(live(given, "-"))
     feed = threading.Thread(target=lambda: (work.stdin.write(raw(3)), work.stdin.flush()))
     feed.start()                                               # neither pipe waits for the other
@@ -398,7 +395,7 @@ def test_frames_leave_before_the_sound_has_ended(given):
         early += os.read(work.stdout.fileno(), 65536)
         assert work.poll() is None
     feed.join()
-    rest, said = work.communicate(timeout=60)
+    rest, said = work.communicate(timeout=300)
     data = early + rest
     assert work.returncode == 0 and b"75 frames" in said and b"Traceback" not in said
     with av.open(io.BytesIO(data)) as container:
@@ -453,7 +450,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(given):
     work.stdout.close()
     work.stdin.write(raw(1.5))
     work.stdin.flush()                                           # and stays open
-    assert work.wait(timeout=60) == 1 and work.stderr.read() == b""
+    assert work.wait(timeout=300) == 1 and work.stderr.read() == b""
     work.stdin.close()
 
 
@@ -464,13 +461,13 @@ def test_a_kill_leaves_no_file_and_waits_for_no_reader(given, tmp_path, out):
     fcntl.fcntl(work.stdout, fcntl.F_SETPIPE_SZ, 4096)
     work.stdin.write(raw(1.9))                                   # what a pipe holds
     work.stdin.flush()
-    until, held = time.monotonic() + 30, -1
+    until, held = time.monotonic() + 200, -1
     while time.monotonic() < until and not (os.listdir(tmp_path) or 0 < held == waiting(work.stdout)):
         held = waiting(work.stdout)
         time.sleep(0.5)
     assert work.poll() is None
     work.send_signal(signal.SIGTERM)
-    assert work.wait(timeout=20) == 143 and os.listdir(tmp_path) == []
+    assert work.wait(timeout=200) == 143 and os.listdir(tmp_path) == []
     assert b"Traceback" not in work.stderr.read()
     work.stdin.close()
 
@@ -613,8 +610,7 @@ def test_experts_cost_nothing_where_no_emotion_is_asked_for(feeling):
 
 
 def test_words_become_an_emotion(feeling, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "text_palette", lambda text,
-                        model: torch.tensor([0.1, 0, 0.46, 0.44, 0, 0, 0]))
+    monkeypatch.setattr(sample, "text_palette", lambda *_: torch.tensor([0.1, 0, 0.46, 0.44, 0, 0, 0]))
     assert sample.main(command(feeling, tmp_path / "o.mp4", "--emotion-text", "a bitter smile",
                                ckpt="e.safetensors")) == 0
     said = capsys.readouterr()

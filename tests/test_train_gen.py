@@ -24,6 +24,7 @@ import train_gen
 import training
 from generator import Generator, GeneratorConfig
 from media import audio_features, prepare
+from media.device import autocast
 from media.latents import Pixel
 from media.sound import load_audio
 from media.weights import save_weights
@@ -72,14 +73,15 @@ def no_preview(monkeypatch):
 
 P, K, AHEAD, CLIPS, FRAMES = 3, 4, 2, 5, 14
 QUIET = -1.0                                                                 # stands for a row of silence
-
-
 CONFIG = GeneratorConfig(token_dim=6, window=K, past=P, lookahead=AHEAD)
 
 
 def numbered(sets=(0,) * CLIPS, frames=(FRAMES,) * CLIPS, change=None, labelled=True):
-    """Encoded clips whose every entry is 100 * clip + frame, masked ones a half more, pictures of others -100
-    * clip - 1.. ; sets and lengths of the clips; frames at which their moods, that name them too, change."""
+    """Encoded clips whose every entry is 100 * clip + frame.
+
+    Masked ones a half more, pictures of others -100 * clip - 1.. ; sets and lengths of the clips; frames at
+    which their moods, that name them too, change.
+    """
     name = torch.cat([100.0 * k + torch.arange(n) for k, n in enumerate(frames)])[:, None]           # (n, 1)
     change = frames if change is None else change
     places = torch.tensor([[sum(frames[:k]), n, sets[k], change[k]] for k, n in enumerate(frames)])
@@ -120,8 +122,7 @@ def test_past_is_masked_and_leads_to_the_new_frames(drawn):
 
 
 def test_a_video_starts_from_its_photo(drawn):
-    """At the start the past is the reference, repeated, and the reference the clear frame before the first
-    new one."""
+    """At the start the past is the reference, repeated, and that the clear frame before the first new one."""
     begins = drawn["begins"]
     assert torch.equal(drawn["past"][begins], drawn["reference"][begins, None].expand(-1, P))
     own = begins & drawn["own"]
@@ -207,8 +208,8 @@ def test_sets_are_drawn_equally_and_short_clips_from_their_start():
                                                         torch.zeros(320))
     short = new[:, 0, 0] >= 400
     assert short.float().mean() == pytest.approx(0.5, abs=0.08)
-    assert set((new[short][:, 0, 0] - 400).tolist()) == set(range(1, P)) and torch.equal(past[short][:, 0],
-        reference[short])
+    assert set((new[short][:, 0, 0] - 400).tolist()) == set(range(1, P))
+    assert torch.equal(past[short][:, 0], reference[short])
     assert (reference[short].abs() < 400 + P + K - 1).all() and (new[~short][:, -1, 0] % 100 < FRAMES).all()
 
 
@@ -247,8 +248,7 @@ def test_a_slower_clip_keeps_sound_and_motion_together():
 
 
 def test_directions_read_what_is_known():
-    """Tokens whose first number is the opening and whose second the yaw: their directions are the axes, the
-    rest count nothing."""
+    """Tokens whose first number is the opening and whose second the yaw: directions are these axes."""
     rng = torch.Generator().manual_seed(0)
     motion, factors = torch.randn(400, 6, generator=rng), torch.randn(400, 6, generator=rng)
     factors[:, 0], factors[:, 3] = 5 * motion[:, 0], -0.1 * motion[:, 1]
@@ -265,8 +265,7 @@ def test_directions_read_what_is_known():
 
 
 def test_the_loss_by_hand():
-    """A model that is wrong by a constant along one direction: eq. (9), the share of that direction, no
-    change in time."""
+    """A model that is wrong by a constant along one direction: eq. (9), its share, no change in time."""
     motion, noise, t = torch.randn(2, K, 6), torch.randn(2, K, 6), torch.tensor([0.3, 1.0])
     wrong = torch.tensor([2.0, 0, 0, 0, 0, 0])
     model = lambda z, t: motion - noise + wrong                              # noqa: E731
@@ -320,8 +319,7 @@ def test_masks_drawn_anew_are_those_of_the_draw_and_differ_from_step_to_step(ae)
 
 
 def test_a_person_is_also_seen_in_other_moods():
-    """The same face: no two pictures are alike, and all are nearer to the person's own frames than to
-    somebody else's."""
+    """No two pictures are alike, and all are nearer to the person's own frames than to somebody else's."""
     args = train_gen.parse(command("", "", "--clips", "2"))
     (own, one), (strange, _) = [(torch.cat(list(x.parts)), x)
                                 for x in train_gen.synthetic_clips(args, {"seconds": 1.2}, 32, 0, 1)]
@@ -339,8 +337,8 @@ def test_moods_that_never_disagree():
 
 def test_processes_encode_different_clips_none_held_out(monkeypatch):
     seen, make = [], random_clip
-    monkeypatch.setattr(train_gen, "random_clip", lambda seeds,
-                        *more: seen.extend(seeds.tolist()) or make(seeds, *more))
+    monkeypatch.setattr(train_gen, "random_clip", lambda seeds, *more: (
+        seen.extend(seeds.tolist()) or make(seeds, *more)))
     for seed in (0, 1, 9):
         for rank in range(2):
             args = train_gen.parse(command("", "", "--clips", "3", "--seed", str(seed)))
@@ -407,8 +405,8 @@ def test_processes_read_different_real_clips(monkeypatch, no_landmarks):
     people = {"b": [{"path": "b0"}, {"path": "b1"}], "a": [{"path": "a0"}, {"path": "a1"}, {"path": "a2"}]}
     monkeypatch.setattr(train_gen.data, "load_sets", lambda *_, **__: [people])
     read = []
-    monkeypatch.setattr(train_gen.data, "read_clip", lambda path,
-                        size: read.append(path) or (torch.zeros(1), torch.zeros(1)))
+    monkeypatch.setattr(train_gen.data, "read_clip", lambda path, size: (
+        read.append(path) or (torch.zeros(1), torch.zeros(1))))
     args = train_gen.parse(command("", "", "--clips", "9"))
     for rank in range(2):
         found = list(train_gen.real_clips(args, {"augment": False}, "set", 32, rank, 2))
@@ -436,17 +434,17 @@ def test_a_labelled_person_is_also_seen_in_neutral_clips(monkeypatch, no_landmar
             for name, emotion in (("a0", "neutral"), ("a1", "happy"), ("a2", "sad"), ("a3", "neutral"))]
     rows.append({"path": "b0", "identity": "b", "emotion": "angry", "level": 3, "frames": 9})
     monkeypatch.setattr(train_gen.data, "load_sets", lambda *_, **__: [{"a": rows[:4], "b": rows[4:]}])
-    monkeypatch.setattr(train_gen.data, "read_clip", lambda path,
-                        size: (torch.zeros(9, 3, 2, 2), torch.zeros(9 * 640)))
-    monkeypatch.setattr(train_gen.data, "read_at", lambda path, numbers,
-                        size: np.full((1, 2, 2, 3), ord(path[1]), np.uint8))
-    found = list(train_gen.real_clips(train_gen.parse(command("", "", "--clips", "9")), {"augment": False},
-                                      "set", 2, 0, 1))
+    monkeypatch.setattr(train_gen.data, "read_clip", lambda *_: (
+        torch.zeros(9, 3, 2, 2), torch.zeros(9 * 640)))
+    monkeypatch.setattr(train_gen.data, "read_at", lambda path, *_: (
+        np.full((1, 2, 2, 3), ord(path[1]), np.uint8)))
+    args = train_gen.parse(command("", "", "--clips", "9"))
+    found = list(train_gen.real_clips(args, {"augment": False}, "set", 2, 0, 1))
     seen = [None if x.others is None else set((127.5 * (x.others[:, 0, 0, 0] + 1)).round().int().tolist())
             for x in found]
     zero, three = ord("0"), ord("3")
-    assert seen == [{three}, {zero, three}, {zero, three}, {zero}, None] and found[1].others.shape == (4, 3,
-        2, 2)
+    assert seen == [{three}, {zero, three}, {zero, three}, {zero}, None]
+    assert found[1].others.shape == (4, 3, 2, 2)
     assert [x.change for x in found] == [9] * 5 and found[1].mood[:, EMOTIONS.index("happy")].eq(1).all()
 
 
@@ -461,8 +459,8 @@ def test_the_emotion_of_a_voice_is_learned(tmp_path, monkeypatch):
     voice = train_gen.train_voice(args, {"seconds": 1.5}, encoded, 0, steps=300)
     assert not voice.training
     seeds = HELD_OUT + torch.arange(64)
-    rows = audio_features.extract_features(audio_features.normalise_loudness(speak(seeds, 40,
-        pair[seeds % 2])["wave"]))
+    wave = audio_features.normalise_loudness(speak(seeds, 40, pair[seeds % 2])["wave"])
+    rows = audio_features.extract_features(wave)
     mood = voice(voice.pool(rows)[0][:, -1]).softmax(-1)
     told = mood[:, EMOTIONS.index("surprised")] > mood[:, EMOTIONS.index("sad")]
     assert (told == (seeds % 2 == 1)).float().mean() > 0.85
@@ -511,12 +509,17 @@ def test_the_preset_paper_trains_with_smaller_networks(
     small = replace(paper["generator"], width=32, depth=1, heads=1, window=4, past=4, lookahead=1)
     preset = {**paper, "generator": small, "clips": 1, "seconds": 1, "windows": 4}
     args = train_gen.parse(["--preset", "paper", "--device", "cpu", "--ae", str(ae), "--out", str(tmp_path),
-                            "--steps", "3", "--whisper", str(whisper_folder)], {"paper": preset})
+                            "--steps", "3", "--mask-max", "0.9", "--whisper", whisper_folder],
+                           {"paper": preset})
     assert train_gen.train(args, preset) == 0
     assert len(seen) == 3 and not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     kept = torch.load(tmp_path / "clips-0.pt", weights_only=True)
     assert kept["frames"].shape == (25, 3, 32, 32) and kept["frames"].dtype == torch.float16
     assert len(state(tmp_path)["optimisers"]) == 1                           # AdamW alone
+    others = next(train_gen.synthetic_clips(args, preset, 32, 0, 1)).others
+    with torch.no_grad(), autocast(CPU):                                     # M_r is never masked
+        want = load_models(ae)[0]["encoder"](others).flatten(1)
+    torch.testing.assert_close(kept["others"][0], want, atol=0.01, rtol=0)
 
 
 # ---- several processes -------------------------------------------------------------------------------------
@@ -527,11 +530,11 @@ def given_windows():
     model = Generator(replace(CONFIG, width=32, depth=2, heads=2, experts=2))
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape)
-    new, past, reference, heard = torch.randn(4, K, 6), torch.randn(4, P, 6), torch.randn(4,
-        6), torch.randn(4, P + K + AHEAD, 320)
-    cond = {"past": past, "reference": reference, "audio": heard, "mood": torch.rand(4, P + K, 7)}
-    return model, [new, torch.randn(4, K, 6),
-                   torch.rand(4)], cond | {"drop": torch.tensor([True, False, False, True])}
+    new, past, reference = torch.randn(4, K, 6), torch.randn(4, P, 6), torch.randn(4, 6)
+    audio, mood = torch.randn(4, P + K + AHEAD, 320), torch.rand(4, P + K, 7)
+    cond = {"past": past, "reference": reference, "audio": audio, "mood": mood,
+            "drop": torch.tensor([True, False, False, True])}
+    return model, [new, torch.randn(4, K, 6), torch.rand(4)], cond
 
 
 def half(rank, folder):
@@ -573,13 +576,11 @@ def test_a_run_writes_its_files(ae, tmp_path):
     assert [row["step"] for row in rows] == [3, 4] and all(0 < row["loss"] < 100 for row in rows)
     assert hashlib.sha256(ae.read_bytes()).digest() == before
     models, meta = load_models(tmp_path / "semo.safetensors")
-    assert list(models) == ["encoder", "decoder", "generator",
-                            "voice"] and models["generator"].config.window == 4
-    assert {"audio": "mel", "gen_steps": 4, "guidance": 2.0, "latents": "pixel",
-            "size": 32}.items() <= meta.items()
+    assert list(models) == ["encoder", "decoder", "generator", "voice"]
+    want = {"audio": "mel", "gen_steps": 4, "guidance": 2.0, "latents": "pixel", "size": 32}
+    assert models["generator"].config.window == 4 and want.items() <= meta.items()
     stage1, ema = load_models(ae)[0], state(tmp_path)["ema"]
-    for kind in ("encoder", "decoder"):
-        # frozen, statistics too
+    for kind in ("encoder", "decoder"):                                      # frozen, statistics too
         assert same(dict(stage1[kind].state_dict()), dict(models[kind].state_dict()))
     for name, value in models["generator"].state_dict().items():
         torch.testing.assert_close(value, ema[name], rtol=1e-3, atol=1e-6, msg=name)
@@ -593,8 +594,8 @@ def test_the_preview_is_the_held_out_person_with_their_words(ae, tmp_path):
     frames, sound = list(read_video(path, 32)), load_audio(path)
     made = random_clip(torch.tensor([HELD_OUT]), 75)
     photo = render(made["identity"], made["motion"][:, 0], 32)[0]
-    # a fresh decoder copies the photo
-    assert len(frames) == 75 and (frames[0] - photo).square().mean() < 0.05
+    assert len(frames) == 75
+    assert (frames[0] - photo).square().mean() < 0.05                      # a fresh decoder copies the photo
     assert len(sound) == pytest.approx(3 * 16000, abs=1100)                  # AAC pads to whole blocks
     wave = audio_features.normalise_loudness(made["wave"])[0]
     n = min(len(wave), len(sound))
@@ -634,8 +635,8 @@ def test_one_set_of_windows_is_learnt(ae, tmp_path, monkeypatch, no_preview):
         return losses[-1]
 
     monkeypatch.setattr(train_gen, "sample_windows",
-                        lambda given, config, count, draw,
-                        *more: choose(given, config, count, draw.manual_seed(1), *more))
+                        lambda given, config, count, draw, *more: (
+                            choose(given, config, count, draw.manual_seed(1), *more)))
     monkeypatch.setattr(train_gen, "motion_loss", recorded)
     assert train(ae, tmp_path, steps=100) == 0
     assert losses[-1] < losses[0] / 5
@@ -702,10 +703,9 @@ def test_an_out_that_cannot_be_written_is_refused_before_work(ae, tmp_path, monk
     assert "cannot be written to" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("wrong", [["--steps", "-1"], ["--windows", "-2"], ["--clips", "-3"],
-                                   ["--save-every", "0"],
-                                   ["--mask-max", "1"], ["--mask-max", "nan"], ["--preset", "huge"],
-                                   ["--step", "3"], ["extra"]])
+@pytest.mark.parametrize("wrong", [
+    ["--steps", "-1"], ["--windows", "-2"], ["--clips", "-3"], ["--save-every", "0"], ["--mask-max", "1"],
+    ["--mask-max", "nan"], ["--preset", "huge"], ["--step", "3"], ["extra"]])
 def test_bad_arguments_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as end:
         train_gen.main(["--preset", "nano", *wrong])
@@ -721,8 +721,8 @@ def test_zero_is_refused(name):
 
 # ---- reflow ------------------------------------------------------------------------------------------------
 
-def test_a_student_says_in_one_step_what_its_teacher_says_in_many_with_guidance(ae, tmp_path, no_preview,
-    monkeypatch):
+def test_a_student_says_in_one_step_what_its_teacher_says_in_many(ae, tmp_path, no_preview, monkeypatch):
+    """With guidance."""
     monkeypatch.chdir(tmp_path)
     models, meta = load_models(ae)
     torch.manual_seed(3)
@@ -730,7 +730,7 @@ def test_a_student_says_in_one_step_what_its_teacher_says_in_many_with_guidance(
     for p in teacher.parameters():
         p.data += 0.2 * torch.randn_like(p)
     save_weights(tmp_path / "t.safetensors", {**models, "generator": teacher},
-                          {**meta, "audio": "mel", "gen_steps": 4, "guidance": 2.0})
+                 {**meta, "audio": "mel", "gen_steps": 4, "guidance": 2.0})
     words = ["--preset", "nano", "--reflow", "t.safetensors", "--teacher-steps", "6", "--steps", "80",
              "--clips", "1", "--windows", "16"]
     assert train_gen.main([*words, "--device", "cpu"]) == 0
@@ -739,12 +739,12 @@ def test_a_student_says_in_one_step_what_its_teacher_says_in_many_with_guidance(
     assert (about["gen_steps"], about["guidance"]) == (1, 1.0)
     assert same(student["decoder"].state_dict(), models["decoder"].state_dict())
     kept = torch.load(tmp_path / "runs/reflow_gen/clips-0.pt", weights_only=True)
-    draw, encoded = torch.Generator().manual_seed(9), train_gen.Encoded(*(kept[name]
-        for name in train_gen.Encoded._fields))
+    encoded = train_gen.Encoded(*(kept[name] for name in train_gen.Encoded._fields))
+    draw = torch.Generator().manual_seed(9)
     silence = sample.encode_silence("mel")
     new, past, reference, heard, mood = train_gen.sample_windows(encoded, teacher.config, 32, draw, silence)
-    noise, cond = torch.randn(new.shape, generator=draw), {"past": past, "reference": reference,
-                                                           "audio": heard, "mood": mood}
+    noise = torch.randn(new.shape, generator=draw)
+    cond = {"past": past, "reference": reference, "audio": heard, "mood": mood}
     with torch.no_grad():
         want = flow.integrate(flow.with_cfg(teacher, 2.0, {"audio": None}), noise, 6, **cond)
         before, after = ((flow.integrate(model, noise, 1, **cond) - want).square().mean()

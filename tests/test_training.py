@@ -127,23 +127,23 @@ def start_two(tmp_path, *words):
         port = str(free.getsockname()[1])
     env = {**os.environ, "PYTHONPATH": str(Path(training.__file__).parent), "MASTER_ADDR": "localhost",
            "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    runs = [subprocess.Popen([sys.executable, tmp_path / "two.py", *words], text=True,
-                             env={**env, "RANK": str(rank)},
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
+    runs = [subprocess.Popen([sys.executable, tmp_path / "two.py", *words], env={**env, "RANK": str(rank)},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
     told = [run.communicate(timeout=200) for run in runs]
     return [(run.returncode, *said) for run, said in zip(runs, told, strict=True)]
 
 
-@pytest.mark.parametrize("starts, threads",
-                         [(1, 2), pytest.param(150, 1, marks=[pytest.mark.slow, pytest.mark.long]),
-                                             pytest.param(150, 2,
-                                                          marks=[pytest.mark.slow, pytest.mark.long])])
+LONG = [pytest.mark.slow, pytest.mark.long]
+
+
+@pytest.mark.parametrize("starts, threads", [
+    (1, 2), pytest.param(150, 1, marks=LONG), pytest.param(150, 2, marks=LONG)])
 def test_two_processes_end_with_their_own_status(tmp_path, starts, threads):
     """The interpreter is not taken down under the threads of the group: now and then that was a SIGABRT."""
     for _ in range(starts):
         for status, out, err in start_two(tmp_path, str(threads), "well"):
-            assert (status, out) == (130,
-                                     "worked\n") and "terminate" not in err and "Traceback" not in err, err
+            assert (status, out) == (130, "worked\n"), err
+            assert "terminate" not in err and "Traceback" not in err, err
 
 
 @pytest.mark.parametrize("how, statuses, words",
@@ -207,8 +207,8 @@ def test_ema_equals_the_formula(step, decay):
     old, new = networks(0)["encoder"], networks(1)["encoder"]
     new.running_norm.mean.fill_(3.0)
     new.running_norm.count.fill_(7.0)
-    want = {k: decay * v + (1 - decay) * new.state_dict()[k] for k,
-            v in copy.deepcopy(old.state_dict()).items()}
+    before, now = copy.deepcopy(old.state_dict()), new.state_dict()
+    want = {name: decay * value + (1 - decay) * now[name] for name, value in before.items()}
     training.update_ema(old, new, step)
     for name, value in old.state_dict().items():
         torch.testing.assert_close(value, want[name], msg=name)
@@ -249,8 +249,8 @@ def test_resume_restores_everything(tmp_path):
     for a, b in zip(old[2], new[2], strict=True):
         a, b = a.state_dict(), b.state_dict()
         assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys() != set()
-        assert all(torch.equal(v, b["state"][i][k]) for i, held in a["state"].items() for k,
-                   v in held.items())
+        for i, held in a["state"].items():
+            assert all(torch.equal(v, b["state"][i][k]) for k, v in held.items())
 
 
 def test_resume_refuses_a_state_that_another_node_does_not_see(tmp_path, monkeypatch):
@@ -280,7 +280,6 @@ def test_resume_refuses_other_settings_by_name(tmp_path):
     said = str(refused.value)
     assert "--mask-max 0.5 -> 0.9" in said and "--data ['synthetic'] -> ['a', 'synthetic']" in said
     assert "--lr" not in said and "--steps" not in said
-    # changes no result
     elsewhere = Namespace(**{**vars(ARGS), "out": "there", "device": "cuda", "save_every": 7})
     assert training.resume(tmp_path / "state.pt", elsewhere, *run_of(steps=0)) == 2
 
