@@ -65,17 +65,3 @@ def integrate(model, noise, steps, skip_last=0, **cond):
     for k in range(steps - skip_last):
         z = z + model(z, z.new_full((len(z),), 1 - k / steps), **cond) * dt
     return z
-
-
-def straightness(model, noise, steps=20, **cond):
-    """How far the paths are from straight -> (B,); 0: one step is exact.
-
-    The straightness of Liu et al. 2022 (section 2.2), relative: mean over time of |v - chord|^2 by |chord|^2.
-    """
-    z, sq_norms, total = noise, [], 0.0
-    for k in range(steps):
-        v = model(z, z.new_full((len(z),), 1 - k / steps), **cond)
-        z, total = z + v / steps, total + v / steps
-        sq_norms.append(v.float().square().flatten(1).sum(1))                          # (B,)
-    chord = total.float().square().flatten(1).sum(1)                                   # |mean v|^2
-    return torch.stack(sq_norms).mean(0) / chord - 1             # mean |v - chord|^2 = mean |v|^2 - |chord|^2

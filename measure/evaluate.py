@@ -292,9 +292,10 @@ def straightness(checkpoint, c, tokens):
     features = speech_features(checkpoint, c.wave)[0][:, : g.past + g.window + g.lookahead]
     with autocast(checkpoint.device):
         z_r, m_t = checkpoint.space.encode(c.images[:1].to(checkpoint.device)), tokens.unflatten(1, shape)
-        decoder_path = flow.straightness(checkpoint.decoder, noise(0, len(tokens), *z_r.shape[1:]), m_t=m_t,
-                                         cache=checkpoint.decoder.encode_reference(z_r, m_t[:1]))
-        generator_path = flow.straightness(
+        decoder_path = metrics.straightness(
+            checkpoint.decoder, noise(0, len(tokens), *z_r.shape[1:]), m_t=m_t,
+            cache=checkpoint.decoder.encode_reference(z_r, m_t[:1]))
+        generator_path = metrics.straightness(
             flow.with_cfg(checkpoint.generator, checkpoint.meta["guidance"], {"audio": None}),
             noise(1, 1, g.window, tokens.shape[1]), past=tokens[None, : g.past], reference=tokens[:1],
             audio=features.to(checkpoint.device))

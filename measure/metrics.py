@@ -207,3 +207,17 @@ def ratio_interval(a, b, rounds=2000, seed=0):
     ratios = a[pick].sum(1) / b[pick].sum(1)
     low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()
     return {"mean": (a.sum() / b.sum()).item(), "low": low, "high": high}
+
+
+def straightness(model, noise, steps=20, **cond):
+    """How far the paths are from straight -> (B,); 0: one step is exact.
+
+    The straightness of Liu et al. 2022 (section 2.2), relative: mean over time of |v - chord|^2 by |chord|^2.
+    """
+    z, sq_norms, total = noise, [], 0.0
+    for k in range(steps):
+        v = model(z, z.new_full((len(z),), 1 - k / steps), **cond)
+        z, total = z + v / steps, total + v / steps
+        sq_norms.append(v.float().square().flatten(1).sum(1))                          # (B,)
+    chord = total.float().square().flatten(1).sum(1)                                   # |mean v|^2
+    return torch.stack(sq_norms).mean(0) / chord - 1             # mean |v - chord|^2 = mean |v|^2 - |chord|^2

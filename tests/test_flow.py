@@ -185,12 +185,3 @@ def test_guidance_nearly_one_is_nearly_the_model():
     plain = flow.integrate(conditional, draw(3, 2), 4, **cond)
     nearly = flow.with_cfg(conditional, 1 + 1e-9, {"audio": None})
     torch.testing.assert_close(flow.integrate(nearly, draw(3, 2), 4, **cond), plain)
-
-
-def test_straightness_of_known_paths():
-    """Velocity 3 in the first half of the walk, 1 in the second: mean square 5, chord 2. Straight: 0."""
-    noise = draw(4, 3)
-    two = flow.straightness(lambda z, t: torch.where(t[:, None] > 0.525, 3.0, 1.0).expand_as(z), noise, 20)
-    torch.testing.assert_close(two, torch.full((4,), 0.25))
-    point = flow.straightness(lambda z, t: flow.x_to_v(torch.zeros_like(z), z, t), noise, 8)
-    torch.testing.assert_close(point, torch.zeros(4), atol=1e-5, rtol=0)

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+import flow
 from measure import metrics
 from world.people import random_motion
 from world.render import IDENTITY, MOTION, random_identity
@@ -164,3 +165,13 @@ def test_the_probe_reads_what_is_there_and_nothing_else():
     m, _ = metrics.probe_tokens(motion[:, :1] + 0.5 * motion[:, :1].std() * noise[:, :1], motion, people,
                                 number)
     assert m["yaw"] == pytest.approx(0.8, abs=0.06)                         # signal 1, noise 1/4
+
+
+# --------------------------------------------------------------------------------------------- sampling paths
+def test_straightness_of_known_paths():
+    """Velocity 3 in the first half of the walk, 1 in the second: mean square 5, chord 2. Straight: 0."""
+    noise = torch.randn(4, 3, dtype=torch.float64)
+    two = metrics.straightness(lambda z, t: torch.where(t[:, None] > 0.525, 3.0, 1.0).expand_as(z), noise, 20)
+    torch.testing.assert_close(two, torch.full((4,), 0.25))
+    point = metrics.straightness(lambda z, t: flow.x_to_v(torch.zeros_like(z), z, t), noise, 8)
+    torch.testing.assert_close(point, torch.zeros(4), atol=1e-5, rtol=0)
