@@ -21,7 +21,7 @@ from PIL import Image
 from test_image import load_image
 
 import sample
-from decoder import Decoder, DecoderConfig, decode_frames
+from decoder import Decoder, DecoderConfig, Picture, decode_frames
 from encoder import EncoderConfig, MotionEncoder
 from flow import with_cfg
 from generator import Generator, GeneratorConfig, generate_motion
@@ -247,6 +247,36 @@ def bytes_of(x):
 SQUARES = [Square(256, 290, 400), Square(262.3, 281.9, 301.7, 0.15)]
 
 
+def composed(page, picture, parts, square):
+    """The page's composition of a PIL picture, a decoder's Picture and a Square -> (H, W, 3) float32."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    pixels = page.page.evaluate("""async ([file, parts, square]) => {
+      const { app } = await import('./page.js'), { Composer } = await import('./compose.js'), { openPhoto } = await import('./image.js');
+      const canvas = document.createElement('canvas'), composer = await Composer.make(canvas, app.model, location);
+      composer.setPhoto(await openPhoto(await (await fetch(`data:image/png;base64,${file}`)).blob()));
+      composer.setSquare(square);
+      composer.draw(Object.fromEntries(Object.entries(parts).map(([k, v]) => [k, new Float32Array(v)])));
+      return canvas.toDataURL('image/png').split(',')[1];
+    }""", [base64.b64encode(buffer.getvalue()).decode(),
+           {name: part.flatten().tolist() for name, part in parts._asdict().items()}, asdict(square)])
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(pixels))).convert("RGB"), np.float32)
+
+
+def test_the_photo_keeps_its_detail_where_little_changes(page, release):
+    """A photo of noise; the model's picture differs from it by 5 of 255, and alpha would remove it all."""
+    size, square = release[1]["size"], Square(96, 96, 160)
+    noise = np.random.default_rng(0).integers(60, 196, (192, 192, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    moved = from_uint8(crop_square(picture, square, size))[None]
+    parts = Picture(moved + 10 / 255, moved, torch.ones(1, 1, size, size), torch.zeros(1, size, size, 2))
+    true = Composer(noise, square).frame(bytes_of(parts.x), bytes_of(moved), np.ones((size, size), np.float32),
+                                         np.zeros((size, size, 2), np.float32)).astype(np.float32)
+    found, inside = composed(page, picture, parts, square), slice(60, 132)
+    assert np.abs(found - true)[inside, inside].mean() < 2
+    assert found[inside, inside].std() > 0.7 * noise[inside, inside].std()       # without the gate: 0.47
+
+
 @pytest.mark.parametrize("square", SQUARES)
 def test_frames_at_full_resolution_are_pythons(page, release, square):
     models, meta = release
@@ -261,15 +291,7 @@ def test_frames_at_full_resolution_are_pythons(page, release, square):
     x, moved, alpha, field = parts
     true = Composer(np.asarray(picture), square).frame(bytes_of(x), bytes_of(moved), alpha[0, 0].numpy(),
                                                        field[0].numpy())
-    pixels = page.page.evaluate("""async ([parts, square]) => {
-      const { app } = await import('./page.js'), { Composer } = await import('./compose.js');
-      const canvas = document.createElement('canvas'), composer = await Composer.make(canvas, app.model, location);
-      composer.setPhoto(app.image);
-      composer.setSquare(square);
-      composer.draw(Object.fromEntries(Object.entries(parts).map(([k, v]) => [k, new Float32Array(v)])));
-      return canvas.toDataURL('image/png').split(',')[1];
-    }""", [{name: part.flatten().tolist() for name, part in parts._asdict().items()}, asdict(square)])
-    found = np.asarray(Image.open(io.BytesIO(base64.b64decode(pixels))).convert("RGB"), np.float32)
+    found = composed(page, picture, parts, square)
     error, inside = np.abs(found - true), slice(200, 400)
     print(f"\nfull resolution: mean {error.mean():.3f}, in the face {error[inside, inside].mean():.3f}, "
           f"worst {error.max():.1f} of 255")

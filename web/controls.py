@@ -126,9 +126,11 @@ def main(argv=None):
     except (InputError, ValueError, OSError) as error:
         print(f"web.controls: {error}", file=sys.stderr)
         return 2
-    print("factor        correlation  gain  others")
+    print("| slider | range | correlation | gain | largest other |\n|---|---|---|---|---|")
     for name, c in controls.items():
-        print(f"{name:12}  {c['correlation']:11.2f}  {c['gain']:4.2f}  {c['others']:.2f} {c['other']}")
+        span = f"{c['low']:g} to {c['high']:g} {c['unit']}".rstrip()
+        other = f"{c['others']:.2f} ({c['other']})"
+        print(f"| `{name}` | {span} | {c['correlation']:.2f} | {c['gain']:.2f} | {other} |")
     return 0
 
 
