@@ -38,6 +38,8 @@ export class Composer {
     this.fieldWindow = edgeWindow(model.size, model.border, 1);
     this.double = this.program(double, ["image"]);
     this.frame = this.program(frame, ["photo", "parts", "field"]);
+    const fine = gl.getExtension("OES_texture_float_linear");                             // faster where WebGL runs in software
+    [this.four, this.two] = fine ? [gl.RGBA32F, gl.RG32F] : [gl.RGBA16F, gl.RG16F];
     for (const name of ["photo", "parts", "given", "turned", "field"]) this[name] = gl.createTexture();
   }
 
@@ -99,8 +101,8 @@ export class Composer {
       parts[4 * k + 3] = keep;
       for (const at of [2 * k, 2 * k + 1]) move[at] = field[at] * this.fieldWindow[k];
     });
-    this.doubled(this.parts, gl.RGBA16F, size, size, gl.FLOAT, parts);
-    this.texture(this.field, gl.RG16F, size, size, gl.RG, gl.FLOAT, move, gl.LINEAR);
+    this.doubled(this.parts, this.four, size, size, gl.FLOAT, parts);
+    this.texture(this.field, this.two, size, size, gl.RG, gl.FLOAT, move, gl.LINEAR);
     this.fill();
   }
 
