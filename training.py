@@ -42,7 +42,8 @@ def add_options(p, presets) -> None:
     p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: under runs/)")
     p.add_argument("--init", metavar="WEIGHTS", help="start from these weights; what they lack starts afresh")
     p.add_argument("--reflow", metavar="TEACHER",
-                   help="learn the straight line from noise to what these weights make of it")
+                   help="learn the straight line from noise to what these weights make of it; in place of "
+                        "--init and --ae")
     p.add_argument("--one-step", action="store_true", help="with --reflow: the step from pure noise alone")
     p.add_argument("--teacher-steps", type=int, default=20,
                    help="with --reflow: steps of the teacher (default: %(default)s)")
@@ -50,7 +51,8 @@ def add_options(p, presets) -> None:
                    help="folders made by data.py prepare, drawn equally; the word synthetic stands for the "
                         "synthetic world (default)")
     p.add_argument("--steps", type=int, help="length of the run (default: the preset's)")
-    p.add_argument("--mask-max", type=float, help="masks hide a share of the patches, U(0, this)")
+    p.add_argument("--mask-max", type=float,
+                   help="masks hide a share U(0, this) of the patches (paper: 0.9, in stage 2 0.2)")
     p.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
