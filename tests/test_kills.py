@@ -22,7 +22,7 @@ from PIL import Image
 from test_prepare import tree_of
 from test_prepare import video as make_video
 from test_sample import META, small_models
-from test_train_ae import same
+from torch.utils._pytree import tree_flatten
 
 import sample
 import train_ae
@@ -34,7 +34,7 @@ from media.weights import save_weights
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs a process that forks others")
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["pytest", "torch._dynamo", "matplotlib.pyplot", __name__])
-SECONDS = 120.0
+SECONDS = 600.0
 
 
 def work(main, words, environ):
@@ -104,6 +104,13 @@ def given(tmp_path_factory):
         make_video(folder / "in" / name / "v.mp4", 40,
                    paint=lambda k: rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
     return folder
+
+
+def same(a, b):
+    """Equal to the last bit: nested dicts and lists of tensors, bytes and numbers."""
+    (one, how), (other, like) = tree_flatten(a), tree_flatten(b)
+    return how == like and all(torch.equal(x, y) if torch.is_tensor(x) else x == y
+                               for x, y in zip(one, other, strict=True))
 
 
 def state_of(out):
