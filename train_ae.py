@@ -33,7 +33,7 @@ from encoder import EncoderConfig, MotionEncoder, random_masking
 from media import latents
 from media.device import autocast
 from media.files import InputError, command
-from media.landmarks import FACTORS
+from media.landmarks import FACTORS, WEIGHT
 from media.weights import save_weights
 from sample import load_models
 from world.people import HELD_OUT, consecutive_frames, random_pairs
@@ -43,7 +43,7 @@ PAPER = dict(full_attention=True, predict="v", tokens_per_motion=1, motion_delta
 
 # Sizes of the networks and of a run. persons: of a step and process; targets: pictures of each; near: share
 # of persons whose pictures are near in pose (world.people.random_pairs, data.Clips); mask_max: masks hide a
-# share of the patches, U(0, this); label_weight: weight of known motion in the loss, fading (0: none); loss:
+# share of the patches, U(0, this); label_weight: weight of known motion in the loss (0: none); loss:
 # see AutoEncoder; curriculum: see schedule; muon_lr None: AdamW for all weights.
 PRESETS = {
     "nano": dict(
@@ -56,7 +56,7 @@ PRESETS = {
         encoder=EncoderConfig(96, patch_size=12, width=128, depth=4, heads=2),
         decoder=DecoderConfig(96, patch_size=12, width=192, depth=4, heads=3, warp_grid=6, overlap=True),
         loss="region", curriculum=True, steps=4700, persons=16, targets=4, near=0.4, mask_max=0.2,
-        label_weight=0.3, lr=1e-3, muon_lr=0.02),
+        label_weight=3.0, lr=1e-3, muon_lr=0.02),
     "small": dict(
         encoder=EncoderConfig(256, width=384, depth=8, heads=6, token_dim=128),
         decoder=DecoderConfig(256, width=512, depth=12, heads=8, token_dim=128, warp_grid=8, overlap=True),
@@ -81,9 +81,9 @@ def schedule(args, progress: float) -> dict:
 
     The paper has no schedule: masks U(0, 0.9) from the first step, t uniform. Ours (curriculum) starts at
     pure noise without masks, where the token is all there is to learn from; masks and less noisy targets come
-    in later. Known motion fades out over the second half, the loss on the warped reference alone over the
-    first third; structure (SSIM, gradients) enters in the last 45%. A run from trained weights (--init) has
-    the second half alone.
+    in later. The weight of known motion falls to a tenth over the last 30%, that of the warped reference to
+    zero over the first third; structure (SSIM, gradients) enters in the last 45%. A run from trained weights
+    (--init) has the second half alone.
     """
     if args.init:
         progress = 0.5 + progress / 2
@@ -93,7 +93,7 @@ def schedule(args, progress: float) -> dict:
         p_pure_noise = 1.0 if args.one_step else 0.5
     return {"mask_max": ramp * args.mask_max,
             "p_pure_noise": p_pure_noise,
-            "label": args.label_weight * min(1.0, 2 - 2 * progress),
+            "label": args.label_weight * min(1.0, 0.1 + (1 - progress) / 0.3),
             "warped": 0.5 * max(0.0, 1 - 3 * progress),
             "structure": 0.5 * min(1.0, max(0.0, (progress - 0.55) / 0.1))}
 
@@ -217,7 +217,8 @@ class AutoEncoder(nn.Module):
             if self.training:
                 head.update(x.detach(), y)
             if known:
-                loss = F.smooth_l1_loss(head(x), y)
+                weight = y.new_tensor(WEIGHT) if kind == "real" else 1.0
+                loss = (weight * F.smooth_l1_loss(head(x), y, reduction="none")).mean()
         return loss
 
     def region_loss(self, x, target, copies, regions, structure: float):
@@ -376,7 +377,7 @@ def parse(argv, presets=PRESETS):
     p.add_argument("--lr", type=float, help="peak learning rate of AdamW (default: the preset's)")
     p.add_argument("--muon-lr", type=float, help="peak learning rate of Muon (default: the preset's)")
     p.add_argument("--label-weight", type=float,
-                   help="weight of known motion in the loss, fading out; 0: no label (default: the preset's)")
+                   help="weight of known motion in the loss; 0: no label (default: the preset's)")
     p.add_argument("--accumulate", type=int, default=1,
                    help="batches a step, for large steps in little memory")
     p.add_argument("--checkpoint-activations", action="store_true",

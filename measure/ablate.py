@@ -89,7 +89,7 @@ TITLES = {"width": "One token, its width (paper: table 5)",
           "count": "64 numbers in 1 to 8 tokens (paper: table 6)",
           "mask": "Masked patches in stage 1 (paper: table 7, figure 9)", "attention": "Who sees the target",
           "prediction": "What the decoder predicts",
-          "label": "A label in the loss of stage 1, for 60% of the run",
+          "label": "A label in the loss of stage 1",
           "shortcuts": "The paper's method, each shortcut alone, all of them (base), as released (ours)",
           "past": "Masked patches of the past frames in stage 2",
           "emotion": "How the generator is told an emotion"}

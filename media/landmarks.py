@@ -19,6 +19,7 @@ from media.files import InputError, atomic_write, command, read_lines
 FACTORS = ("opening", "width", "lid_left", "lid_right", "yaw", "pitch", "roll", "brow", "corner", "furrow")
 # Usual difference of two frames of a clip (median over clips); what mirroring a picture does to the factors.
 SCALE = (0.023, 0.019, 0.040, 0.040, 0.070, 0.062, 0.039, 0.0104, 0.0088, 0.0053)
+WEIGHT = (2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.6, 0.6, 0.6)           # in the loss of stage 1
 MIRROR, SIGN = (0, 1, 3, 2, 4, 5, 6, 7, 8, 9), (1, 1, 1, 1, -1, 1, -1, 1, 1, 1)
 # Ellipses (x, y, half width, half height) of mouth, eyes and face in [-1, 1] of the square: medians of clips.
 USUAL = ((0.0, 0.33, 0.27, 0.17), (-0.25, -0.25, 0.15, 0.095), (0.25, -0.25, 0.15, 0.095),

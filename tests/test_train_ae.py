@@ -28,6 +28,7 @@ from encoder import MotionEncoder, random_masking
 from generator import Generator, GeneratorConfig
 from media.device import autocast
 from media.files import write_lines
+from media.landmarks import FACTORS
 from media.latents import Pixel
 from media.prepare import MARGIN
 from media.video import VideoWriter
@@ -357,6 +358,17 @@ def test_known_motion_enters_with_its_weight():
     assert labelled.item() == pytest.approx((plain + 0.7 * error).item(), rel=1e-4)
     unknown = model(replace(batch, factors=None), *given, {**PLAIN, "label": 0.7})
     assert torch.equal(unknown, plain) and error > 0.01
+
+
+def test_labels_of_real_clips_count_by_their_weight():
+    """Nothing is read by heads that learned nothing, so the error is that of the labels."""
+    model, (batch, *_) = auto_encoder().eval(), given_batch()
+    for column, want in ((0, 2.0), (4, 1.0), (9, 0.6)):                      # opening, yaw, furrow
+        factors = torch.zeros(4, len(FACTORS))
+        factors[:, column] = 0.5
+        real = replace(batch, factors=factors, kind="real")
+        loss = model.label_loss(torch.randn(4, model.label_heads["real"].xx.shape[0]), real)
+        assert loss.item() == pytest.approx(want * 0.5 * 0.5**2 / len(FACTORS))
 
 
 def test_running_ridge_is_ridge_regression_of_all_batches():
