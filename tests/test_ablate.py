@@ -75,11 +75,11 @@ def quick(monkeypatch, tmp_path):
 
 def test_the_tables_hold_what_the_runs_measured(quick, capsys):
     pytest.importorskip("matplotlib")
-    words = ["--out", str(quick / "runs"), "--only", "prediction", "past", "--seeds", "0", "1", "--steps",
-             "2", "--device", "cpu"]
+    words = ["--out", str(quick / "runs"), "--only", "prediction", "--seeds", "0", "1", "--steps", "2",
+             "--device", "cpu"]
     assert ablate.main([*words, "--json", str(quick / "all.json"), "--png", str(quick / "curves.png")]) == 0
     said, found = capsys.readouterr().out, json.loads((quick / "all.json").read_text())
-    assert sorted(found) == ["base", "past-0to20", "past-none", "prediction-v"]
+    assert sorted(found) == ["base", "prediction-v"]
     assert found["base"][0] != found["base"][1] and found["base"][0] != found["prediction-v"][0]
     measured = json.loads((quick / "runs/base-1/reconstruct.json").read_text())
     assert found["base"][1]["PSNR"] == measured["rows"]["ours, 1 step"]["psnr"]["mean"]
@@ -93,6 +93,17 @@ def test_the_tables_hold_what_the_runs_measured(quick, capsys):
     before = os.stat(quick / "runs/base-0/reconstruct.json").st_mtime_ns
     assert ablate.main(words) == 0 and capsys.readouterr().out == said          # again: nothing is done twice
     assert os.stat(quick / "runs/base-0/reconstruct.json").st_mtime_ns == before
+
+
+def test_stage_2_is_measured_by_its_speech(quick, capsys):
+    words = ["--out", str(quick / "runs"), "--only", "past", "--seeds", "0", "--steps", "2",
+             "--device", "cpu"]
+    assert ablate.main([*words, "--json", str(quick / "all.json")]) == 0
+    found = json.loads((quick / "all.json").read_text())
+    assert sorted(found) == ["past-0to20", "past-none"]
+    measured = json.loads((quick / "runs/past-none-0/talk.json").read_text())
+    assert found["past-none"][0]["jaw"] == measured["rows"]["ours"]["jaw"]["mean"]
+    assert "| none |" in capsys.readouterr().out
 
 
 def test_each_chart_shows_every_seed_and_the_means():
