@@ -37,6 +37,7 @@ from media import audio_features
 from media.device import autocast
 from media.files import InputError, command
 from media.image import from_uint8
+from media.landmarks import SIGN
 from media.latents import SD, load_latents
 from media.sound import FPS
 from media.video import VideoWriter
@@ -73,7 +74,7 @@ PRESETS = {
         guidance=1.0, lr=1e-4, muon_lr=None),
 }
 FACTORS = ("opening", "width", "lids", "yaw", "pitch", "roll")          # what motion_loss balances
-MIRRORED = torch.tensor([1, 1, 1, -1, 1, -1])                           # sign of each in a mirrored picture
+MIRRORED = torch.tensor(SIGN)[[0, 1, 2, 4, 5, 6]]                       # sign of each in a mirrored picture
 SHARES = (0.4, 0.2, 0.2, 0.07, 0.07, 0.06)
 LEVELS = {1: 0.4, 2: 0.7, 3: 1.0}         # strength of MEAD's levels
 OTHERS = 4                                # pictures of the same person in other moods kept beside each clip

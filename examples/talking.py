@@ -11,7 +11,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import av
 import soundfile
 from PIL import Image
 
@@ -19,6 +18,7 @@ import sample
 from media.face import frame_photo, load_detector
 from media.files import InputError, atomic_write, command
 from media.image import open_image
+from media.video import read_frames
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 1_500_000                                                 # bytes
@@ -42,8 +42,7 @@ def speak(photo, wav, args, folder):
     command = ["--img", image, "--wav", wav, "--ckpt", args.ckpt, "--seed", str(args.seed), "--out", video]
     if sample.main(command):
         raise InputError(f"no video was made of {photo}")
-    with av.open(video) as file:
-        frames = [frame.to_image() for frame in file.decode(video=0)][::2]
+    frames = list(read_frames(video))[::2]
     return [frame.resize((args.size, args.size), Image.Resampling.LANCZOS) for frame in frames]
 
 

@@ -19,15 +19,12 @@ from media.sound import SAMPLES_PER_FRAME
 from training import step_rng
 from world.render import render
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
-
 
 def command_parser(module, description):
     """Make the parser of `python -m measure.MODULE` with the options that all commands have."""
     parser = argparse.ArgumentParser(prog=f"python -m measure.{module}", description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--ckpt", default=str(WEIGHTS / "semo-tiny.safetensors"),
-                        help="weights to measure (default: the embedded)")
+    parser.add_argument("--ckpt", default=sample.DEFAULT, help="weights to measure (default: the embedded)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     return parser
 
