@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import soundfile
 from PIL import Image
 
@@ -28,11 +29,10 @@ def around_face(path, size):
     """Open a photo, cut out the square round its face, twice as wide as the face square -> (size, size)."""
     photo = open_image(path)
     face, _ = frame_photo(photo, load_detector())
-    side = min(2 * face.side, *photo.size)
-    left = min(max(0, face.cx - side / 2), photo.width - side)
-    top = min(max(0, face.cy - side / 2), photo.height - side)
-    box = (left, top, left + side, top + side)
-    return photo.resize((size, size), Image.Resampling.LANCZOS, box)
+    width = min(2 * face.size, *photo.size)
+    left = min(max(0, face.cx - width / 2), photo.width - width)
+    top = min(max(0, face.cy - width / 2), photo.height - width)
+    return photo.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + width, top + width))
 
 
 def speak(photo, wav, args, folder):
@@ -47,12 +47,8 @@ def speak(photo, wav, args, folder):
 
 
 def beside(images):
-    """Join square pictures of one size from left to right."""
-    side = images[0].width
-    joined = Image.new("RGB", (side * len(images), side))
-    for number, image in enumerate(images):
-        joined.paste(image, (side * number, 0))
-    return joined
+    """Join pictures of one size from left to right."""
+    return Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1))
 
 
 def encode(frames):

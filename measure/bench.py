@@ -132,7 +132,7 @@ def bench_sample(args, device):
     total, first, memory = stages["end to end"][0], statistics.median(first_frame[1:]), peak_memory_mb(device)
     width, height = composer.size
     print(f"{args.seconds:g} s of sound, {num_frames} frames of {width}x{height}, "
-          f"face square {composer.square.side:.0f}; "
+          f"face square {composer.square.size:.0f}; "
           f"steps: generator {meta['gen_steps']}, decoder {meta['steps']}")
     rows = [[name, f"{1e3 * median:.1f}", f"{1e3 * low:.1f}-{1e3 * high:.1f}",
              f"{1e3 * median / num_frames:.3f}"] for name, (median, low, high) in stages.items()]

@@ -158,15 +158,15 @@ def picture_metrics(args, checkpoint, rows_of, sound=False):
                                      wide=getattr(c, "wide", None)))
         for name, scores in (landmark_scores(args, c, rows) if args.landmarks else {}).items():
             by_mesh.setdefault(name, []).append((c.person, scores))
-        for row in rows:
-            if row.name != SILENCE:
-                by_network.setdefault(row.name, []).append(network_metrics(nets, c, row, cache, sound))
-            if row.target is not None:
-                measured = metrics.compare(row.pred, row.target, row.box, patch)
-                by_row.setdefault(row.name, {}).setdefault(c.person, []).append(measured)
-            if row.motion is not None:
-                read.setdefault(row.name, []).append(read_motion(row.pred))
-                commanded.setdefault(row.name, []).append(row.motion)
+        for x in rows:
+            if x.name != SILENCE:
+                by_network.setdefault(x.name, []).append(network_metrics(nets, c, x, cache, sound))
+            if x.target is not None:
+                measured = metrics.compare(x.pred, x.target, x.box, patch)
+                by_row.setdefault(x.name, {}).setdefault(c.person, []).append(measured)
+            if x.motion is not None:
+                read.setdefault(x.name, []).append(read_motion(x.pred))
+                commanded.setdefault(x.name, []).append(x.motion)
     ids, people = [c.id for c in clips], {c.person for c in clips}
     rows = {name: summary([person_mean(of_one) for of_one in by_person.values()])
             for name, by_person in by_row.items()}

@@ -119,11 +119,11 @@ def seam(checkpoint, b, c, frames=8):
 
     frames: how many of the clip, evenly spread.
     """
-    side, edge = landmarks.SIZE, (len(b.wide) - landmarks.SIZE) // 2
-    composer = Composer(b.wide, Square(edge + side / 2, edge + side / 2, side))
+    middle, edge = len(b.wide) / 2, (len(b.wide) - landmarks.SIZE) // 2
+    composer = Composer(b.wide, Square(middle, middle, landmarks.SIZE))
     video = c.images[torch.linspace(0, len(c.images) - 1, frames).long()]
     moved = sample.reenact(vars(checkpoint), checkpoint.meta, b.photo, iter(video), composer=composer)
-    return metrics.seam_ratio(np.stack(list(moved)), b.wide, edge, side)
+    return metrics.seam_ratio(np.stack(list(moved)), b.wide, edge, landmarks.SIZE)
 
 
 def masked(args):

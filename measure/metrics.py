@@ -84,16 +84,16 @@ def blockiness(pred, target, patch):
     return border_ratio(pred, patch) / border_ratio(target, patch).clamp(min=1e-8)
 
 
-def seam_ratio(frames, photo, edge, side):
+def seam_ratio(frames, photo, edge, size):
     """Measure whether the border of a square put into a photo can be seen: differences of neighbours across
     it, over those of the photo itself; 1 where none can.
 
     frames: (n, H, W, 3) and photo: (H, W, 3) uint8; the square begins at pixel (edge, edge).
     """
     def across(x):                                                          # (..., H, W, 3)
-        x, square = x.astype(float), slice(edge, edge + side)
-        steps = [abs(x[..., square, k, :] - x[..., square, k - 1, :]).mean() for k in (edge, edge + side)]
-        steps += [abs(x[..., k, square, :] - x[..., k - 1, square, :]).mean() for k in (edge, edge + side)]
+        x, square = x.astype(float), slice(edge, edge + size)
+        steps = [abs(x[..., square, k, :] - x[..., square, k - 1, :]).mean() for k in (edge, edge + size)]
+        steps += [abs(x[..., k, square, :] - x[..., k - 1, square, :]).mean() for k in (edge, edge + size)]
         return sum(steps)
 
     return float(across(frames) / max(across(photo), 1e-8))

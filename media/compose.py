@@ -26,9 +26,9 @@ BORDER = 0.18                       # share of the square's side in which change
 MARGIN = 0.25                       # pixels up to so many sides outside the square may be moved into it
 
 
-def output_size(width, height, side, size):
-    """(width, height) of the video of a photo whose face square has `side` pixels: even, at most `size`."""
-    scale = min(size / max(width, height), max(1.0, min(MAX_ENLARGE, MIN_FACE / side)))
+def output_size(width, height, square_size, size):
+    """(width, height) of the video of a photo with a face square of `square_size`: even, at most `size`."""
+    scale = min(size / max(width, height), max(1.0, min(MAX_ENLARGE, MIN_FACE / square_size)))
     return tuple(max(2, 2 * round(scale * n / 2)) for n in (width, height))
 
 
@@ -50,11 +50,11 @@ class Composer:
     def __init__(self, photo, square, border=BORDER):
         self.photo, self.square, self.border, self.windows = np.ascontiguousarray(photo), square, border, {}
         height, width = photo.shape[:2]
-        reach = square.side / 2 * (abs(np.cos(square.angle)) + abs(np.sin(square.angle)))
+        reach = square.size / 2 * (abs(np.cos(square.angle)) + abs(np.sin(square.angle)))
         left, right = (int(np.clip(x, 0, width)) for x in (square.cx - reach, square.cx + reach + 1))
         top, bottom = (int(np.clip(y, 0, height)) for y in (square.cy - reach, square.cy + reach + 1))
         self.box, self.box_size = (slice(top, bottom), slice(left, right)), (right - left, bottom - top)
-        margin = round(MARGIN * square.side)
+        margin = round(MARGIN * square.size)
         x0, y0 = max(0, left - margin), max(0, top - margin)
         source = self.photo[y0:bottom + margin, x0:right + margin]
         size = FINE * source.shape[1] - 1, FINE * source.shape[0] - 1
@@ -91,7 +91,7 @@ class Composer:
         Its displacements x, y are in halves of the square, whose edge does not move.
         """
         c, s = np.cos(self.square.angle), np.sin(self.square.angle)
-        to_source = np.array([[c, s], [-s, c]], np.float32) * (FINE * self.square.side / 2)
+        to_source = np.array([[c, s], [-s, c]], np.float32) * (FINE * self.square.size / 2)
         displacement = self.enlarge((field * self.window(len(field), 1)) @ to_source)          # (h, w, 2)
         return cv2.remap(self.source, cv2.add(self.grid, displacement), None, cv2.INTER_LINEAR,
                          borderMode=cv2.BORDER_REPLICATE)
@@ -136,11 +136,11 @@ def load_composer(image, square, size, crop=False):
     crop: it shows the square alone, upright.
     """
     if crop:
-        width, _ = output_size(square.side, square.side, square.side, size)
+        width, _ = output_size(square.size, square.size, square.size, size)
         return Composer(crop_square(image, square, width), Square(width / 2, width / 2, width))
-    width, height = output_size(*image.size, square.side, size)
+    width, height = output_size(*image.size, square.size, size)
     fx, fy = width / image.width, height / image.height
-    square = Square(square.cx * fx, square.cy * fy, square.side * (fx * fy) ** 0.5, square.angle)
+    square = Square(square.cx * fx, square.cy * fy, square.size * (fx * fy) ** 0.5, square.angle)
     return Composer(np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)), square)
 
 

@@ -34,13 +34,13 @@ FACE_BOX = (0.22, 0.08, 0.78, 0.85)     # left, top, right, bottom of YuNet's bo
 
 @dataclass(frozen=True)
 class Square:
-    """A square in a picture: centre and side in pixels, pixel k covering k to k + 1.
+    """A square in a picture: centre and size (length of a side) in pixels, pixel k covering k to k + 1.
 
     angle: of the upper edge, in radians, positive where it falls to the right.
     """
     cx: float
     cy: float
-    side: float
+    size: float
     angle: float = 0.0
 
 
@@ -123,9 +123,9 @@ def square_of_box(box, eyes=None):
     x, y, w, h = (float(v) for v in box)
     across = np.array([1.0, 0.0]) if eyes is None else eyes[1] - eyes[0]
     angle = float(np.arctan2(across[1], across[0]))
-    side = BOX_SIDE * w if eyes is None else EYES_SIDE * float(np.sqrt(w * np.hypot(*across)))
+    size = BOX_SIDE * w if eyes is None else EYES_SIDE * float(np.sqrt(w * np.hypot(*across)))
     down = BOX_DOWN * w
-    return Square(x + w / 2 - down * np.sin(angle), y + h / 2 + down * np.cos(angle), side, angle)
+    return Square(x + w / 2 - down * np.sin(angle), y + h / 2 + down * np.cos(angle), size, angle)
 
 
 def square_of_points(box, points):
@@ -139,7 +139,7 @@ def square_of_points(box, points):
 def turn_back(square, turn, angle):
     """A Square of a picture turned by the matrix `turn` (2, 3), by -angle -> in the picture itself."""
     x, y = cv2.invertAffineTransform(turn) @ (square.cx, square.cy, 1)
-    return Square(float(x), float(y), square.side, square.angle + float(angle))
+    return Square(float(x), float(y), square.size, square.angle + float(angle))
 
 
 def load_detector(path=None):
@@ -155,14 +155,14 @@ def find_faces(detector, image):
     """Faces of a PIL picture, left to right -> [(Square in its pixels, whether both eyes were found)]."""
     scale = min(1.0, SEARCH_SIZE / max(image.size))
     small = image.resize(tuple(max(1, round(n * scale)) for n in image.size))
-    faces = [(Square(s.cx / scale, s.cy / scale, s.side / scale, s.angle), eyes)
+    faces = [(Square(s.cx / scale, s.cy / scale, s.size / scale, s.angle), eyes)
              for s, eyes in detector.find(np.asarray(small))]
     return sorted(faces, key=lambda face: face[0].cx)
 
 
 def largest(faces):
     """The largest Square of find_faces' list, or None. A face without eyes found counts as 0.4 as large."""
-    return max(faces, key=lambda face: face[0].side * (1 if face[1] else 0.4))[0] if faces else None
+    return max(faces, key=lambda face: face[0].size * (1 if face[1] else 0.4))[0] if faces else None
 
 
 def frame_photo(image, detector, number=None, name="the photo"):
@@ -210,8 +210,8 @@ def middle_square(width, height):
 
     A tenth of what is cut lies above, the rest below: heads sit there.
     """
-    side = min(width, height)
-    return Square(width / 2, (height - side) / 10 + side / 2, side)
+    size = min(width, height)
+    return Square(width / 2, (height - size) / 10 + size / 2, size)
 
 
 def median_square(faces):
@@ -224,7 +224,7 @@ def square_matrix(square, size):
 
     Both are counted as in cv2: pixel k has its centre at k.
     """
-    c, s, scale = np.cos(square.angle), np.sin(square.angle), size / square.side
+    c, s, scale = np.cos(square.angle), np.sin(square.angle), size / square.size
     turn = scale * np.array([[c, s], [-s, c]])
     return np.column_stack([turn, (size - 1) / 2 - turn @ (square.cx - 0.5, square.cy - 0.5)])
 
@@ -234,13 +234,13 @@ def crop_square(image, square, size):
 
     Outside of the picture its edge is repeated.
     """
-    pixels, shrink = np.asarray(image), square.side / size
+    pixels, shrink = np.asarray(image), square.size / size
     if shrink > 2:                                         # first to twice the resolution wanted, by area
         height, width = pixels.shape[:2]
         new = max(1, round(2 * width / shrink)), max(1, round(2 * height / shrink))
         fx, fy = new[0] / width, new[1] / height
         pixels = cv2.resize(pixels, new, interpolation=cv2.INTER_AREA)
-        square = Square(square.cx * fx, square.cy * fy, square.side * (fx * fy) ** 0.5, square.angle)
+        square = Square(square.cx * fx, square.cy * fy, square.size * (fx * fy) ** 0.5, square.angle)
     fine = size * 2 if shrink > 1 else size
     pixels = cv2.warpAffine(pixels, square_matrix(square, fine), (fine, fine), flags=cv2.INTER_CUBIC,
                             borderMode=cv2.BORDER_REPLICATE)

@@ -128,16 +128,16 @@ def clip_square(faces, width, height, size):
     if len(detected) < max(1, MIN_DETECT_RATE * len(faces)):
         return f"face found in {len(detected)} of {len(faces)} frames looked at"
     square = median_square(detected)
-    if square.side * MAX_UPSCALE < size:
-        return f"face too small: its square has {square.side:.0f} pixels a side"
-    far = [s for s in detected if max(abs(s.cx - square.cx), abs(s.cy - square.cy)) > 0.35 * square.side]
+    if square.size * MAX_UPSCALE < size:
+        return f"face too small: its square has {square.size:.0f} pixels a side"
+    far = [s for s in detected if max(abs(s.cx - square.cx), abs(s.cy - square.cy)) > 0.35 * square.size]
     if len(far) > (1 - MIN_DETECT_RATE) * len(faces):
         return "face leaves the square"
-    half = square.side / 2
+    half = square.size / 2
     outside = max(half - square.cx, half - square.cy, square.cx + half - width, square.cy + half - height)
-    if outside > MAX_OUTSIDE * square.side:
+    if outside > MAX_OUTSIDE * square.size:
         return "face cut off by the edge of the picture"
-    return Square(round(square.cx, 1), round(square.cy, 1), round(square.side, 1), round(square.angle, 3))
+    return Square(round(square.cx, 1), round(square.cy, 1), round(square.size, 1), round(square.angle, 3))
 
 
 def audio_quality(wave):
@@ -233,7 +233,7 @@ def write_clips(path, scenes, kept, out, size):
             continue
         record, sound = rows[start], None if audio is None else torch.from_numpy(audio)
         tight, clip = Square(*record["square"]), os.path.join(out, record["file"])
-        square = replace(tight, side=MARGIN * tight.side)
+        square = replace(tight, size=MARGIN * tight.size)
         comment = f"A part of {record['source']}, prepared for training."
         with VideoWriter(clip, margin_px(size), sound, comment, KEYFRAMES) as video:
             for _ in range(count):

@@ -29,7 +29,7 @@ def inside(square, shape, share=1.0):
     y, x = np.mgrid[:shape[0], :shape[1]] + 0.5
     c, s = np.cos(square.angle), np.sin(square.angle)
     u, v = c * (x - square.cx) + s * (y - square.cy), -s * (x - square.cx) + c * (y - square.cy)
-    return np.maximum(abs(u), abs(v)) < share * square.side / 2
+    return np.maximum(abs(u), abs(v)) < share * square.size / 2
 
 
 @pytest.mark.parametrize("square", SQUARES)
@@ -70,7 +70,7 @@ def test_a_constant_displacement_moves_the_photos_own_pixels(square):
     low = crop_square(PHOTO, square, 48)
     out = Composer(PHOTO, square).frame(low, low, SOLID, field)
     c, s = np.cos(square.angle), np.sin(square.angle)
-    dx, dy = np.array([[c, -s], [s, c]]) @ (0.1, -0.05) * square.side / 2
+    dx, dy = np.array([[c, -s], [s, c]]) @ (0.1, -0.05) * square.size / 2
     y, x = np.mgrid[:240, :300].astype(np.float32)
     expected = cv2.remap(PHOTO, (x + dx).astype(np.float32), (y + dy).astype(np.float32), cv2.INTER_CUBIC)
     middle = inside(square, PHOTO.shape, INNER)
@@ -155,7 +155,7 @@ def test_a_large_photo_is_scaled_with_its_square():
     composer = load_composer(image, Square(800, 400, 600, 0.1), 500)
     assert composer.photo.shape == (334, 500, 3)
     square = composer.square
-    assert (square.cx, square.cy, square.side) == pytest.approx((266.7, 133.5, 200), abs=0.5)
+    assert (square.cx, square.cy, square.size) == pytest.approx((266.7, 133.5, 200), abs=0.5)
     a, b = crop_square(composer.photo, square, 64), crop_square(image, Square(800, 400, 600, 0.1), 64)
     assert np.abs(a.astype(int) - b).mean() < 3
 

@@ -43,7 +43,7 @@ ALONE = largest(find_faces(DETECTOR, PORTRAIT))
 def test_the_drawn_face_fills_its_square():
     assert len(find_faces(DETECTOR, PORTRAIT)) == 1
     assert abs(ALONE.cx - 256) < 20 and abs(ALONE.cy - 270) < 30
-    assert 400 < ALONE.side < 500 and abs(ALONE.angle) < 0.06
+    assert 400 < ALONE.size < 500 and abs(ALONE.angle) < 0.06
 
 
 @pytest.mark.parametrize("scale, degrees", [(0.7, 0), (0.35, 0), (0.6, 10), (0.6, -10), (0.5, 32)])
@@ -53,15 +53,15 @@ def test_the_square_follows_the_face(scale, degrees):
     (square, eyes), = find_faces(DETECTOR, image)
     x, y = matrix @ (ALONE.cx, ALONE.cy, 1)
     assert eyes
-    assert square.side == pytest.approx(scale * ALONE.side, rel=0.08)
-    assert np.hypot(square.cx - x, square.cy - y) < 0.05 * square.side
+    assert square.size == pytest.approx(scale * ALONE.size, rel=0.08)
+    assert np.hypot(square.cx - x, square.cy - y) < 0.05 * square.size
     assert np.degrees(square.angle - ALONE.angle) == pytest.approx(degrees, abs=4)
 
 
 def test_faces_come_from_left_to_right_and_the_largest_is_taken():
     image, _ = scene((0.42, 490, 100, 0), (0.6, 180, 50, 0), (0.3, 10, 200, 0))
     faces = find_faces(DETECTOR, image)
-    assert [round(square.side / ALONE.side, 1) for square, _ in faces] == [0.3, 0.6, 0.4]
+    assert [round(square.size / ALONE.size, 1) for square, _ in faces] == [0.3, 0.6, 0.4]
     assert largest(faces) == faces[1][0]
     assert largest([(Square(0, 0, 100), False), (Square(0, 0, 50), True)]) == Square(0, 0, 50)
     assert largest([]) is None
@@ -70,7 +70,7 @@ def test_faces_come_from_left_to_right_and_the_largest_is_taken():
 def test_a_large_photo_is_searched_at_once_size():
     image = PORTRAIT.resize((2048, 2048))
     square = largest(find_faces(DETECTOR, image))
-    assert square.side == pytest.approx(4 * ALONE.side, rel=0.06)
+    assert square.size == pytest.approx(4 * ALONE.size, rel=0.06)
     assert square.cx == pytest.approx(4 * ALONE.cx, rel=0.03)
 
 
@@ -98,17 +98,17 @@ def test_yunets_points_give_a_square_that_turns_and_grows_with_them():
     points = np.array([[-20, 0], [20, 0], [0, 25], [-15, 45], [15, 45]], float)
     upright = square_of_points((-40, -40, 80, 110), points)
     assert (upright.cx, upright.angle) == (0, 0) and upright.cy == pytest.approx(0.48 * 45)
-    assert upright.side == pytest.approx(2.15 * np.sqrt(45 * 110))
+    assert upright.size == pytest.approx(2.15 * np.sqrt(45 * 110))
     tilted = square_of_points((-80, -80, 160, 220), 2 * turned(points, 0.3) + (7, 5))
-    assert tilted.angle == pytest.approx(0.3) and tilted.side == pytest.approx(2 * upright.side)
+    assert tilted.angle == pytest.approx(0.3) and tilted.size == pytest.approx(2 * upright.size)
     assert (tilted.cx, tilted.cy) == pytest.approx(tuple(2 * turned([[0, upright.cy]], 0.3)[0] + (7, 5)))
 
 
 def test_a_cascades_box_gives_a_square_below_its_centre_along_the_face():
     level = square_of_box((100, 100, 50, 50))
-    assert (level.cx, level.cy, level.side, level.angle) == pytest.approx((125, 129, 72.5, 0))
+    assert (level.cx, level.cy, level.size, level.angle) == pytest.approx((125, 129, 72.5, 0))
     tilted = square_of_box((100, 100, 50, 50), turned([[-10, 0], [10, 0]], 0.2) + (125, 115))
-    assert tilted.angle == pytest.approx(0.2) and tilted.side == pytest.approx(2.33 * np.sqrt(50 * 20))
+    assert tilted.angle == pytest.approx(0.2) and tilted.size == pytest.approx(2.33 * np.sqrt(50 * 20))
     assert (tilted.cx, tilted.cy) == pytest.approx((125 - 4 * np.sin(0.2), 125 + 4 * np.cos(0.2)))
 
 

@@ -365,11 +365,11 @@ def test_prepare_cuts_the_square_of_the_face(tmp_path):
     row, = prepare_module.prepare_one(str(tmp_path / "a.mp4"), "in/a.mp4", about, tmp_path, 96)["kept"]
     square = Square(*row["square"])
     alone = largest(find_faces(load_detector(), portrait))
-    moved = square.cx - 140, square.cy - 40, square.side
-    assert moved == pytest.approx((alone.cx, alone.cy, alone.side), abs=6)
+    moved = square.cx - 140, square.cy - 40, square.size
+    assert moved == pytest.approx((alone.cx, alone.cy, alone.size), abs=6)
     assert row["face"] == FACE_BOX and row["margin"] == 1.25
     wide = data.read_at(str(tmp_path / row["file"]), [7], 96, margin=True)
-    around = crop_square(frame, replace(square, side=1.25 * square.side), 120)
+    around = crop_square(frame, replace(square, size=1.25 * square.size), 120)
     assert wide.shape == (1, 120, 120, 3) and np.abs(wide[0].astype(int) - around).mean() < 5
     frames, _ = data.read_clip(str(tmp_path / row["file"]), 96)
     expected = from_uint8(crop_square(frame, square, 96))

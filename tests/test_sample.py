@@ -119,7 +119,7 @@ def test_frames_are_the_whole_photo_with_its_face_moved(given, tmp_path, monkeyp
     changed = (np.stack(frames) != composer.photo).any(axis=(0, 3))
     y, x = np.nonzero(changed)
     assert changed.shape == (128, 144) and changed.mean() > 0.3
-    half = composer.square.side / 2 + 1
+    half = composer.square.size / 2 + 1
     assert max(abs(x - composer.square.cx).max(), abs(y - composer.square.cy).max()) < half * 1.05
 
 

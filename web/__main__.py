@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from media.files import InputError
+from media.files import InputError, command
 from media.weights import resolve
 from sample import DEFAULT
 from web.export import MODEL, export, exported
@@ -52,8 +52,7 @@ def update(source, target):
 
 
 def build(ckpt, say=print):
-    """Complete the folder of the page: graphs of the release, runtime, example. Raises InputError,
-    ValueError."""
+    """Complete the folder of the page: graphs of the release, runtime, example. Raises InputError."""
     if not (ORT / RUNTIME[0]).is_file():
         raise InputError("onnxruntime-web is not there: npm ci --prefix web")
     ckpt = resolve(ckpt)
@@ -69,11 +68,15 @@ def build(ckpt, say=print):
 
 
 def server(port, folder=PAGE):
-    """A server on 127.0.0.1; port 0: any that is free."""
-    return http.server.ThreadingHTTPServer(("127.0.0.1", port),
-                                           functools.partial(Handler, directory=str(folder)))
+    """A server on 127.0.0.1; port 0: any that is free. Raises InputError."""
+    try:
+        handler = functools.partial(Handler, directory=str(folder))
+        return http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"port {port} cannot be used ({error}); give another --port") from None
 
 
+@command("web")
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m web", description=__doc__.split("\n")[0],
                                      allow_abbrev=False)
@@ -93,12 +96,6 @@ def main(argv=None):
             serving.serve_forever()
     except KeyboardInterrupt:
         return 130
-    except (OSError, OverflowError) as error:
-        print(f"web: port {args.port} cannot be used ({error}); give another --port", file=sys.stderr)
-        return 2
-    except (InputError, ValueError) as error:
-        print(f"web: {error}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

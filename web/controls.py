@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from decoder import decode_frames
 from measure import metrics
 from measure.reader import NAMES, WEIGHTS, load_regressor
-from media.files import InputError, atomic_write
+from media.files import atomic_write, command
 from sample import DEFAULT, load_models
 from world.people import HELD_OUT, random_motion
 from world.render import MOTION, random_identity, render
@@ -28,21 +28,16 @@ DEGREES = ("yaw", "pitch", "roll")                    # kept in radians by the w
 PEOPLE, PICTURES, RIDGE, PASSES = 400, 6, 1.0, 9      # to fit with; pictures of each slider when it is tested
 
 
-def unit_of(name):
-    """The factor's unit -> its name, how many of it are one of the world's."""
-    return ("degrees", 180 / math.pi) if name in DEGREES else ("", 1.0)
-
-
 @torch.no_grad()
 def fit_directions(models, size, people=PEOPLE, start=0):
     """Ridge regression of token changes on factor changes -> (M, L*D), for a change of one of the world's
     units."""
     ids = start + torch.arange(people)
-    # (n, k, M)
     factors = random_motion(start + torch.arange(people * PICTURES)).unflatten(0, (people, PICTURES))
-    tokens = torch.stack([models["encoder"](render(random_identity(ids[i: i + 1]).expand(PICTURES, -1),
-                                                   factors[i], size)).flatten(1)
-                          for i in range(people)])                                               # (n, k, L*D)
+    tokens = []
+    for person, motion in zip(random_identity(ids), factors, strict=True):                           # (k, M)
+        tokens.append(models["encoder"](render(person.expand(PICTURES, -1), motion, size)).flatten(1))
+    tokens = torch.stack(tokens)                                                                 # (n, k, L*D)
     f = (factors - factors.mean(1, keepdim=True)).flatten(0, 1)
     t = (tokens - tokens.mean(1, keepdim=True)).flatten(0, 1)
     scale = f.std(0)
@@ -67,21 +62,21 @@ def read_back(models, meta, directions, people=6):
     rest = torch.zeros(1, len(NAMES))
     rest[0, NAMES.index("light")] = 0.5
     values = torch.stack([torch.linspace(*span, PASSES) for span in spans.tolist()])                  # (M, n)
-    found = torch.zeros(people, len(NAMES), PASSES, len(NAMES))
+    readings = torch.zeros(people, len(NAMES), PASSES, len(NAMES))
     for p in range(people):
         photo = render(random_identity(torch.tensor([HELD_OUT + p])), rest, meta["size"])
         still = models["encoder"](photo).flatten(1)
         noise = torch.randn(photo.shape, generator=torch.Generator().manual_seed(p))
         moved = still + (values[:, :, None] * directions[:, None]).flatten(0, 1)                  # (M*n, L*D)
         frames = torch.cat(list(decode_frames(models["decoder"], photo, still, iter([moved]), noise, steps)))
-        found[p] = reader(frames.clamp(-1, 1)).unflatten(0, (len(NAMES), PASSES))
-    found = (found - found.mean(2, keepdim=True)) / (spans[:, 1] - spans[:, 0])
-    own = found.diagonal(dim1=1, dim2=3).permute(0, 2, 1)                                          # (p, M, n)
+        readings[p] = reader(frames.clamp(-1, 1)).unflatten(0, (len(NAMES), PASSES))
+    readings = (readings - readings.mean(2, keepdim=True)) / (spans[:, 1] - spans[:, 0])
+    own = readings.diagonal(dim1=1, dim2=3).permute(0, 2, 1)  # (p, M, n)
     flat = own.permute(1, 0, 2).flatten(1)
     true = (values - values.mean(1, keepdim=True)).repeat(1, people)
     matched = metrics.correlation(flat.T, true.T)                                                       # (M,)
     line = (values - values.mean(1, keepdim=True)) / (spans[:, 1:] - spans[:, :1])
-    slope = torch.einsum("pmnk,mn->mk", found, line) / people / line.square().sum(1)[:, None]         # (M, M)
+    slope = torch.einsum("pmnk,mn->mk", readings, line) / people / line.square().sum(1)[:, None]  # (M, M)
     return matched, slope
 
 
@@ -96,12 +91,12 @@ def fit_controls(models, meta):
     matched, slope = read_back(models, meta, directions)
     controls = {}
     for k, name in enumerate(NAMES):
-        unit, factor = unit_of(name)
+        factor = 180 / math.pi if name in DEGREES else 1.0
         low, high = (value * factor for value in reach(name))
         others = slope[k].abs().clone()
         others[k] = 0
         controls[name] = {
-            "unit": unit, "low": round(low, 2), "high": round(high, 2),
+            "unit": "degrees" if name in DEGREES else "", "low": round(low, 2), "high": round(high, 2),
             "direction": [round(v, 5) for v in (directions[k] / factor).tolist()],
             "correlation": round(matched[k].item(), 3), "gain": round(slope[k, k].item(), 3),
             "others": round((others.max() / slope[k, k].abs().clamp(min=1e-6)).item(), 3),
@@ -109,29 +104,25 @@ def fit_controls(models, meta):
     return controls
 
 
+@command("web.controls")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--ckpt", default=DEFAULT,
                         help="released weights, .safetensors; its metadata is rewritten")
     args = parser.parse_args(argv)
-    try:
-        models, meta = load_models(args.ckpt)
-        controls = fit_controls(models, meta)
-        with safe_open(args.ckpt, framework="pt") as f:
-            weights = {name: f.get_tensor(name) for name in f.keys()}
-            about = json.loads(f.metadata()["semo"])
-        about["controls"] = controls
-        with atomic_write(args.ckpt) as temporary:
-            save_file(weights, temporary, metadata={"semo": json.dumps(about)})
-    except (InputError, ValueError, OSError) as error:
-        print(f"web.controls: {error}", file=sys.stderr)
-        return 2
+    models, meta = load_models(args.ckpt)
+    controls = fit_controls(models, meta)
+    with safe_open(args.ckpt, framework="pt") as f:
+        weights = {name: f.get_tensor(name) for name in f.keys()}
+        about = json.loads(f.metadata()["semo"])
+    about["controls"] = controls
+    with atomic_write(args.ckpt) as temporary:
+        save_file(weights, temporary, metadata={"semo": json.dumps(about)})
     print("| slider | range | correlation | gain | largest other |\n|---|---|---|---|---|")
     for name, c in controls.items():
         span = f"{c['low']:g} to {c['high']:g} {c['unit']}".rstrip()
         other = f"{c['others']:.2f} ({c['other']})"
         print(f"| `{name}` | {span} | {c['correlation']:.2f} | {c['gain']:.2f} | {other} |")
-    return 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from media import audio_features
 from media.compose import BORDER, CHANGED
-from media.files import InputError, atomic_write
+from media.files import InputError, atomic_write, command
 from media.sound import SAMPLE_RATE, SAMPLES_PER_FRAME
 from sample import DEFAULT, load_models
 from web.controls import fit_controls
@@ -140,8 +140,7 @@ def to_onnx(module, inputs, input_names, output_names, weights):
 
 def moods_of(generator):
     """The names of the moods that a generator knows."""
-    c = generator.config
-    return list(EMOTIONS) if getattr(c, "experts", 0) or getattr(c, "mood_table", False) else []
+    return list(EMOTIONS) if generator.config.experts or generator.config.mood_table else []
 
 
 def graphs(models):
@@ -152,11 +151,10 @@ def graphs(models):
     motion = c.num_tokens * c.token_dim
     photo, token, t = torch.zeros(1, 3, c.image_size, c.image_size), torch.zeros(1, motion), torch.ones(1)
     with torch.no_grad():
-        cache, spec = pytree.tree_flatten(decoder.encode_reference(photo,
-                                                                   token.unflatten(1,
-                                                                       (c.num_tokens, c.token_dim))))
+        m_ref = token.unflatten(1, (c.num_tokens, c.token_dim))
+        cache, spec = pytree.tree_flatten(decoder.encode_reference(photo, m_ref))
     names = [f"cache{k}" for k in range(len(cache))]
-    speech = torch.zeros(1, g.past + g.window + g.lookahead, g.audio_dim)
+    speech = torch.zeros(1, g.rows, g.audio_dim)
     new, past = torch.zeros(1, g.window, motion), torch.zeros(1, g.past, motion)
     jobs = {
         "encoder": (nn.Sequential(encoder, nn.Flatten()), [photo], ["photo"], ["token"]),
@@ -168,8 +166,8 @@ def graphs(models):
     if moods_of(generator):
         jobs["generator"][1].append(torch.zeros(1, g.past + g.window, len(moods_of(generator))))
         jobs["generator"][2].append("mood")
-    made = {f"{name}.onnx": to_onnx(*job, weights) for name, job in jobs.items()}
-    return {**made, WEIGHTS: bytes(weights.data)}, len(cache)
+    files = {f"{name}.onnx": to_onnx(*job, weights) for name, job in jobs.items()}
+    return {**files, WEIGHTS: bytes(weights.data)}, len(cache)
 
 
 def fingerprint(ckpt):
@@ -178,7 +176,7 @@ def fingerprint(ckpt):
 
 
 def export(ckpt, out):
-    """Write the graphs and model.json of a release to the folder `out`. Raises InputError, ValueError."""
+    """Write the graphs and model.json of a release to the folder `out`. Raises InputError."""
     models, meta = load_models(ckpt)
     lacking = [kind for kind in ("encoder", "decoder", "generator") if kind not in models]
     if lacking:
@@ -194,16 +192,16 @@ def export(ckpt, out):
         raise InputError("the export needs onnx and onnxscript: pip install -r "
                          "requirements-web.txt") from None
     logging.disable(logging.WARNING)                              # the exporter's chatter
-    made, count = graphs(models)
+    files, count = graphs(models)
     logging.disable(logging.NOTSET)
-    total = sum(map(len, made.values()))
+    total = sum(map(len, files.values()))
     if total > LIMIT:
         raise InputError(f"{ckpt} is too large for a page: {total / 1e6:.0f} MB of graphs, at most "
                          f"{LIMIT / 1e6:.0f} MB")
     g = models["generator"].config
     about = {
         "format": "semo-web-1", "release": Path(ckpt).name, "fingerprint": fingerprint(ckpt),
-        "bytes": {name: len(data) for name, data in made.items()}, "cache": count,
+        "bytes": {name: len(data) for name, data in files.items()}, "cache": count,
         "size": meta["size"], "border": BORDER, "changed": CHANGED, "token": c.num_tokens * c.token_dim,
         "steps": meta["steps"],
         "generator": {"window": g.window, "past": g.past, "ahead": g.lookahead, "steps": meta["gen_steps"],
@@ -215,11 +213,10 @@ def export(ckpt, out):
         "controls": meta.get("controls") or fit_controls(models, meta),
     }
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, data in made.items():
-        with atomic_write(out / name) as temporary:
+    for name, data in files.items():
+        with atomic_write(out / name, make_folder=True) as temporary:
             Path(temporary).write_bytes(data)
-    with atomic_write(out / "model.json") as temporary:           # last: the folder is whole
+    with atomic_write(out / "model.json") as temporary:           # last: then all files are there
         Path(temporary).write_text(json.dumps(about))
     return about
 
@@ -228,25 +225,21 @@ def exported(ckpt, out):
     """model.json of the folder `out` if it holds this very release, else None."""
     try:
         about = json.loads((Path(out) / "model.json").read_text())
-        whole = all((Path(out) / name).stat().st_size == size for name, size in about["bytes"].items())
+        complete = all((Path(out) / name).stat().st_size == size for name, size in about["bytes"].items())
         same = about["format"] == "semo-web-1" and about["fingerprint"] == fingerprint(ckpt)
     except (OSError, ValueError, KeyError):
         return None
-    return about if whole and same else None
+    return about if complete and same else None
 
 
+@command("web.export")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--ckpt", default=DEFAULT, help="released weights (default: the embedded ones)")
     parser.add_argument("--out", default=str(MODEL), help="folder for the graphs (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        about = export(args.ckpt, args.out)
-    except (InputError, ValueError, OSError) as error:
-        print(f"web.export: {error}", file=sys.stderr)
-        return 2
+    about = export(args.ckpt, args.out)
     print(f"{args.out}: {sum(about['bytes'].values()) / 1e6:.1f} MB in {len(about['bytes'])} files")
-    return 0
 
 
 if __name__ == "__main__":

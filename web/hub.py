@@ -5,13 +5,12 @@
 `--ckpt owner/name[@revision]` then loads these weights anywhere (media/weights.py).
 """
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
 
 import sample
-from media.files import InputError, atomic_write
+from media.files import InputError, atomic_write, command
 from media.weights import HUB_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,39 +35,32 @@ python sample.py --ckpt OWNER/NAME --img photo.jpg --wav speech.wav
 ```
 `preview.mp4` was made by these weights from the repository's example photo and speech.
 """
-TEXT = """# SeMo
-
-Open implementation of "Semantic Latent Motion" (arXiv 2503.10096): one photo and a voice make a talking
-portrait video. The video is generated: say so where it is shown, and use only photos of people who agree."""
 
 
-def card(path):
-    """Text of the model card of the weights in a file."""
-    from safetensors import safe_open
-    with safe_open(path, framework="pt") as f:
-        meta = json.loads(f.metadata()["semo"])
-        numbers = sum(f.get_tensor(key).numel() for key in f.keys())
-    config = next(iter(meta["configs"].values()))
-    text = (ROOT / "MODEL_CARD.md").read_text() if (ROOT / "MODEL_CARD.md").is_file() else TEXT
-    return CARD.format(text=text.strip(), file=HUB_FILE, millions=numbers / 1e6, size=meta["size"],
-                       tokens=config["num_tokens"],
-                       width=config["token_dim"], kinds=", ".join(meta["configs"]))
+def card(models, meta):
+    """Write the model card of weights -> text."""
+    config = models["encoder"].config
+    numbers = sum(x.numel() for model in models.values() for x in model.state_dict().values())
+    text = (ROOT / "MODEL_CARD.md").read_text().strip()
+    return CARD.format(text=text, file=HUB_FILE, millions=numbers / 1e6, size=meta["size"],
+                       tokens=config.num_tokens, width=config.token_dim, kinds=", ".join(models))
 
 
 def write_folder(ckpt, out):
     """The folder to upload: weights, card, preview. Raises InputError."""
-    sample.load_models(ckpt)                                      # refuses what is no sound file of weights
+    models, meta = sample.load_models(ckpt)
     out = Path(out)
     with atomic_write(out / HUB_FILE, make_folder=True) as temporary:
         shutil.copyfile(ckpt, temporary)
     with atomic_write(out / "README.md") as temporary:
-        Path(temporary).write_text(card(ckpt))
+        Path(temporary).write_text(card(models, meta))
     example = [str(ROOT / "examples" / name) for name in ("portrait.png", "speech.wav")]
     if sample.main(["--img", example[0], "--wav", example[1], "--ckpt", str(out / HUB_FILE), "--out",
                     str(out / "preview.mp4")]):
         raise InputError(f"{ckpt}: the preview could not be made")
 
 
+@command("web.hub")
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m web.hub", description=__doc__.split("\n")[0],
                                      allow_abbrev=False)
@@ -76,12 +68,7 @@ def main(argv=None):
                         help="weights, .safetensors (default: the embedded ones)")
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args(argv)
-    try:
-        write_folder(args.ckpt, args.out)
-    except (InputError, OSError) as error:
-        print(f"web.hub: {error}", file=sys.stderr)
-        return 2
-    return 0
+    write_folder(args.ckpt, args.out)
 
 
 if __name__ == "__main__":
