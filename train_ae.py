@@ -82,8 +82,9 @@ def schedule(args, progress: float) -> dict:
     The paper has no schedule: masks U(0, 0.9) from the first step, t uniform. Ours (curriculum) starts at
     pure noise without masks, where the token is all there is to learn from; masks and less noisy targets come
     in later. The weight of known motion falls to a tenth over the last 30%, that of the warped reference to
-    zero over the first third; structure (SSIM, gradients) enters in the last 45%. A run from trained weights
-    (--init) has the second half alone.
+    zero over the first third; motion read from the predicted picture (cycle) enters from 30% to 40%,
+    structure (SSIM, gradients) in the last 45%. A run from trained weights (--init) has the second half
+    alone.
     """
     if args.init:
         progress = 0.5 + progress / 2
@@ -94,6 +95,7 @@ def schedule(args, progress: float) -> dict:
     return {"mask_max": ramp * args.mask_max,
             "p_pure_noise": p_pure_noise,
             "label": args.label_weight * min(1.0, 0.1 + (1 - progress) / 0.3),
+            "cycle": 0.4 * args.label_weight * min(1.0, max(0.0, (progress - 0.3) / 0.1)),
             "warped": 0.5 * max(0.0, 1 - 3 * progress),
             "structure": 0.5 * min(1.0, max(0.0, (progress - 0.55) / 0.1))}
 
@@ -165,7 +167,8 @@ class AutoEncoder(nn.Module):
     Three losses. "velocity": eq. (8) as it is (the paper). "weighted": each sample's eq. (8) divided by the
     error of copying the reference, so that a mouth counts as much as a turning head, which changes ten times
     the pixels (ours). "region" (ours, pixels): `region_loss` on the predicted picture. labels: with known
-    motion in the loss.
+    motion in the loss, which is read from the token and, by averaged weights, from the predicted picture
+    (cycle consistency): what the token holds must also be seen.
     """
 
     WHOLE, MOUTH_EYES, UPPER = 1.5, 3.0, 1.5           # weights of the parts of region_loss
@@ -177,10 +180,11 @@ class AutoEncoder(nn.Module):
         known = {"synthetic": len(MOTION), "real": len(FACTORS)} if labels else {}
         self.label_heads = nn.ModuleDict({kind: RunningRidge(motion, count) for kind, count in known.items()})
 
-    def forward(self, batch: data.Batch, noise, t, ids_keep, weights: dict, endpoint=None):
+    def forward(self, batch: data.Batch, noise, t, ids_keep, weights: dict, endpoint=None, average=None):
         """-> scalar loss of a batch of R references and R*T targets.
         noise (R*T, C, H, W), t (R*T,), ids_keep (R + R*T, n): visible patches; weights: schedule(); endpoint
-        (R*T, C, H, W): where the paths end if not at the target (reflow)."""
+        (R*T, C, H, W): where the paths end if not at the target (reflow); average: the AutoEncoder of
+        averaged weights, which reads known motion from the predicted pictures (None: not read)."""
         reference, target = batch.reference, batch.target
         motion = self.encoder(batch.encoder_views, ids_keep)                           # (R+R*T, L, D) eq. (1)
         m_r, m_t = motion[: len(reference)], motion[len(reference):]
@@ -194,6 +198,11 @@ class AutoEncoder(nn.Module):
                 warped = self.region_loss(picture.moved, target, copies, batch.regions, 0.0)
                 loss = loss + weights["warped"] * warped
             loss = loss + 0.2 * field_roughness(picture.field)
+            if average and weights["cycle"]:
+                seen = average.encoder(torch.cat([reference, picture.x]))              # (R+R*T, L, D)
+                with torch.autocast(target.device.type, enabled=False):
+                    cycle = average.label_loss(seen[: len(reference)], seen[len(reference):], batch)
+                loss = loss + weights["cycle"] * cycle
         else:
             weight = None
             if self.loss != "velocity":
@@ -201,14 +210,15 @@ class AutoEncoder(nn.Module):
             z = target if endpoint is None else endpoint
             loss = flow.flow_loss(self.decoder, z, noise, t, weight, m_t=m_t, cache=cache)     # eqs. (3), (8)
         if weights["label"]:
-            delta = m_t - m_r.repeat_interleave(len(target) // len(reference), 0)      # (R*T, L, D)
-            with torch.autocast(delta.device.type, enabled=False):
-                loss = loss + weights["label"] * self.label_loss(delta.flatten(1).float(), batch)
+            with torch.autocast(target.device.type, enabled=False):
+                loss = loss + weights["label"] * self.label_loss(m_r, m_t, batch)
         return loss
 
-    def label_loss(self, delta, batch: data.Batch):
-        """Error of known motion read from differences of tokens (R*T, L*D); 0 where none is known.
-        Every process updates all heads, as it sums with the others'."""
+    def label_loss(self, m_r, m_t, batch: data.Batch):
+        """Error of known motion read from differences of tokens; 0 where none is known.
+        m_r (R, L, D), m_t (R*T, L, D): tokens of references and targets. In training every process updates
+        all heads, as it sums with the others'."""
+        delta = (m_t - m_r.repeat_interleave(len(m_t) // len(m_r), 0)).flatten(1)      # (R*T, L*D)
         loss = 0.0
         for kind, head in self.label_heads.items():
             known = kind == batch.kind and batch.factors is not None
@@ -446,7 +456,7 @@ def train(args, preset: dict) -> int:
                 ddp_model.require_backward_grad_sync = part == args.accumulate - 1
             with autocast(device):
                 endpoint = reflow_pairs(teacher, batch, noise, args.teacher_steps) if teacher else None
-                part_loss = ddp_model(batch, noise, t, ids_keep, now, endpoint) / args.accumulate
+                part_loss = ddp_model(batch, noise, t, ids_keep, now, endpoint, ema) / args.accumulate
             part_loss.backward()
             loss += part_loss.item()
         training.clip_and_step(model, optimisers, loss, step, state, device)

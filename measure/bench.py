@@ -12,6 +12,7 @@ State is weights, gradients, their average and the optimisers'; MB a picture is 
 for the backward. MFU is their rate as a share of what the machine itself reaches with a large matrix product
 (bf16; fp32 where bf16 is not fast).
 """
+import copy
 import os
 import resource
 import statistics
@@ -43,6 +44,7 @@ from media.face import load_detector
 from media.files import command
 from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks, load_audio
 from media.video import VideoWriter
+from world.render import MOTION
 from world.speech import speak
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,11 +209,13 @@ def stage_1(name, persons, device):
     reference, target, noise = (torch.randn(n, e.channels, e.image_size, e.image_size, device=device)
                                 for n in (persons, count, count))
     regions = torch.rand(count, 3, e.image_size, e.image_size, device=device)
-    batch = data.Batch(reference, target, torch.cat([reference, target]), regions, None, "synthetic")
+    factors = torch.randn(count, len(MOTION), device=device)
+    batch = data.Batch(reference, target, torch.cat([reference, target]), regions, factors, "synthetic")
+    average = copy.deepcopy(model).eval().requires_grad_(False)
     weights, t = train_ae.schedule(train_ae.parse(["--preset", name]), 0.8), torch.ones(count, device=device)
     patches = (e.image_size // e.patch_size) ** 2
     ids_keep = random_masking(persons + count, patches, weights["mask_max"] / 2, device=device)
-    return model, lambda: model(batch, noise, t, ids_keep, weights), count
+    return model, lambda: model(batch, noise, t, ids_keep, weights, average=average), count
 
 
 def stage_2(name, windows, device):

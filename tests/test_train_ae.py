@@ -21,6 +21,7 @@ from PIL import Image
 from test_encoder import run_two
 
 import data
+import flow
 import train_ae
 import training
 from decoder import Decoder
@@ -42,7 +43,8 @@ torch.set_num_threads(1)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NANO = train_ae.PRESETS["nano"]
 CPU = torch.device("cpu")
-PLAIN = {"mask_max": 0.0, "p_pure_noise": 1.0, "label": 0.0, "warped": 0.0, "structure": 0.0}    # a schedule
+PLAIN = {"mask_max": 0.0, "p_pure_noise": 1.0, "label": 0.0, "cycle": 0.0, "warped": 0.0,
+         "structure": 0.0}                                                  # a schedule
 
 
 @pytest.fixture(autouse=True)
@@ -360,6 +362,30 @@ def test_known_motion_enters_with_its_weight():
     assert torch.equal(unknown, plain) and error > 0.01
 
 
+def test_motion_read_from_the_predicted_picture_trains_the_networks_but_not_the_reader():
+    """Read by another network than the one that is trained: that of averaged weights."""
+    model, (batch, *given) = auto_encoder(), given_batch()
+    average = auto_encoder(seed=1).eval().requires_grad_(False)
+    head = average.label_heads["synthetic"]
+    head.xx, head.xy = torch.eye(8), torch.randn(head.xy.shape, generator=torch.Generator().manual_seed(0))
+    before = {name: x.clone() for name, x in average.state_dict().items()}
+    model.eval()                                                    # the running statistics stand still
+    plain = model(batch, *given, PLAIN)
+    assert torch.equal(model(batch, *given, PLAIN, average=average), plain)
+    loss = model(batch, *given, {**PLAIN, "cycle": 0.7}, average=average)
+    motion = model.encoder(batch.encoder_views, given[2])
+    cache = model.decoder.encode_reference(batch.reference, motion[:2])
+    z_t = flow.interpolate(batch.target, given[0], given[1])
+    picture = model.decoder(z_t, given[1], motion[2:], cache, as_picture=True).x
+    delta = average.encoder(picture) - average.encoder(batch.reference)[[0, 0, 1, 1]]
+    error = torch.nn.functional.smooth_l1_loss(head(delta.flatten(1)), batch.factors.clamp(-4, 4))
+    assert loss.item() == pytest.approx((plain + 0.7 * error).item(), rel=1e-4) and error > 0.01
+    (loss - plain).backward()
+    trained = model.encoder.embed.weight, model.decoder.blocks[0].mlp[0].weight
+    assert all(parameter.grad.abs().max() > 0 for parameter in trained)
+    assert same(dict(average.state_dict()), before)
+
+
 def test_labels_of_real_clips_count_by_their_weight():
     """Nothing is read by heads that learned nothing, so the error is that of the labels."""
     model, (batch, *_) = auto_encoder().eval(), given_batch()
@@ -367,7 +393,7 @@ def test_labels_of_real_clips_count_by_their_weight():
         factors = torch.zeros(4, len(FACTORS))
         factors[:, column] = 0.5
         real = replace(batch, factors=factors, kind="real")
-        loss = model.label_loss(torch.randn(4, model.label_heads["real"].xx.shape[0]), real)
+        loss = model.label_loss(torch.randn(2, 1, 8), torch.randn(4, 1, 8), real)
         assert loss.item() == pytest.approx(want * 0.5 * 0.5**2 / len(FACTORS))
 
 
