@@ -119,10 +119,11 @@ def rendezvous_store(rank, world):
 def shutdown(main):
     """Run main() and end the process with its exit status, also as one of several.
 
-    The gloo group of a DDP model keeps its threads whatever is freed (torch 2.13 gives back none of the
-    references that DDP takes to it), and the end of the interpreter under running threads is a SIGABRT now
-    and then, after all the work. So one of several processes ends without it; one that failed waits for no
-    other.
+    The end of the interpreter under the threads of a gloo group is a SIGABRT now and then, after all work: a
+    thread that frees the last tensor of a collective waits for the interpreter's lock, is ended there by
+    Python (up to 3.13), and C++ refuses that in a destructor ("terminate called without an active exception";
+    pytorch issue 190489). The threads live as long as a DDP model holds the group. So one of several
+    processes ends without the interpreter's end; one that failed waits for no other.
     """
     try:
         status = main()
