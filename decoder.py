@@ -8,10 +8,9 @@
 One set of weights serves both rows. The paper lets all tokens attend to all (full_attention=True); the
 default is faster, since one reference serves every frame and every sampling step.
 
-In pixel space (predict="x", ours) the network predicts the picture x as an edit of the reference: it is
-warped by a displacement field, faded out where alpha is large, and a residual is added. Copying is the
-initial state, and turning a head needs few numbers. The velocity follows from x (JiT, arXiv 2511.13720). In
-latent space (predict="v", the paper) the head gives the velocity itself.
+In pixel space (predict="x", ours) the network predicts the picture x as an edit of the reference
+(warp_and_blend): copying is the initial state, and turning a head needs few numbers. The velocity follows
+from x (JiT, arXiv 2511.13720). In latent space (predict="v", the paper) the head gives the velocity itself.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,22 +20,16 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from encoder import Attention, attention, check_sizes, mlp, patchify, rms_norm, sincos, sincos_2d, unpatchify
+from encoder import Attention, ViTConfig, attention, mlp, patchify, rms_norm, sincos, sincos_2d, unpatchify
 from flow import integrate, x_to_v
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes and switches. Everything after `frames` is ours; the paper's decoder has full_attention=True,
-    predict="v", tokens_per_motion=1 and the two shortcuts off."""
-    image_size: int = 128           # H = W, pixels or latent cells
-    channels: int = 3               # C
-    patch_size: int = 16            # p
+class DecoderConfig(ViTConfig):
+    """Sizes and switches. Everything after `frames` is ours; PAPER of train_ae.py has the paper's values."""
     width: int = 256                # E
     depth: int = 6
     heads: int = 4
-    num_tokens: int = 1             # L
-    token_dim: int = 64             # D
     frames: int = 1                 # F; above 1, the video model, with temporal blocks
     full_attention: bool = False    # the reference attends to the target, too
     predict: str = "x"              # "x": an edit of the reference (pixels), "v": the velocity (latents)
@@ -47,7 +40,7 @@ class DecoderConfig:
     overlap: bool = False           # residual and alpha of a patch cover twice its side under a Hann window
 
     def __post_init__(self):
-        check_sizes(self)
+        super().__post_init__()
         if self.predict not in ("x", "v"):
             raise ValueError(f"predict must be 'x' or 'v', not {self.predict!r}")
         if self.overlap and self.patch_size % 2:
@@ -67,12 +60,11 @@ class TimeEmbed(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.register_buffer("frequencies", 1e-4 ** torch.linspace(0, 1, width // 2), persistent=False)
+        self.width = width
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        angle = 1000 * t[:, None].float() * self.frequencies                           # (B, E/2)
-        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))                  # (B, E)
+        return self.mlp(sincos(1000 * t, self.width))                                  # (B, E)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -115,8 +107,8 @@ class DiTBlock(nn.Module):
 
 class TemporalBlock(nn.Module):
     """Temporal align block: each patch position attends over the F frames of its clip; adds zero at first.
-    The paper says "flattens to f x t" and gives the cost as o(f); attention per position has that cost. A
-    single frame passes unchanged, so an image model becomes a video model without forgetting."""
+    Its cost is the o(f) that the paper gives. A single frame passes unchanged, so an image model becomes a
+    video model without forgetting."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -136,9 +128,8 @@ class TemporalBlock(nn.Module):
 class MotionDelta(nn.Module):
     """Give M_t - M_r directly to the adaLN condition and to every target patch (ours).
 
-    Attention alone learns both, in about ten times the steps. The difference is also given at unit length, so
-    that small motions (a lip, a lid) have an effect of their own. Each patch position mixes K views of it
-    with weights of its own.
+    The difference is also given at unit length, so that small motions (a lip, a lid) have an effect of their
+    own. Each patch position mixes K views of it with weights of its own.
     """
 
     def __init__(self, motion: int, width: int, patches: int, views: int):
@@ -225,32 +216,28 @@ class Decoder(nn.Module):
             kv_cache.append(kv)
         return {"z": z_r, "m": m_r, "kv": kv_cache}
 
-    def features(self, z_t, t, m_t, cache):
-        """The transformer -> head's output (B*F, N, ...), condition (B*F, E), references (B*F, C, H, W)."""
-        frames = len(z_t) // len(cache["z"])
-        z_r, m_r = (repeat(cache[k], "b ... -> (b f) ...", f=frames) for k in ("z", "m"))
-        x, condition = self.embed_target(z_t, t, m_t, z_r, m_r)                        # (B*F, n, E), (B*F, E)
-        n = x.shape[1]
-        if self.config.full_attention:
-            x = torch.cat([repeat(cache["tokens"], "b n e -> (b f) n e", f=frames), x], dim=1)
-        for k, block in enumerate(self.blocks):
-            ref_kv = None
-            if not self.config.full_attention:
-                ref_kv = [repeat(part, "b h n d -> (b f) h n d", f=frames) for part in cache["kv"][k]]
-            x, _ = block(x, condition, ref_kv)
-            if self.config.frames > 1:
-                x = self.temporal[k](x, frames)
-        x = x[:, -n:][:, : len(self.pos_embed)]                                 # (B*F, N, E)   target patches
-        shift, scale = self.modulation(condition).chunk(2, dim=1)
-        return self.head(modulate(self.norm(x), shift, scale)).float(), condition, z_r
-
     def forward(self, z_t, t, m_t, cache, as_picture=False):
         """Velocity of the target (B*F, C, H, W), or with as_picture (predict="x" only) the Picture.
         z_t (B*F, C, H, W), t (B*F,), m_t (B*F, L, D), cache: encode_reference of B references. The F frames
         of a clip are consecutive in the batch: (b f)."""
-        out, condition, z_r = self.features(z_t, t, m_t, cache)
-        if self.config.predict == "v":
-            return unpatchify(out, self.config.patch_size)                             # eq. (3)
+        c, frames = self.config, len(z_t) // len(cache["z"])
+        z_r, m_r = (repeat(cache[k], "b ... -> (b f) ...", f=frames) for k in ("z", "m"))
+        x, condition = self.embed_target(z_t, t, m_t, z_r, m_r)                        # (B*F, n, E), (B*F, E)
+        n = x.shape[1]
+        if c.full_attention:
+            x = torch.cat([repeat(cache["tokens"], "b n e -> (b f) n e", f=frames), x], dim=1)
+        for k, block in enumerate(self.blocks):
+            ref_kv = None
+            if not c.full_attention:
+                ref_kv = [repeat(part, "b h n d -> (b f) h n d", f=frames) for part in cache["kv"][k]]
+            x, _ = block(x, condition, ref_kv)
+            if c.frames > 1:
+                x = self.temporal[k](x, frames)
+        x = x[:, -n:][:, : len(self.pos_embed)]                                 # (B*F, N, E)   target patches
+        shift, scale = self.modulation(condition).chunk(2, dim=1)
+        out = self.head(modulate(self.norm(x), shift, scale)).float()                  # (B*F, N, ...)
+        if c.predict == "v":
+            return unpatchify(out, c.patch_size)                                       # eq. (3)
         picture = warp_and_blend(z_r, *self.split_head(out, condition))
         if as_picture:
             return picture
@@ -293,11 +280,11 @@ def warp_and_blend(z_r, affine, displacement, alpha, residual) -> Picture:
 
 
 @torch.no_grad()
-def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=16, as_pictures=False):
+def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=16):
     """Generate a frame for every motion; memory does not grow with their number.
 
     z_r (1, C, H, W), m_ref (1, L*D): the photo and its motion; motions: iterator of (n, L*D); noise (1, C, H,
-    W) -> iterator of (n', C, H, W). as_pictures: of Pictures, in pixel space with the parts of the last step.
+    W) -> iterator of Pictures, (n', C, H, W) each, in pixel space with the parts of the last step.
 
         motions -> [buffer: what is not decoded yet] -> chunk: up to `batch`, or F of a video model -> frames
 
@@ -319,9 +306,7 @@ def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=16, as_pic
             return
         start = noise.expand(len(chunk), *noise.shape[1:])
         cond = {"m_t": chunk.unflatten(1, (c.num_tokens, c.token_dim)), "cache": cache}
-        if not as_pictures:
-            yield integrate(decoder, start, steps, **cond)
-        elif c.predict == "v":
+        if c.predict == "v":
             yield Picture(integrate(decoder, start, steps, **cond))
         else:                                                     # the last step ends at the picture itself
             z = integrate(decoder, start, steps, skip_last=1, **cond)

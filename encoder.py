@@ -3,9 +3,8 @@
     frame (B, C, H, W) -> patches (B, N, p*p*C) -> drop a random share -> ViT, joined by L learnable tokens
                                                                 -> the L outputs, normalised: motion (B, L, D)
 
-The mask and the narrow output force the token to describe motion and not to copy the picture: the decoder can
-take identity, clothes and background from the reference photo, so the token learns what the photo does not
-tell.
+The mask and the narrow output force the token to describe motion and not to copy the picture: identity,
+clothes and background reach the decoder by the reference photo.
 
 Shape key: B batch, F frames, N patches, L motion tokens per frame, D motion width, A audio features,
 C H W image or latent, E model width.
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
+class ViTConfig:
+    """Sizes that encoder and decoder share. Raises ValueError for those that no ViT can have."""
     image_size: int = 128       # H = W, pixels or latent cells
     channels: int = 3           # C
     patch_size: int = 16        # p
@@ -29,19 +29,18 @@ class EncoderConfig:
     heads: int = 3
     num_tokens: int = 1         # L
     token_dim: int = 64         # D
-    token_init: int = 16        # ours: numbers of each patch from which the tokens start (TokenInit); 0: none
-    running_norm: bool = True   # ours: motion normalised by running statistics; False: LayerNorm alone
 
     def __post_init__(self):
-        check_sizes(self)
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
 
 
-def check_sizes(c) -> None:
-    """Refuse sizes that no ViT can have, of the config of an encoder or a decoder. Raises ValueError."""
-    if c.image_size % c.patch_size:
-        raise ValueError(f"image_size {c.image_size} is not a multiple of patch_size {c.patch_size}")
-    if c.width % c.heads or c.width % 4:
-        raise ValueError(f"width {c.width} must be a multiple of heads {c.heads} and of 4")
+@dataclass(frozen=True)
+class EncoderConfig(ViTConfig):
+    token_init: int = 16        # ours: numbers of each patch from which the tokens start (TokenInit); 0: none
+    running_norm: bool = True   # ours: motion normalised by running statistics; False: LayerNorm alone
 
 
 def patchify(x: Tensor, p: int) -> Tensor:
@@ -121,10 +120,9 @@ class Block(nn.Module):
 class RunningNorm(nn.Module):
     """Normalise each number of the token to zero mean and unit variance by running statistics (ours).
 
-    BatchNorm without learned scale, except that training, too, uses the running statistics; with several
-    processes, those of the whole batch. A new ViT gives nearly the same token for every frame, and the
-    decoder then learns to ignore it. Subtracting what all frames share makes the differences the signal from
-    the first step, and gives stage 2 targets of unit scale.
+    BatchNorm without learned scale; training, too, uses the running statistics, those of all processes. A new
+    ViT gives nearly the same token for every frame, and the decoder then learns to ignore it; without what
+    all frames share, the differences are the signal from the first step. Stage 2 gets targets of unit scale.
     """
 
     def __init__(self, dim: int, momentum: float = 0.02):
@@ -158,11 +156,11 @@ class TokenInit(nn.Module):
     Without it a token first holds the mean over all patches, in which a mouth is a fiftieth of the variation;
     learning to attend to it takes several times the steps."""
 
-    def __init__(self, patches: int, width: int, dim: int, num_tokens: int):
+    def __init__(self, patches: int, c: EncoderConfig):
         super().__init__()
-        self.num_tokens = num_tokens
-        self.patch_summary = nn.Linear(width, dim)
-        self.project = nn.Linear(patches * dim, num_tokens * width, bias=False)
+        self.num_tokens = c.num_tokens
+        self.patch_summary = nn.Linear(c.width, c.token_init)
+        self.project = nn.Linear(patches * c.token_init, c.num_tokens * c.width, bias=False)
 
     def forward(self, z, ids_keep, patches: int):
         """Visible patches z (B, n, E) and their numbers ids_keep (B, n), None: all -> (B, L, E)."""
@@ -183,9 +181,7 @@ class MotionEncoder(nn.Module):
         grid_size = c.image_size // c.patch_size
         self.embed = nn.Linear(c.patch_size**2 * c.channels, c.width)
         self.tokens = nn.Parameter(0.02 * torch.randn(c.num_tokens, c.width))
-        self.token_init = None
-        if c.token_init:
-            self.token_init = TokenInit(grid_size**2, c.width, c.token_init, c.num_tokens)
+        self.token_init = TokenInit(grid_size**2, c) if c.token_init else None
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.depth))
         self.head = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, c.token_dim),
                                   nn.LayerNorm(c.token_dim, elementwise_affine=False))

@@ -69,8 +69,7 @@ class CrossAttention(nn.Module):
 
 class Experts(nn.Module):
     """Seven small MLPs, one for each emotion, scaled by its weight at each frame and added up.
-    A mixture of experts whose gates are given (MoEE, arXiv 2501.01808, learns them). An expert gets no
-    gradient from frames without its emotion."""
+    A mixture of experts whose gates are given (MoEE, arXiv 2501.01808, learns them)."""
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -173,7 +172,6 @@ def generate_motion(generator, m_ref, audio_features, rng, silence_features, ste
     of (n', L*D), in all one row for every row of speech. rng: torch.Generator of the noise; silence_features
     (A,): features of no sound, for what comes before the first row and after the last. emotion: called with
     each part of audio_features in turn, (n, A) -> mood (n, 7) of its frames (emotion.py); None: no opinion.
-    Yields outside of any autocast: the caller's holds during a pass only if it is entered around each next().
     """
     c, device = generator.config, m_ref.device
     model = with_cfg(generator, guidance, null={"audio": None})

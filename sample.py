@@ -65,8 +65,8 @@ def load_models(path, device="cpu"):
 
 def autocast_iter(device, items, models=True):
     """The items of an iterator, each made without gradients and, where bf16 is fast, under autocast.
-    models=False: out of autocast. The context is left before an item is handed out, so it never leaks to the
-    caller."""
+    models=False: out of autocast. The context is entered around each item alone: a generator function keeps
+    what its caller entered only while it computes, and what it enters itself would leak to the caller."""
     items = iter(items)
     while True:
         with torch.inference_mode(), autocast(device, models):
@@ -129,8 +129,7 @@ def decode_motions(models, meta, reference, motions, steps=None, composer=None):
     reference: what prepare_reference gives. steps: those of the weights (meta) where None. composer: makes
     frames whole photos (media/compose.py)."""
     space, z_r, m_ref, _, noise = reference
-    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH,
-                             as_pictures=True)
+    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH)
     return pictures_to_frames(space, autocast_iter(z_r.device, pictures), composer)
 
 

@@ -102,7 +102,7 @@ def bench_sample(args, device):
 
         def decode():
             batches = decode_frames(models["decoder"], z_r, m_ref, iter([motions]), noise, meta["steps"],
-                                    sample.BATCH, as_pictures=True)
+                                    sample.BATCH)
             return list(sample.autocast_iter(device, batches))
 
         def paste():

@@ -91,8 +91,8 @@ def decode_clip(checkpoint, photo, motions, steps, seed, m_ref=None):
     noise = torch.randn(z_r.shape, generator=step_rng(1, 0, seed)).to(checkpoint.device)
     m_ref = encode(checkpoint, photo[None]) if m_ref is None else m_ref
     with autocast(checkpoint.device):
-        parts = list(decode_frames(checkpoint.decoder, z_r, m_ref, iter([motions]), noise, steps))
-    return torch.cat([checkpoint.space.decode(part.float()).clamp(-1, 1).cpu() for part in parts])
+        pictures = list(decode_frames(checkpoint.decoder, z_r, m_ref, iter([motions]), noise, steps))
+    return torch.cat([checkpoint.space.decode(picture.x).clamp(-1, 1).cpu() for picture in pictures])
 
 
 def summary(clips):

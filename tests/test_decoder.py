@@ -398,7 +398,8 @@ def test_config_errors_name_the_values(wrong, words):
 
 def painted(model, motion, sizes, **options):
     z_r, m_r, z_t, *_ = inputs(1)
-    return list(decode_frames(model, z_r, m_r.flatten(1), iter(motion.split(sizes)), z_t, **options))
+    pictures = decode_frames(model, z_r, m_r.flatten(1), iter(motion.split(sizes)), z_t, **options)
+    return [picture.x for picture in pictures]
 
 
 @pytest.mark.parametrize("frames", [1, 3])
@@ -430,17 +431,19 @@ def test_decode_frames_of_pictures_waits_for_nothing():
         taken = []
         motions = (taken.append(1) or now for now in inputs(1, 20)[4].flatten(1).split(5))
         parts = decode_frames(decoder(frames=frames), z_r, m_r.flatten(1), motions, z_t, batch=8)
-        assert len(next(parts)) == frames and len(next(parts)) == (4 if frames == 1 else 3)
+        assert len(next(parts).x) == frames and len(next(parts).x) == (4 if frames == 1 else 3)
         assert 5 * len(taken) == needed
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("change", [{}, {"predict": "v"}])
-def test_pictures_are_the_frames_and_their_parts(change, steps):
-    model, motion = decoder(lively=True, **change), inputs(1, 5)[4].flatten(1)
-    frames = torch.cat(painted(model, motion, 5, steps=steps))
-    parts = painted(model, motion, 5, steps=steps, as_pictures=True)
-    torch.testing.assert_close(torch.cat([part.x for part in parts]), frames, atol=1e-4, rtol=1e-4)
+def test_pictures_are_the_end_of_the_walk_and_its_parts(change, steps):
+    model, motion = decoder(lively=True, **change), inputs(1, 5)[4]
+    z_r, m_r, z_t, *_ = inputs(1)
+    cache = model.encode_reference(z_r, m_r)
+    walk = integrate(model, z_t.expand(5, -1, -1, -1), steps, m_t=motion, cache=cache)
+    parts = list(decode_frames(model, z_r, m_r.flatten(1), iter([motion.flatten(1)]), z_t, steps))
+    torch.testing.assert_close(torch.cat([part.x for part in parts]), walk.detach(), atol=1e-4, rtol=1e-4)
     if not change:
         residual = torch.cat([part.x - part.moved * (1 - part.alpha) for part in parts])
         assert residual.abs().max() > 1e-3 and torch.cat([part.field for part in parts]).shape == (5, 8, 8, 2)

@@ -195,8 +195,8 @@ def test_tokens_and_frames_are_pythons(tab, site, release, photo, wave):
         tokens = torch.cat(list(generate_motion(models["generator"], still, iter(rows),
                                                 torch.Generator().manual_seed(SEED), silence,
                                       meta["gen_steps"], meta["guidance"])))
-        frames = torch.cat(list(decode_frames(models["decoder"], photo[None], still, iter([tokens]), noise,
-                                              meta["steps"])))
+        pictures = decode_frames(models["decoder"], photo[None], still, iter([tokens]), noise, meta["steps"])
+        frames = torch.cat([picture.x for picture in pictures])
     assert len(made["frames"]) == len(tokens) == round(SECONDS * 25)
     assert (torch.tensor(made["still"]) - still[0]).abs().max() < 1e-3
     found = torch.tensor([frame["token"] for frame in made["frames"]])
