@@ -3,7 +3,6 @@
     python -m measure.ablate                        train and measure what is missing, print tables
     python -m measure.ablate --only width mask      some of them: width, count, mask, attention, prediction,
                                                     label, shortcuts, past, emotion
-    python -m measure.ablate --png ablations.png    also draw the curves
 
 No loss has a label but that of the row which says so.
 
@@ -30,7 +29,6 @@ from encoder import EncoderConfig
 from generator import GeneratorConfig
 from measure import evaluate
 from measure.checkpoint import command_parser, write_json
-from media.charts import import_figure, new_figure, save_figure
 from media.files import InputError, command
 
 SHAPE = dict(image_size=32, patch_size=8, num_tokens=1, token_dim=64)
@@ -191,26 +189,6 @@ def print_table(table, results):
         print(f"| {variant} | {' | '.join(cells)} |")
 
 
-def plot(results, tables, width=290, height=220):
-    """Draw a row of charts for each table, one for each of four measures, seeds as dots, a line of means.
-
-    -> figure of matplotlib, width x height pixels a chart.
-    """
-    measures = ["PSNR", "B as A", "motion R²", "identity R²"]
-    figure = new_figure(width * len(measures), height * len(tables))
-    for table, axes in zip(tables, figure.subplots(len(tables), len(measures), squeeze=False), strict=True):
-        variants = folders(table)
-        for name, ax in zip(measures, axes, strict=True):
-            values = [[numbers[name] for numbers in results[folder]] for folder in variants.values()]
-            ax.plot([sum(x) / len(x) for x in values], color="cornflowerblue")
-            for k, x in enumerate(values):
-                ax.plot([k] * len(x), x, "o", color="navy", markersize=4)
-            ax.set_title(f"{name} by {table}")
-            ax.set_xticks(range(len(variants)), variants, rotation=20 if len(variants) > 4 else 0)
-            ax.margins(0.15)
-    return figure
-
-
 def parse(argv):
     parser = command_parser("ablate", __doc__)
     parser.add_argument("--out", default="runs/ablate", help="folder of all runs (default: %(default)s)")
@@ -219,13 +197,10 @@ def parse(argv):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="(default: 0 1)")
     parser.add_argument("--steps", type=int,
                         help=f"steps of each run (default: {BASE['steps']}, stage 2 {PAST['steps']})")
-    parser.add_argument("--png", help="also draw the curves of stage 1 to this file")
     parser.add_argument("--json", help="also write the numbers of every seed to this file")
     args = parser.parse_args(argv)
     if args.steps is not None and args.steps < 1 or min(args.seeds) < 0:
         parser.error("--steps must be at least 1, --seeds not negative")
-    if args.png and not set(args.only) & set(TABLES):
-        parser.error(f"--png draws tables of stage 1, and --only asks for none: {', '.join(TABLES)}")
     return args
 
 
@@ -233,8 +208,6 @@ def parse(argv):
 def main(argv=None):
     """-> exit status: 0, 130 if it was stopped and can go on, 2 for bad input."""
     args, results = parse(argv), {}
-    if args.png:
-        import_figure()                                      # as the next: refuse now
     if set(args.only) & set(STAGE_2):
         sample.load_models(args.ckpt)                        # refuse now what cannot be read hours later
     for seed in args.seeds:                                  # all variants of a seed first: a table early
@@ -245,8 +218,6 @@ def main(argv=None):
             results.setdefault(name, []).append(numbers)
     for table in args.only:
         print_table(table, results)
-    if args.png:
-        save_figure(plot(results, [table for table in args.only if table in TABLES]), args.png)
     if args.json:
         write_json(args.json, results)
 

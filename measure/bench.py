@@ -3,7 +3,6 @@
     python -m measure.bench                      all of the following
     python -m measure.bench sample               photo and sound to mp4: each stage, then end to end, and the
                                                  peak memory of the process (--seconds: of longer sound)
-    python -m measure.bench variants             the decoder: cached reference, precision, attention, batch
     python -m measure.bench train [--data DIR]   every preset: parameters, FLOPs, memory, speed; and what
                                                  loading DIR gives
 
@@ -145,56 +144,6 @@ def bench_sample(args, device):
             "first_frame": first, "memory_mb": memory}
 
 
-@torch.inference_mode()
-def bench_variants(args, device):
-    """Change one thing at a time in the released decoder, 16 frames of --img in one step."""
-    models, meta = sample.load_models(args.ckpt, device)
-    decoder, bf16, n = models["decoder"], fast_bf16(device), 16
-    c = decoder.config
-    image, _, _ = read_photo(args.img, meta["size"], load_detector())
-    _, z_r, m_ref, rng, noise = sample.prepare_reference(models, meta, image, 0)
-    m_ref = m_ref.unflatten(1, (c.num_tokens, c.token_dim))
-    m_t = m_ref + 0.5 * torch.randn(n, c.num_tokens, c.token_dim, generator=rng).to(device)
-    noise = noise.expand(n, -1, -1, -1)
-    full_attention = Decoder(replace(c, full_attention=True)).to(device).eval()
-
-    def variant(model=decoder, bf16=bf16, cached=True, batch=n):
-        """-> a function that generates n frames."""
-        def decode():
-            frames = []
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                for z, m in zip(noise.split(batch), m_t.split(batch), strict=True):
-                    kv = cache if cached else model.encode_reference(z_r.expand(len(z), -1, -1, -1),
-                                                                     m_ref.expand(len(z), -1, -1))
-                    frames.append(flow.integrate(model, z, 1, m_t=m, cache=kv))
-            return torch.cat(frames)
-
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            cache = model.encode_reference(z_r, m_ref)
-        return decode
-
-    variants = {"as it is": variant(), "in the other precision": variant(bf16=not bf16),
-                "reference computed for every frame": variant(cached=False),
-                "reference sees the target (paper; other weights)": variant(full_attention, cached=False),
-                **{f"{batch} at a time": variant(batch=batch) for batch in (1, 2, 4, 8)}}
-    released = variants["as it is"]()
-    seconds = {name: [] for name in variants}
-    for _ in range(args.rounds):                          # in turn, so that a busy moment slows all of them
-        for name, decode in variants.items():
-            seconds[name].append(timed(decode, device, 1)[0])
-    rows, results = [], {}
-    for name, values in seconds.items():
-        median, low, high = (1e3 * f(values) / n for f in (statistics.median, min, max))         # ms a frame
-        speed = 1e3 * statistics.median(seconds["as it is"]) / n / median
-        difference = None if "paper" in name else (variants[name]() - released).abs().max().item()
-        results[name] = {"ms": median, "speed": speed, "difference": difference}
-        rows.append([name, f"{median:.2f}", f"{low:.2f}-{high:.2f}", f"{speed:.2f}",
-                     "" if difference is None else f"{difference:.4f}"])
-    print(f"decoder, {n} frames; speed: times as fast as it is; difference: largest of a pixel in [-1, 1]")
-    table(["", "ms a frame", "range", "speed", "difference"], rows)
-    return results
-
-
 # ---- training ----------------------------------------------------------------------------------------------
 
 def stage_1(name, persons, device):
@@ -302,12 +251,12 @@ def bench_train(args, device):
     return {"peak_flops": peak_flops, "presets": results}
 
 
-PARTS = {"sample": bench_sample, "variants": bench_variants, "train": bench_train}
+PARTS = {"sample": bench_sample, "train": bench_train}
 
 
 def parse(argv):
     parser = command_parser("bench", __doc__)
-    parser.add_argument("parts", nargs="*", metavar="part", help="sample, variants, train (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="part", help="sample, train (default: all)")
     parser.add_argument("--img", default=str(ROOT / "examples" / "portrait.png"))
     parser.add_argument("--seconds", type=float, default=20,
                         help="sample: length of the sound (default: %(default)s)")

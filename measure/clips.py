@@ -24,13 +24,6 @@ from world.render import face_box, random_identity
 
 # length of a clip in frames by command (of each person, for probe)
 FRAMES = {"reconstruct": 50, "masked": 50, "probe": 8, "talk": 150, "steps": 100, "emotion": 75}
-PAPER = {
-    "reconstruct": "Paper, table 2 (256 px, other clips, L1 of an unknown scale): PSNR, SSIM, L1, LPIPS, "
-                   "FID, FVD on HDTF 29.12, 0.912, 57.8, 0.043, 21.4, 136.7; DH-FaceVid-1K 32.13, 0.914, "
-                   "51.4, 0.036, 22.0, 112.2; MEAD 36.23, 0.949, 44.5, 0.019, 23.5, 71.0",
-    "talk": "Paper, tables 3 and 4 (256 px, other clips): PSNR, SSIM, LPIPS, FID, FVD on DH-FaceVid-1K "
-            "22.95, 0.768, 0.095, 27.7, 206.5; HDTF 21.99, 0.739, 0.111, 26.9, 218.4, with Sync-C 6.147, "
-            "Sync-D 8.574"}
 NOT_READ = "the same with frame 0", "nearest training frame"       # rows that the face mesh does not read
 SILENCE = "digital silence"                                        # row of talk that it reads by itself
 
@@ -176,7 +169,7 @@ def picture_metrics(args, checkpoint, rows_of, sound=False):
     if nets:
         networks_table(by_network, rows)
     mesh = landmarks_table(by_mesh, size) if by_mesh else {}
-    print(PAPER.get(args.command, ""), *absent, sep="\n")
+    print(*absent, sep="\n")
     return SimpleNamespace(rows=rows, read=read, commanded=commanded, clips=clips, ids=ids,
                            read_motion=read_motion, landmarks=mesh)
 
@@ -218,15 +211,25 @@ def landmarks_table(by_mesh, size):
     print(f"\nread by a face mesh at {landmarks.SIZE} px (true frames: reduced to {size} px, the ceiling); "
           f"median over people: correlation [95%],\nampl(itude): ratio of standard deviations; of the "
           f"opening also the correlation within 1 frame, lag, concord(ance)")
-    print(*landmarks.lines(rows), sep="\n")
+    number, bounds, lines = landmarks.number, landmarks.bounds, []
+    for name, entry in rows.items():
+        cells = [name]
+        for factor in landmarks.FACTORS:
+            r = entry[factor + "_correlation"]
+            cells += [number(r), bounds(r), number(entry[factor + "_amplitude"])]
+        lines.append([*cells, number(entry["opening_near"]), number(entry["opening_lag"], 1),
+                      number(entry["opening_concordance"]), number(entry["blinks_a_minute"], 1),
+                      number(entry["blink_f1"]), f"{entry['no_face']['value']:.1%}"])
+    table(["", *(text for name in landmarks.FACTORS for text in (name, "", "ampl")),
+           "+-1", "lag", "concord", "blinks/min", "F1", "no face"], lines)
     print("\nhead: standard deviation of the angles, degrees")
     keys = ["yaw_std", "pitch_std"] + ["seam"] * any("seam" in entry for entry in rows.values())
     table(["", *keys],
-          [[name, *(landmarks.number(entry.get(k)) for k in keys)] for name, entry in rows.items()])
+          [[name, *(number(entry.get(k)) for k in keys)] for name, entry in rows.items()])
     if "silence_opening" in rows.get("ours", {}):
         names = ("silence_opening", "photo_opening", "shut_opening")
         print("opening of the mouth in digital silence, after 0.2 s: {}; in the photo: {}; lowest tenth of "
-              "the true clip: {}".format(*(landmarks.number(rows["ours"][name], 3) for name in names)))
+              "the true clip: {}".format(*(number(rows["ours"][name], 3) for name in names)))
     if "other sound" in rows:
         other = [scores["opening_error"] for _, scores in by_mesh["other sound"]]
         own = [scores["opening_error"] for _, scores in by_mesh["ours"]]

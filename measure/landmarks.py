@@ -255,29 +255,6 @@ def bounds(x, digits=2):
     return "" if x["low"] is None else f"[{x['low']:.{digits}f} {x['high']:.{digits}f}]"
 
 
-def lines(rows):
-    """Format rows {name: summary} as a table of text lines.
-
-    Per factor: correlation at lag 0 [95% interval] amplitude; then more about the opening, blinks, frames
-    without a face.
-    """
-    head = ["", *(text for name in FACTORS for text in (name, "", "ampl")),
-            "+-1", "lag", "concord", "blinks/min", "F1", "no face"]
-    body = []
-    for name, entry in rows.items():
-        cells = [name]
-        for factor in FACTORS:
-            r = entry[factor + "_correlation"]
-            cells += [number(r), bounds(r), number(entry[factor + "_amplitude"])]
-        cells += [number(entry["opening_near"]), number(entry["opening_lag"], 1),
-                  number(entry["opening_concordance"]), number(entry["blinks_a_minute"], 1),
-                  number(entry["blink_f1"]), f"{entry['no_face']['value']:.1%}"]
-        body.append(cells)
-    wide = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    return ["  ".join([cells[0].ljust(wide[0]), *map(str.rjust, cells[1:], wide[1:])]).rstrip()
-            for cells in [head, *body]]
-
-
 def main(argv):
     """Read FRAMES.npy, write CURVES.npz -> exit status."""
     if len(argv) != 2:

@@ -1,9 +1,7 @@
 """The space in which the models work.
 
 "pixel": pictures themselves, nothing to download. "sd": the latents of the frozen Stable Diffusion
-autoencoder, as in the paper: diffusers' AutoencoderKL, by hub id or local folder. Its distilled twin TAESD
-(diffusers' AutoencoderTiny, e.g. madebyollin/taesd) reads and paints the same latents in a fraction of the
-time, for previews: `sample.py --vae`.
+autoencoder, as in the paper: diffusers' AutoencoderKL, by hub id or local folder.
 """
 import torch
 
@@ -33,17 +31,15 @@ class StableDiffusion:
     channels, factor = 4, 8
 
     def __init__(self, source=SD, device="cpu"):
-        from diffusers import AutoencoderKL, AutoencoderTiny
+        from diffusers import AutoencoderKL
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         try:
-            config = AutoencoderKL.load_config(source)
-            self.tiny = config.get("_class_name") == "AutoencoderTiny"
-            kind = AutoencoderTiny if self.tiny else AutoencoderKL
-            self.vae = kind.from_pretrained(source, torch_dtype=dtype).to(device).eval().requires_grad_(False)
+            vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype)
         except (OSError, ValueError) as error:
             raise InputError(f"cannot load the autoencoder {source!r}: download it once on a machine with "
                              "internet, or give the path of a local folder that holds it") from error
-        self.scale = self.vae.config.scaling_factor        # 0.18215; 1 of the twin, whose latents come scaled
+        self.vae = vae.to(device).eval().requires_grad_(False)
+        self.scale = vae.config.scaling_factor                                                     # 0.18215
         self.vae.enable_slicing()
 
     @torch.no_grad()
@@ -52,8 +48,8 @@ class StableDiffusion:
 
         A sample would add noise that no motion explains.
         """
-        z = self.vae.encode(images.to(self.vae.dtype))
-        return ((z.latents if self.tiny else z.latent_dist.mean) * self.scale).float()
+        z = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean
+        return (z * self.scale).float()
 
     @torch.no_grad()
     def decode(self, latents):

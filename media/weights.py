@@ -128,28 +128,18 @@ def resolve(name):
     if os.path.exists(name) or not of_hub or os.fspath(name).endswith(".safetensors"):
         return name
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        from huggingface_hub import errors, hf_hub_download
     except ImportError:
         raise InputError(f"{name} is no file; the model hub needs: pip install huggingface_hub") from None
     repository, _, revision = name.partition("@")
     try:
         return hf_hub_download(repository, HUB_FILE, revision=revision or None)
-    except LocalEntryNotFoundError:                               # before its parent class EntryNotFoundError
+    except errors.LocalEntryNotFoundError:                        # before its parent class EntryNotFoundError
         raise InputError(f"{name} is no file, is not in the cache of the model hub, and the hub cannot be "
                          "reached; give the path of a .safetensors file") from None
-    except RepositoryNotFoundError:
-        raise InputError(f"{name} is no file and the model hub has no {repository}; "
-                         "give a path or owner/name") from None
-    except RevisionNotFoundError:
-        raise InputError(f"{repository} on the model hub has no revision {revision}") from None
-    except EntryNotFoundError:
-        raise InputError(f"{repository} on the model hub holds no {HUB_FILE}") from None
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError):
+        raise InputError(f"{name} is no file, and the model hub has no {HUB_FILE} under this name; give a "
+                         "path or owner/name[@revision]") from None
     except Exception as error:                             # of the network, in the words of several libraries
         cause = str(error).splitlines()[0][:120]
         raise InputError(f"{name} cannot be loaded from the model hub ({cause})") from None

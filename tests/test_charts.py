@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from measure import ablate
+from measure import pictures
 from media import charts
 from media.files import InputError
 
@@ -26,8 +26,7 @@ def test_without_matplotlib_it_is_said_before_the_work(tmp_path, monkeypatch, ca
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="pip install"):
         charts.new_figure(10, 10)
-    words = ["--only", "width", "--out", str(tmp_path / "runs"), "--png", str(tmp_path / "c.png")]
-    assert ablate.main([*words, "--device", "cpu"]) == 2
+    assert pictures.main(["--out", str(tmp_path / "pictures"), "--device", "cpu"]) == 2
     assert "matplotlib" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 

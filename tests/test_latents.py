@@ -1,7 +1,7 @@
 """The spaces: pixels are themselves, Stable Diffusion's autoencoder is diffusers' own, failures explained."""
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL
 
 from media.latents import load_latents
 
@@ -52,20 +52,6 @@ def test_sd_is_frozen_and_one_at_a_time_is_the_same(folder):
         torch.testing.assert_close(space.encode(IMAGES[k:k + 1])[0], latents[k], atol=1e-5, rtol=0)
     pictures = space.decode(50 * latents)
     assert pictures.shape == IMAGES.shape and pictures.abs().max() <= 1
-
-
-def test_the_tiny_twin_is_a_drop_in(tmp_path):
-    """TAESD's format (diffusers' AutoencoderTiny): the same shapes, the library's own values."""
-    torch.manual_seed(2)
-    twin = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).eval()
-    twin.save_pretrained(tmp_path)
-    space = load_latents("sd", str(tmp_path))
-    with torch.no_grad():
-        latents = twin.encode(IMAGES).latents
-        torch.testing.assert_close(space.encode(IMAGES), latents, atol=1e-5, rtol=0)
-        assert latents.shape == (3, space.channels, 32 // space.factor, 32 // space.factor)
-        decoded = twin.decode(latents).sample.clamp(-1, 1)
-        torch.testing.assert_close(space.decode(latents), decoded, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["no folder", "an empty folder"])
