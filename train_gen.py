@@ -14,7 +14,6 @@ networks: what sample.py reads), log.jsonl and short clips with sound. Ctrl-C an
 import argparse
 import copy
 import hashlib
-import math
 import os
 import time
 from dataclasses import replace
@@ -270,7 +269,8 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
             for tempo in TEMPI if vary else (1.0,):
                 count = int(frames / tempo)
                 if count >= preset["generator"].window:
-                    parts.append((*(change_tempo(x, count) for x in rows), others[None]))
+                    rows_at_tempo = (audio_features.change_tempo(x, count) for x in rows)
+                    parts.append((*rows_at_tempo, others[None]))
                     kept += [images[:frames]] if fresh_masks else []
                     clip_index.append([first, count, k, min(int(clip.change / tempo), count)])
                     voices.append(clip.voice)
@@ -282,15 +282,6 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
                       torch.stack(voices), torch.cat(kept) if fresh_masks else None)
     training.atomic_save(path, key=key, **encoded._asdict())
     return encoded
-
-
-def change_tempo(rows, count):
-    """Resample what is known of each frame, (F, n), to `count` frames; mel features as four spectra."""
-    if count == len(rows):
-        return rows
-    parts = 4 if rows.shape[1] == audio_features.FEATURE_DIM["mel"] else 1
-    x = rows.view(len(rows) * parts, -1).T[None]                                       # (1, n/parts, F*parts)
-    return F.interpolate(x, size=count * parts, mode="linear")[0].T.reshape(count, -1)
 
 
 # ---- windows and loss --------------------------------------------------------------------------------------
@@ -348,37 +339,13 @@ def sample_windows(encoded, config, count, rng, silence_features, augment=False,
     silent |= before[:, None] & (when < start[:, None])
     audio = torch.where(silent[..., None], silence_features.to(audio), audio)
     if augment:
-        audio = vary_sound(audio, silence_features, rng)
+        audio = audio_features.vary_sound(audio, silence_features, rng)
     index = (first + start)[:, None] + torch.where(at_start[:, None], 0, torch.arange(-P, 0))    # (B, P)
     past = encoded.masked[index] if encode_past is None else encode_past(index, rng)
     past = torch.where(at_start[:, None, None], reference[:, None], past)              # (B, P, L*D)
     if augment:
         past = past + 0.1 * uniform(count, 1, 1) * torch.randn(past.shape, generator=rng)
     return new, past, reference, audio, mood * ~no_mood[:, None, None]
-
-
-def vary_sound(audio, silence_features, rng):
-    """Vary mel features (B, rows, 320) as speakers, microphones and rooms do, alike in all rows of a window.
-    The length of the vocal tract (Jaitly & Hinton 2013), loudness, a tilt and gentle waves of the spectrum,
-    and for 4 in 10 a floor of noise."""
-    def normal(*shape):
-        return torch.randn(*shape, generator=rng)
-
-    count, rows, bins = len(audio), audio.shape[1], audio_features.BINS
-    mel = audio.view(count, rows, -1, bins)                                            # (B, rows, 4, bins)
-    stretch = torch.exp(0.15 * (2 * torch.rand(count, 1, generator=rng) - 1))          # of the mel axis
-    position = (torch.arange(bins) * stretch).clamp(max=bins - 1)                      # (B, bins)
-    low, share = position.floor().long(), position.frac()[:, None, None]
-    low, high = (k[:, None, None].expand_as(mel) for k in (low, (low + 1).clamp(max=bins - 1)))
-    mel = mel.gather(3, low) * (1 - share) + mel.gather(3, high) * share
-    waves = F.interpolate(normal(count, 1, 6), size=bins, mode="linear", align_corners=True)    # (B, 1, bins)
-    tilt = normal(count, 1, 1) * torch.linspace(-1, 1, bins)
-    mel = mel + (0.25 * normal(count, 1, 1) + 0.2 * tilt + 0.1 * waves)[:, None]
-    per_unit = math.log(10) * audio_features.MEL_STD                                   # natural log of power
-    floor = -1.2 + 0.6 * torch.rand(count, 1, 1, 1, generator=rng) + 0.1 * normal(mel.shape)
-    floor = torch.where(torch.rand(count, 1, 1, 1, generator=rng) < 0.4, floor, torch.tensor(-10.0))
-    mel = torch.logaddexp(mel * per_unit, floor * per_unit) / per_unit
-    return mel.flatten(2).maximum(silence_features)
 
 
 def readout_directions(encoded, count=20000, seed=0):

@@ -295,10 +295,10 @@ def networks_table(by_network, rows):
                 if name == "true frames":
                     pred, target = pred[::2], pred[1::2]
                 a, b = (torch.cat(x) if x else torch.zeros(0, 1) for x in (pred, target))
-                enough = min(len(a), len(b)) > 1
-                entry[titles[k].lower()] = perceptual.frechet(a, b) if enough else None
-                clips = min(len(pred), len(target))
-                line.append(perceptual.frechet_text(a, b, clips) if enough else "too few")
+                enough, clips = min(len(a), len(b)) > 1, min(len(pred), len(target))
+                entry[titles[k].lower()] = distance = perceptual.frechet(a, b) if enough else None
+                few = ": few" if clips < perceptual.FEW else ""
+                line.append(f"{distance:.1f} (n={clips} clips{few})" if enough else "too few")
         lines.append(line)
     print()
     table(["", *(titles.get(k, k) for k in measures)], lines)

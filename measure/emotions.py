@@ -26,7 +26,7 @@ from measure.checkpoint import (
     speech_features,
     table,
 )
-from measure.metrics import ratio_interval
+from measure.metrics import NAMES, ratio_interval
 from media import audio_features
 from media.device import autocast
 from media.files import InputError
@@ -40,7 +40,6 @@ from world.speech import EMOTIONS, speak
 FRAMES = 150
 STRIDE = 3                             # frames from one that is read to the next; a blink takes five
 SLOW_SHARE = 4                        # compounds and intensities: of one person in so many
-NAMES = list(MOTION)
 FACE = [NAMES.index(name) for name in ("lip_corner", "brow_raise", "brow_furrow")]
 LIDS = [NAMES.index(name) for name in ("blink_l", "blink_r")]
 MOUTH = [NAMES.index(name) for name in ("jaw", "lip_width")]

@@ -83,7 +83,8 @@ def frechet(a, b):
 
     |ma - mb|^2 + tr(Sa + Sb - 2 (Sa Sb)^1/2), covariances over n - 1. Of centred rows A, B the last trace is
     the sum of the singular values of A B^T: no square root of a d x d matrix, which is singular with fewer
-    rows than columns.
+    rows than columns. Frames of one clip are near copies: how far to trust a distance, the number of clips
+    says, not that of the features.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a Frechet distance of {len(a)} and {len(b)} samples; give at least 2 of each")
@@ -96,14 +97,6 @@ def frechet(a, b):
         factors.append(x)
     both = factors[0].square().sum() + factors[1].square().sum()
     return max(0.0, (mean + both - 2 * torch.linalg.svdvals(factors[0] @ factors[1].T).sum()).item())
-
-
-def frechet_text(a, b, clips):
-    """Write a distance with the number of clips of the smaller set.
-
-    Frames of one clip are near copies: that number, not that of the features, says how far to trust it.
-    """
-    return f"{frechet(a, b):.1f} (n={clips} clips{': few' if clips < FEW else ''})"
 
 
 def script(net, x, file, width, size, device, **options):

@@ -23,7 +23,7 @@ import data
 from measure import metrics
 from measure.checkpoint import command_parser, decode_clip, encode, open_checkpoint, render_batched
 from measure.metrics import NAMES
-from media.charts import import_figure, new_figure, save_figure
+from media.charts import new_figure, save_figure
 from media.files import InputError, command
 from media.image import to_uint8
 from media.sound import FPS
@@ -230,7 +230,7 @@ def main(argv=None):
     parser.add_argument("--out", default="pictures", help="folder of the PNG files (default: %(default)s)")
     parser.add_argument("--data", help="a folder of data.py prepare (default: the synthetic world)")
     args, start = parser.parse_args(argv), time.time()
-    import_figure()                                             # refuse before the work
+    new_figure(1, 1)                                            # without matplotlib: refuse before the work
     with torch.inference_mode():
         checkpoint = open_checkpoint(args, "encoder", "decoder")
         clips = test_clips(args, checkpoint.meta["size"])

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from measure import metrics
+from measure.metrics import NAMES
 from media.device import autocast
 from media.files import InputError, atomic_write, command
 from media.image import to_uint8
@@ -28,7 +29,6 @@ from world.people import HELD_OUT, random_clip, random_motion
 from world.render import MOTION, random_identity, render
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "motion-reader.safetensors"
-NAMES = list(MOTION)
 
 
 class FactorRegressor(nn.Module):

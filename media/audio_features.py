@@ -183,3 +183,38 @@ def extract_features(wave, kind="mel", model=None):
         return mel_features(pad_or_trim(F.pad(wave.float(), (CONTEXT, 0)), num_frames(wave.shape[1])))
     features = [torch.cat(list(stream_features([sound], kind, model))) for sound in wave]
     return torch.stack(features)  # (B, F, A)
+
+
+# ---- variation in training ---------------------------------------------------------------------------------
+
+def change_tempo(rows, count):
+    """Resample what is known of each frame, (F, n), to `count` frames; mel features as four spectra."""
+    if count == len(rows):
+        return rows
+    parts = 4 if rows.shape[1] == FEATURE_DIM["mel"] else 1
+    x = rows.view(len(rows) * parts, -1).T[None]                                       # (1, n/parts, F*parts)
+    return F.interpolate(x, size=count * parts, mode="linear")[0].T.reshape(count, -1)
+
+
+def vary_sound(audio, silence_features, rng):
+    """Vary mel features (B, rows, 320) as speakers, microphones and rooms do, alike in all rows of a window.
+    The length of the vocal tract (Jaitly & Hinton 2013), loudness, a tilt and gentle waves of the spectrum,
+    and for 4 in 10 a floor of noise."""
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng)
+
+    count, rows, _ = audio.shape
+    mel = audio.view(count, rows, -1, BINS)                                            # (B, rows, 4, BINS)
+    stretch = torch.exp(0.15 * (2 * torch.rand(count, 1, generator=rng) - 1))          # of the mel axis
+    position = (torch.arange(BINS) * stretch).clamp(max=BINS - 1)                      # (B, BINS)
+    low, share = position.floor().long(), position.frac()[:, None, None]
+    low, high = (k[:, None, None].expand_as(mel) for k in (low, (low + 1).clamp(max=BINS - 1)))
+    mel = mel.gather(3, low) * (1 - share) + mel.gather(3, high) * share
+    waves = F.interpolate(normal(count, 1, 6), size=BINS, mode="linear", align_corners=True)    # (B, 1, BINS)
+    tilt = normal(count, 1, 1) * torch.linspace(-1, 1, BINS)
+    mel = mel + (0.25 * normal(count, 1, 1) + 0.2 * tilt + 0.1 * waves)[:, None]
+    per_unit = math.log(10) * MEL_STD                                   # natural log of power
+    floor = -1.2 + 0.6 * torch.rand(count, 1, 1, 1, generator=rng) + 0.1 * normal(mel.shape)
+    floor = torch.where(torch.rand(count, 1, 1, 1, generator=rng) < 0.4, floor, torch.tensor(-10.0))
+    mel = torch.logaddexp(mel * per_unit, floor * per_unit) / per_unit
+    return mel.flatten(2).maximum(silence_features)

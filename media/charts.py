@@ -11,18 +11,13 @@ from media.files import InputError, atomic_write
 DPI = 75         # a font of 10 points is about 10 pixels high
 
 
-def import_figure():
-    """Return matplotlib's Figure. Raises InputError where matplotlib is missing."""
+def new_figure(width, height):
+    """Open an empty figure of width x height pixels. Raises InputError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("charts need matplotlib: pip install matplotlib") from None
-    return Figure
-
-
-def new_figure(width, height):
-    """Open an empty figure of width x height pixels. Raises InputError where matplotlib is missing."""
-    return import_figure()(figsize=(width / DPI, height / DPI), dpi=DPI, layout="constrained")
+    return Figure(figsize=(width / DPI, height / DPI), dpi=DPI, layout="constrained")
 
 
 def to_image(figure):

@@ -223,12 +223,6 @@ def test_one_sample_has_no_distance(n, m):
         frechet(draws(n, 4), draws(m, 4))
 
 
-def test_the_text_of_a_distance_holds_the_number_of_clips():
-    a, b = draws(60, 4), draws(70, 4) + 5
-    assert perceptual.frechet_text(a, b, 50) == f"{frechet(a, b):.1f} (n=50 clips)"
-    assert perceptual.frechet_text(a, b, 49) == f"{frechet(a, b):.1f} (n=49 clips: few)"
-
-
 # ------------------------------------------------------------------------------------ features of FID and FVD
 def test_inception_is_given_rounded_bytes(measures):
     x = pictures(40, 16)                                                    # more than one part

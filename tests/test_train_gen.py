@@ -217,7 +217,7 @@ def test_varied_sound_keeps_silence_and_its_rows():
     """Loudness and colour change alike in all rows of a window; nothing falls below silence."""
     quiet, rng = torch.full((320,), -1.4), torch.Generator().manual_seed(0)
     sound = torch.randn(50, 9, 4, 1, generator=rng).expand(-1, -1, -1, 80).flatten(2) + 2
-    varied = train_gen.vary_sound(sound, quiet, rng)
+    varied = audio_features.vary_sound(sound, quiet, rng)
     assert varied.shape == sound.shape and (varied >= quiet).all()
     change = (varied - sound).unflatten(2, (4, 80))
     loud = sound.unflatten(2, (4, 80)) > 2.5                                 # far above any floor of noise
@@ -229,7 +229,7 @@ def test_varied_sound_moves_the_formants_of_a_window_alike():
     sound = torch.full((200, 3, 4, 80), 1.0)
     sound[..., 40] = 20.0
     quiet, rng = torch.full((320,), -1.4), torch.Generator().manual_seed(0)
-    varied = train_gen.vary_sound(sound.flatten(2), quiet, rng)
+    varied = audio_features.vary_sound(sound.flatten(2), quiet, rng)
     peak = varied.unflatten(2, (4, 80)).argmax(-1)                            # (200, 3, 4)
     assert (peak == peak[:, :1, :1]).all() and peak.min() in (34, 35) and peak.max() in (46, 47)
 
@@ -238,13 +238,13 @@ def test_a_slower_clip_keeps_sound_and_motion_together():
     """A ramp of motion and the same ramp in the spectra, in a quarter of a frame's steps."""
     time = torch.arange(40.0)
     spectra = (time[:, None] + (torch.arange(4) - 1.5) / 4)[..., None].expand(-1, -1, 80)    # (40, 4, 80)
-    motion = train_gen.change_tempo(time[:, None].expand(-1, 6), 50)
-    features = train_gen.change_tempo(spectra.reshape(40, 320), 50).unflatten(1, (4, 80))
+    motion = audio_features.change_tempo(time[:, None].expand(-1, 6), 50)
+    features = audio_features.change_tempo(spectra.reshape(40, 320), 50).unflatten(1, (4, 80))
     assert motion.shape == (50, 6) and features.shape == (50, 4, 80)
     torch.testing.assert_close(motion[5:45, 0], (torch.arange(5, 45) + 0.5) * 0.8 - 0.5)
     torch.testing.assert_close(features.mean((1, 2))[5:45], motion[5:45, 0], atol=1e-4, rtol=0)
     rows = torch.randn(40, 7)
-    assert train_gen.change_tempo(rows, 40) is rows
+    assert audio_features.change_tempo(rows, 40) is rows
 
 
 def test_directions_read_what_is_known():
