@@ -269,8 +269,7 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
             for tempo in TEMPI if vary else (1.0,):
                 count = int(frames / tempo)
                 if count >= preset["generator"].window:
-                    rows_at_tempo = (audio_features.change_tempo(x, count) for x in rows)
-                    parts.append((*rows_at_tempo, others[None]))
+                    parts.append((*(audio_features.change_tempo(x, count) for x in rows), others[None]))
                     kept += [images[:frames]] if fresh_masks else []
                     clip_index.append([first, count, k, min(int(clip.change / tempo), count)])
                     voices.append(clip.voice)

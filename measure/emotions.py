@@ -14,7 +14,6 @@ from torch import nn
 from tqdm import tqdm
 
 from emotion import FromVoice, Schedule, intensify
-from flow import integrate, with_cfg
 from measure import landmarks, metrics, reader
 from measure.checkpoint import (
     cell,
@@ -23,15 +22,12 @@ from measure.checkpoint import (
     generate,
     open_checkpoint,
     render_batched,
-    speech_features,
     table,
 )
 from measure.metrics import NAMES, ratio_interval
 from media import audio_features
-from media.device import autocast
 from media.files import InputError
 from media.sound import FPS, SAMPLE_RATE
-from training import step_rng
 from world import speech
 from world.people import EMOTION_FACE, HELD_OUT, UNSEEN_PAIRS, perform, random_clip
 from world.render import MOTION
@@ -63,32 +59,15 @@ def open_with_experts(args):
 
 
 def generate_moods(checkpoint, photo, waves, moods, seed):
-    """Generate the motion of one photo (3, H, W) in B moods at once -> (B, n, L*D).
+    """Generate the motion of one photo (3, H, W) in each of B moods -> (B, n, L*D).
 
-    waves (1 or B, S): the sound; moods (B, 7) or (B, n, 7). Equals generator.generate_motion with each mood
-    in turn, and is several times as fast.
+    waves (1 or B, S): the sound; moods (B, 7) or (B, n, 7).
     """
-    c, meta, device = checkpoint.generator.config, checkpoint.meta, checkpoint.device
-    features, silence = (x.to(device) for x in speech_features(checkpoint, waves))
-    batch, count = len(moods), features.shape[1]
-    features = features.expand(batch, -1, -1)
-    moods = (moods[:, None].expand(-1, count, -1) if moods.ndim == 2 else moods).to(device)
-    features = torch.cat([silence.expand(batch, c.past, -1), features,
-                          silence.expand(batch, c.window + c.lookahead, -1)], 1)    # (B, P+n+K+lookahead, A)
-    moods = torch.cat([moods[:, :1].expand(-1, c.past, -1), moods,
-                       moods[:, -1:].expand(-1, c.window, -1)], 1)                             # (B, P+n+K, 7)
-    m_ref = encode(checkpoint, photo[None]).expand(batch, -1)                                       # (B, L*D)
-    past, motions, rng = m_ref[:, None].expand(-1, c.past, -1), [], step_rng(3, 0, seed)
-    model = with_cfg(checkpoint.generator, meta["guidance"], null={"audio": None})
-    for start in range(0, count, c.window):
-        noise = torch.randn(1, c.window, m_ref.shape[1], generator=rng).to(device).expand(batch, -1, -1)
-        audio = features[:, start:start + c.past + c.window + c.lookahead]
-        mood = moods[:, start:start + c.past + c.window]
-        with autocast(device):
-            motions.append(integrate(model, noise, meta["gen_steps"], past=past, reference=m_ref, audio=audio,
-                                     mood=mood))                                                # (B, K, L*D)
-        past = torch.cat([past, motions[-1]], 1)[:, -c.past:]
-    return torch.cat(motions, 1)[:, :count]
+    motions = []
+    for wave, mood in zip(waves.expand(len(moods), -1), moods, strict=True):
+        motions.append(generate(checkpoint, photo, wave[None], seed,
+                                emotion=lambda rows, mood=mood: mood.expand(len(rows), -1)))
+    return torch.stack(motions)
 
 
 def time_with_mood(checkpoint, photo, wave, runs=5):

@@ -36,13 +36,12 @@ def small(monkeypatch):
         torch.nn.init.normal_(parameter, std=0.2)
     encoder = MotionEncoder(EncoderConfig(image_size=32, patch_size=8, width=32, depth=1, heads=1,
                                           token_dim=8))
-    for module in (emotions, checkpoint):
-        monkeypatch.setattr(module, "autocast", lambda device: nullcontext())
+    monkeypatch.setattr(checkpoint, "autocast", lambda device: nullcontext())
     return SimpleNamespace(encoder=encoder.eval(), generator=generator.eval(), space=Pixel(), meta=META,
                            device=torch.device("cpu"))
 
 
-def test_moods_at_once_equal_each_in_turn(small):
+def test_each_mood_is_generated_as_by_its_schedule(small):
     photo, waves = torch.rand(3, 32, 32) * 2 - 1, 0.1 * torch.randn(2, 27 * 640)
     schedule = emotion.Schedule([(0.0, EYE[1]), (0.5, EYE[2])])
     moods = torch.stack([EYE[3].expand(27, -1), schedule(torch.zeros(27, 1))])
