@@ -19,12 +19,11 @@ from measure.metrics import NAMES
 from media.files import InputError
 from media.image import to_uint8
 from media.sound import SAMPLES_PER_FRAME
-from world.people import HELD_OUT, random_clip, random_motion
-from world.render import face_box, random_identity
+from world.people import HELD_OUT, random_clip
+from world.render import face_box
 
 # length of a clip in frames by command (of each person, for probe)
 FRAMES = {"reconstruct": 50, "masked": 50, "probe": 8, "talk": 150, "steps": 100, "emotion": 75}
-NOT_READ = "the same with frame 0", "nearest training frame"       # rows that the face mesh does not read
 SILENCE = "digital silence"                                        # row of talk that it reads by itself
 
 
@@ -62,32 +61,6 @@ def test_clips(args, size, sound=False):
             clip.large = data.read_clip(entry["path"], landmarks.SIZE)[0][:length]
             clip.wide = data.read_at(entry["path"], [0], landmarks.SIZE, margin=True)[0]
         yield clip
-
-
-def training_frames(args, size, count=1000):
-    """Draw or read frames that training may have seen -> about (count, 3, H, W) as bytes: of the synthetic
-    world, or of a folder's train split."""
-    if not args.data:
-        ids = torch.arange(count)
-        return to_uint8(render_batched(random_identity(ids), random_motion(ids), size))
-    people, = data.load_sets([args.data], "train")
-    manifest = [entry for person in sorted(people) for entry in people[person]]
-    manifest = manifest[:: -(-len(manifest) // (count // 5))]                   # five frames of each clip
-    frames = [data.read_at(entry["path"], range(0, entry["frames"], -(-entry["frames"] // 5)), size)
-              for entry in tqdm(manifest, desc="training frames", unit="clip", disable=None)]
-    return torch.cat([torch.from_numpy(x).permute(0, 3, 1, 2) for x in frames])
-
-
-def nearest_in(bank):
-    """Make the function true frames (n, 3, H, W) -> the frame of the bank closest to each, seen at 16 x 16.
-
-    bank: (k, 3, H, W) bytes, shrunk once and few at a time.
-    """
-    def shrink(images):
-        return F.interpolate(images.float(), size=(16, 16), mode="area").flatten(1)
-
-    bank_small = torch.cat([shrink(part) for part in bank.split(50)])
-    return lambda target: bank[torch.cdist(shrink((target + 1) * 127.5), bank_small).argmin(1)] / 127.5 - 1
 
 
 @dataclass
@@ -191,7 +164,7 @@ def landmark_scores(args, c, rows):
 
     So the row `true frames` is the ceiling at the model's size. -> {row: landmarks.scores and row.numbers}.
     """
-    rows = [x for x in rows if x.name not in NOT_READ]
+    rows = [x for x in rows if x.name != "the same with frame 0"]
     first = int(args.command == "reconstruct")                      # its rows begin after the photo
     target, *curves = read_faces(args, [c.large[first:], *(x.pred for x in rows)])
     scores = {}

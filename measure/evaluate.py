@@ -11,9 +11,9 @@ world, or real.
 Tables and figures are the paper's. --data DIR: reconstruct, masked, talk and emotion on real people, of the
 test split of a folder of data.py prepare. Each prints a table; --json FILE also writes its numbers and the
 clips they are of. All is measured on raw frames, before any video coding, beside its floor (copying the
-photo; the nearest training frame) and its ceiling (true frames). A clip, or of real people a person, counts
-once; intervals are of their mean. Where the true motion is known, it is also read off the frames (reader.py);
-of real people, --landmarks reads mouth, lids and head pose with a face mesh (landmarks.py).
+photo) and its ceiling (true frames). A clip, or of real people a person, counts once; intervals are of their
+mean. Where the true motion is known, it is also read off the frames (reader.py); of real people, --landmarks
+reads mouth, lids and head pose with a face mesh (landmarks.py).
 """
 import sys
 import time
@@ -46,11 +46,9 @@ from measure.clips import (
     Row,
     load_networks,
     motion_table,
-    nearest_in,
     picture_metrics,
     read_faces,
     test_clips,
-    training_frames,
 )
 from measure.metrics import NAMES
 from media.compose import Composer
@@ -83,7 +81,6 @@ def reconstruct(args):
     """
     checkpoint = open_checkpoint(args, "encoder", "decoder")
     size, shipped = checkpoint.meta["size"], args.steps or checkpoint.meta["steps"]
-    nearest = nearest_in(training_frames(args, size))
 
     def rows_of(c, earlier):
         photo, target, tokens, motion = c.images[0], c.images[1:], encode(checkpoint, c.images), c.motion
@@ -92,8 +89,7 @@ def reconstruct(args):
         rows = [Row("true frames", target, target, c.box[1:], later),
                 *(Row(f"ours, {step_label(n)}", x[1:], target, c.box[1:], later) for n, x in pred.items()),
                 Row("the same with frame 0", pred[shipped], c.images, c.box),
-                Row("copy the photo", photo.expand_as(target), target, c.box[1:]),
-                Row("nearest training frame", nearest(target), target, c.box[1:])]
+                Row("copy the photo", photo.expand_as(target), target, c.box[1:])]
         others = [x for x in earlier if x.person != c.person] if args.landmarks else []
         if others:
             b = next(x for x in others if x.person == others[-1].person)       # the person before, first clip
@@ -180,10 +176,8 @@ def animate(checkpoint, photo, wave, gen_steps, steps, seed):
 def talk(args):
     """Animate a clip's first frame by the clip's sound; `other sound` is another clip's, against this one's
     truth."""
-    checkpoint = open_checkpoint(args, "encoder", "decoder", "generator")
-    size = checkpoint.meta["size"]
+    checkpoint, jumps = open_checkpoint(args, "encoder", "decoder", "generator"), []
     num_steps = args.steps or checkpoint.meta["gen_steps"], args.steps or checkpoint.meta["steps"]
-    nearest, jumps = nearest_in(training_frames(args, size)), []
 
     def rows_of(c, earlier):
         def row_of(name, pred, motion=None):
@@ -200,8 +194,7 @@ def talk(args):
         if other is not None:
             pred, _ = animate(checkpoint, photo, other, *num_steps, c.number)
             rows.append(row_of("other sound", pred, c.motion))
-        rows += [row_of("copy the photo", photo.expand_as(c.images)),
-                 row_of("nearest training frame", nearest(c.images))]
+        rows.append(row_of("copy the photo", photo.expand_as(c.images)))
         if args.landmarks:
             silence = torch.zeros(1, SAMPLE_RATE)
             rows.append(Row(SILENCE, animate(checkpoint, photo, silence, *num_steps, c.number)[0]))

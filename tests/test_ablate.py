@@ -3,7 +3,6 @@ import json
 import os
 import signal
 from dataclasses import asdict
-from functools import partial
 
 import pytest
 import torch
@@ -65,7 +64,6 @@ def quick(monkeypatch, tmp_path):
     """Runs of two steps, measured on little."""
     monkeypatch.setattr(ablate, "CLIPS", {"reconstruct": 1, "probe": 10, "talk": 1})
     monkeypatch.setattr(evaluate, "FRAMES", {"reconstruct": 3, "probe": 2, "talk": 5})
-    monkeypatch.setattr(evaluate, "training_frames", partial(evaluate.training_frames, count=10))
     monkeypatch.setattr(ablate, "BASE", {**ablate.BASE, "persons": 2, "targets": 1})
     monkeypatch.setattr(ablate, "PAST", {**ablate.PAST, "windows": 2, "clips": 1, "seconds": 2})
     yield tmp_path
