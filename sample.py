@@ -136,8 +136,10 @@ def decode_motions(models, meta, reference, motions, steps=None, composer=None):
 def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidance=None, emotion=None,
                        composer=None):
     """Let a photo speak: (3, H, W) in [-1, 1] -> frames as of decode_motions, as many as rows of features.
-    features: iterator of (n, A) speech features. steps and guidance are those of the weights (meta) where
-    None. emotion: called with each part of features, it returns their moods (emotion.py)."""
+    features: iterator of (n, A) speech features. Frames come as soon as those of a window and its look-ahead
+    are there: of 16 + 3 frames with the embedded weights (0.8 s), of 30 s with weights trained on Whisper.
+    steps and guidance are those of the weights (meta) where None. emotion: called with each part of features,
+    it returns their moods (emotion.py)."""
     reference = _, _, m_ref, rng, _ = prepare_reference(models, meta, image, seed)
     silence_features = encode_silence(meta["audio"], meta.get("whisper"))
     guidance = meta["guidance"] if guidance is None else guidance
@@ -145,19 +147,6 @@ def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidan
     motions = generate_motion(models["generator"], m_ref, features, rng, silence_features,
                               steps or meta["gen_steps"], guidance, emotion)
     return decode_motions(models, meta, reference, motions, steps, composer)
-
-
-def animate_live(models, meta, image, chunks, *options, **named):
-    """Let a photo speak live; options and frames as of animate_from_audio.
-
-    chunks: iterator of (S,) float sound, any S, 16 kHz, full scale 1, as it arrives. Frames come as soon as a
-    window of sound and its look-ahead are there (16 + 3 frames with the embedded weights, 0.8 s; the 30 s of
-    Whisper with weights trained on it). Differs from a file in one thing: the loudness is levelled by the
-    past alone (audio_features.streaming_gain).
-    """
-    chunks = audio_features.streaming_gain(chunks)
-    features = audio_features.stream_features(chunks, meta["audio"], meta.get("whisper"))
-    return animate_from_audio(models, meta, image, features, *options, **named)
 
 
 def reenact(models, meta, image, video, seed=0, steps=None, absolute=False, composer=None):
@@ -256,7 +245,7 @@ def parse(argv):
     return args
 
 
-def choose_emotion(args, models, seconds=math.inf):
+def choose_emotion(args, models, seconds):
     """What --emotion and --emotion-text ask for, in so many seconds -> Schedule, FromVoice or None."""
     if args.emotion is None and args.emotion_text is None:
         return None
@@ -297,14 +286,14 @@ def frames_and_sound(args, models, meta, image, composer, detector):
                 queue.append(chunk)
                 yield chunk
 
-        common |= {"guidance": args.guidance, "emotion": choose_emotion(args, models)}
-        frames = animate_live(models, meta, image, listen(), **common)
-        return frames, None, pop_all(queue), common["emotion"]
-    gain, total = scan_audio(args.wav)
-    common |= {"guidance": args.guidance, "emotion": choose_emotion(args, models, total / FPS)}
-    chunks = (chunk * gain for chunk in audio_chunks(args.wav))
+        chunks, total, sound = audio_features.streaming_gain(listen()), None, pop_all(queue)
+    else:
+        gain, total = scan_audio(args.wav)
+        chunks, sound = (chunk * gain for chunk in audio_chunks(args.wav)), args.wav
+    emotion = choose_emotion(args, models, total / FPS if total else math.inf)
     features = audio_features.stream_features(chunks, meta["audio"], meta.get("whisper"))
-    return animate_from_audio(models, meta, image, features, **common), total, args.wav, common["emotion"]
+    common |= {"guidance": args.guidance, "emotion": emotion}
+    return animate_from_audio(models, meta, image, features, **common), total, sound, emotion
 
 
 def print_note(note):

@@ -264,15 +264,20 @@ def test_early_frames_do_not_wait_for_late_sound():
     assert len(taken) <= 16 + 3 + 16 * 7
 
 
+def animate_live(models, image, chunks, seed=0):
+    features = audio_features.stream_features(audio_features.streaming_gain(chunks))
+    return sample.animate_from_audio(models, META, image, features, seed)
+
+
 @pytest.mark.parametrize("size", [100, 640, 5000])
 def test_live_sound_gives_the_frames_of_the_file(size, monkeypatch):
     """With the same gain, live frames are the file's; the running gain is all that differs."""
     models, image, wave = small_models(), torch.rand(3, 32, 32) * 2 - 1, 0.1 * torch.randn(30000)
     features = audio_features.extract_features(2 * wave[None])[0]
     want = np.stack(list(sample.animate_from_audio(models, META, image, iter([features]), 5)))
-    assert len(list(sample.animate_live(models, META, image, iter(wave.split(size)), 5))) == len(want) == 47
+    assert len(list(animate_live(models, image, iter(wave.split(size)), 5))) == len(want) == 47
     monkeypatch.setattr(audio_features, "streaming_gain", lambda chunks: (2 * chunk for chunk in chunks))
-    live = np.stack(list(sample.animate_live(models, META, image, iter(wave.split(size)), 5)))
+    live = np.stack(list(animate_live(models, image, iter(wave.split(size)), 5)))
     assert np.abs(live.astype(int) - want.astype(int)).max() <= 1 and (live == want).mean() > 0.99
 
 
@@ -280,8 +285,8 @@ def test_live_frames_leave_when_their_window_is_heard():
     """Window, what is heard ahead and the mel windows' reach: 20 frames of sound; then 16 more for every
     16."""
     given = []
-    live = sample.animate_live(small_models(), META, torch.zeros(3, 32, 32),
-                         (given.append(1) or 0.1 * torch.randn(640) for _ in range(100)))
+    live = animate_live(small_models(), torch.zeros(3, 32, 32),
+                        (given.append(1) or 0.1 * torch.randn(640) for _ in range(100)))
     for k in range(64):
         next(live)
         assert len(given) == 20 + k // 16 * 16
