@@ -41,7 +41,7 @@ from media.compose import read_photo
 from media.device import autocast, fast_bf16, pick_device
 from media.face import load_detector
 from media.files import command
-from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks, load_audio
+from media.sound import FPS, SAMPLE_RATE, audio_chunks, load_audio
 from media.video import VideoWriter
 from world.render import MOTION
 from world.speech import speak
@@ -91,11 +91,11 @@ def bench_sample(args, device):
         detector = load_detector()
         image, composer, _ = read_photo(args.img, meta["size"], detector)
         space, z_r, m_ref, rng, noise = sample.prepare_reference(models, meta, image, 0)
-        wave, silence = load_audio(wav)[None], torch.zeros(1, SAMPLES_PER_FRAME)
-        features, silence_features = (audio_features.extract_features(x, *kind)[0] for x in (wave, silence))
+        wave, silence_features = load_audio(wav)[None], sample.encode_silence(*kind)
+        features = audio_features.extract_features(wave, *kind)[0]
 
         def generate():
-            windows = generate_motion(models["generator"], m_ref, iter([features]), rng, silence_features[0],
+            windows = generate_motion(models["generator"], m_ref, iter([features]), rng, silence_features,
                                       meta["gen_steps"], meta["guidance"])
             return torch.cat(list(sample.autocast_iter(device, windows)))
 
@@ -175,7 +175,7 @@ def stage_2(name, windows, device):
     model, n = Generator(c).to(device), windows or preset["windows"]
     motion = torch.randn(n, c.window, c.token_dim, device=device)
     past = torch.randn(n, c.past, c.token_dim, device=device)
-    audio = torch.randn(n, c.past + c.window + c.lookahead, c.audio_dim, device=device)
+    audio = torch.randn(n, c.rows, c.audio_dim, device=device)
     t, drop = torch.rand(n, device=device), torch.rand(n, device=device) < 0.1
     return model, lambda: flow.flow_loss(model, motion, torch.randn_like(motion), t, past=past,
                                          reference=past[:, 0], audio=audio, drop=drop), n * c.window

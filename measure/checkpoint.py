@@ -15,7 +15,6 @@ from media import audio_features
 from media.device import autocast, pick_device
 from media.files import InputError, atomic_write
 from media.latents import SD, load_latents
-from media.sound import SAMPLES_PER_FRAME
 from training import step_rng
 from world.render import render
 
@@ -65,11 +64,9 @@ def encode(checkpoint, images, ratio=0.0, rng=None):
 
 
 def speech_features(checkpoint, waves):
-    """Sound (B, S) -> features (B, n, A), a row for each frame, and those of silence (A,)."""
-    sounds = audio_features.normalise_loudness(waves), torch.zeros(1, SAMPLES_PER_FRAME)
-    features, silence = (audio_features.extract_features(x, checkpoint.meta["audio"],
-                                                         checkpoint.meta.get("whisper")) for x in sounds)
-    return features, silence[0, 0]
+    """Sound (B, S) -> features (B, n, A), a row for each frame."""
+    meta, waves = checkpoint.meta, audio_features.normalise_loudness(waves)
+    return audio_features.extract_features(waves, meta["audio"], meta.get("whisper"))
 
 
 def generate(checkpoint, photo, wave, seed, gen_steps=None, emotion=None):
@@ -78,7 +75,8 @@ def generate(checkpoint, photo, wave, seed, gen_steps=None, emotion=None):
     gen_steps: sampling steps, as released where None; emotion: see generator.generate_motion.
     """
     meta, m_ref = checkpoint.meta, encode(checkpoint, photo[None])
-    features, silence = speech_features(checkpoint, wave)
+    features = speech_features(checkpoint, wave)
+    silence = sample.encode_silence(meta["audio"], meta.get("whisper"))
     with autocast(checkpoint.device):
         windows = list(generate_motion(checkpoint.generator, m_ref, iter(features), step_rng(3, 0, seed),
                                        silence, gen_steps or meta["gen_steps"], meta["guidance"], emotion))

@@ -80,19 +80,6 @@ class Row:
     numbers: dict | None = None
 
 
-class FeatureCache:
-    """Network features of the pictures of one clip, once for each tensor: rows share their target."""
-
-    def __init__(self):
-        self.features = {}
-
-    def __call__(self, name, network, pictures):
-        key = name, id(pictures)
-        if key not in self.features:
-            self.features[key] = network(pictures), pictures    # kept: ids of freed tensors are reused
-        return self.features[key][0]
-
-
 def person_mean(clips):
     """Average the measures of one person's clips, [{name: number}, ...] -> {name: number}."""
     return {name: sum(measured[name] for measured in clips) / len(clips) for name in clips[0]}
@@ -119,14 +106,14 @@ def picture_metrics(args, checkpoint, rows_of, sound=False):
     read_motion = None if args.data else reader.load_regressor(args.reader)
     nets, absent = load_networks(args, checkpoint.device)
     for c in test_clips(args, size, sound):
-        rows, cache = rows_of(c, clips), FeatureCache()
+        rows = rows_of(c, clips)
         clips.append(SimpleNamespace(id=c.id, person=c.person, photo=c.images[0], wave=c.wave,
                                      wide=getattr(c, "wide", None)))
         for name, scores in (landmark_scores(args, c, rows) if args.landmarks else {}).items():
             by_mesh.setdefault(name, []).append((c.person, scores))
         for x in rows:
             if x.name != SILENCE:
-                by_network.setdefault(x.name, []).append(network_metrics(nets, c, x, cache, sound))
+                by_network.setdefault(x.name, []).append(network_metrics(nets, c, x, sound))
             if x.target is not None:
                 measured = metrics.compare(x.pred, x.target, x.box, patch)
                 by_row.setdefault(x.name, {}).setdefault(c.person, []).append(measured)
@@ -213,11 +200,10 @@ def landmarks_table(by_mesh, size):
     return rows
 
 
-def network_metrics(nets, c, row, cache, sound):
+def network_metrics(nets, c, row, sound):
     """Measure a Row of clip c by the networks of perceptual.py -> {measure: number}.
 
-    For Frechet distances the features of its pred and target, by the clip's FeatureCache. CSIM compares with
-    the photo.
+    For Frechet distances the features of its pred and target. CSIM compares with the photo.
     """
     values, paired = {}, nets if row.target is not None else {}
     if "lpips" in paired:
@@ -228,7 +214,7 @@ def network_metrics(nets, c, row, cache, sound):
     if "syncnet" in paired and sound:
         values |= {k: v for k, v in nets["syncnet"](row.pred, c.wave, c.face).items() if k != "offset"}
     for name in {"inception", "i3d"} & paired.keys():
-        values[name] = [cache(name, nets[name], x) for x in (row.pred, row.target)]
+        values[name] = [nets[name](x) for x in (row.pred, row.target)]
     return values
 
 

@@ -282,7 +282,7 @@ def straightness(checkpoint, c, tokens):
         return torch.randn(*shape, generator=step_rng(1, 0, number)).to(checkpoint.device)
 
     g, shape = checkpoint.generator.config, (checkpoint.decoder.config.num_tokens, -1)
-    features = speech_features(checkpoint, c.wave)[0][:, : g.past + g.window + g.lookahead]
+    features = speech_features(checkpoint, c.wave)[:, : g.rows]
     with autocast(checkpoint.device):
         z_r, m_t = checkpoint.space.encode(c.images[:1].to(checkpoint.device)), tokens.unflatten(1, shape)
         decoder_path = metrics.straightness(
