@@ -76,14 +76,14 @@ def autocast_iter(device, items, models=True):
         yield item
 
 
-def encode_video(encoder, space, video, device, m_ref=None):
-    """Encode a video: iterator of (3, H, W) frames -> iterator of motions (n, L*D).
-    m_ref (1, L*D): what has changed since the first frame is added to it; None: the motions as they are."""
-    m_first = None
+def encode_video(encoder, space, video, m_ref, absolute):
+    """Encode a video: iterator of (3, H, W) frames -> iterator of motions (n, L*D), for the photo's m_ref
+    (1, L*D); absolute: see reenact."""
+    offset = None
     for frames in rechunk((frame[None] for frame in video), BATCH):
-        motion = encoder(space.encode(frames.to(device))).flatten(1)
-        m_first = motion[:1] if m_first is None else m_first
-        yield motion if m_ref is None else m_ref + motion - m_first
+        motion = encoder(space.encode(frames.to(m_ref.device))).flatten(1)
+        offset = (1 - absolute) * (m_ref - motion[:1]) if offset is None else offset
+        yield motion + offset
 
 
 def latents_to_frames(space, frames):
@@ -149,14 +149,15 @@ def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidan
     return decode_motions(models, meta, reference, motions, steps, composer)
 
 
-def reenact(models, meta, image, video, seed=0, steps=None, absolute=False, composer=None):
+def reenact(models, meta, image, video, seed=0, steps=None, absolute=0.5, composer=None):
     """Let a photo move as a video does: iterator of (3, H, W) in [-1, 1], as the photo -> frames, as many.
 
-    It begins as the photo is and changes as the video does (Siarohin et al. 2019, FOMM): a token of somebody
-    else's face tells where and how large that face is, too. absolute: it takes the video's motion as it is.
+    absolute: 0: the changes since the video's first frame are added to the photo's motion (Siarohin et al.
+    2019, FOMM): lips that are shut in the photo cannot follow if the driver's were open at first. 1: the
+    motions as they are: they also tell a little of the driver's face and place. Between: in proportion.
     """
-    reference = space, z_r, m_ref, _, _ = prepare_reference(models, meta, image, seed)
-    motions = encode_video(models["encoder"], space, video, z_r.device, None if absolute else m_ref)
+    reference = space, _, m_ref, _, _ = prepare_reference(models, meta, image, seed)
+    motions = encode_video(models["encoder"], space, video, m_ref, absolute)
     return decode_motions(models, meta, reference, motions, steps, composer)
 
 
@@ -199,8 +200,8 @@ def parse(argv):
                             "from -10 to 10 degrees and blinks once (web/controls.py)")
     p.add_argument("--seconds", type=float, default=4.0,
                    help="with --controls: length of the video (default: %(default)s)")
-    p.add_argument("--absolute", action="store_true",
-                   help="with --video: its poses as they are, not its changes of pose")
+    p.add_argument("--absolute", type=float, metavar="SHARE",
+                   help="with --video: 1: its poses as they are; 0: its changes of pose alone (default: 0.5)")
     p.add_argument("--out", default="out.mp4",
                    help="the video to write; -: to stdout, as it is made (default: %(default)s)")
     p.add_argument("--size", type=int, default=1080,
@@ -229,14 +230,17 @@ def parse(argv):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     args = p.parse_args(argv)
     for name, low, high in (("seconds", 0.04, 3600), ("size", 32, 8192), ("steps", 1, 1000),
-                            ("guidance", 0, 100), ("intensity", 0, 1.5), ("seed", 0, 2**63 - 1)):
+                            ("guidance", 0, 100), ("intensity", 0, 1.5), ("absolute", 0, 1),
+                            ("seed", 0, 2**63 - 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             p.error(f"--{name} is {value}; give {low} to {high}")
     if args.emotion is not None and args.emotion.strip().lower() == "none":
         args.emotion = None
     asked = args.emotion is not None or args.emotion_text is not None
-    if args.absolute and not args.video:
+    if args.absolute is None:
+        args.absolute = 0.5
+    elif not args.video:
         p.error("--absolute goes with --video")
     if asked and args.video:
         p.error("--emotion and --emotion-text go with --wav: with --video the face takes the video's motion")

@@ -167,7 +167,7 @@ class AutoEncoder(nn.Module):
     Three losses. "velocity": eq. (8) as it is (the paper). "weighted": each sample's eq. (8) divided by the
     error of copying the reference, so that a mouth counts as much as a turning head, which changes ten times
     the pixels (ours). "region" (ours, pixels): `region_loss` on the predicted picture. labels: with known
-    motion in the loss, which is read from the token and, by averaged weights, from the predicted picture
+    motion in the loss, which is read from the token and, by averaged weights, from decoded pictures
     (cycle consistency): what the token holds must also be seen.
     """
 
@@ -198,10 +198,8 @@ class AutoEncoder(nn.Module):
                 warped = self.region_loss(picture.moved, target, copies, batch.regions, 0.0)
                 loss = loss + weights["warped"] * warped
             loss = loss + 0.2 * field_roughness(picture.field)
-            if average and weights["cycle"]:
-                seen = average.encoder(torch.cat([reference, picture.x]))              # (R+R*T, L, D)
-                with torch.autocast(target.device.type, enabled=False):
-                    cycle = average.label_loss(seen[: len(reference)], seen[len(reference):], batch)
+            if average and weights["cycle"] and batch.factors is not None:
+                cycle = self.cycle_loss(picture.x, noise, m_r, m_t, cache, batch, average)
                 loss = loss + weights["cycle"] * cycle
         else:
             weight = None
@@ -230,6 +228,21 @@ class AutoEncoder(nn.Module):
                 weight = y.new_tensor(WEIGHT) if kind == "real" else 1.0
                 loss = (weight * F.smooth_l1_loss(head(x), y, reduction="none")).mean()
         return loss
+
+    def cycle_loss(self, picture, noise, m_r, m_t, cache, batch: data.Batch, average):
+        """Error of known motion that the averaged encoder reads from decoded pictures (ours).
+
+        Of the predicted targets (R*T, C, H, W), and of every person with the motion of another, for which
+        there is no true picture. Arguments as in forward; m_r (R, L, D), m_t (R*T, L, D)."""
+        count = len(m_t) // len(m_r)
+        borrowed = m_r + (m_t[::count] - m_r).roll(1, 0)                               # (R, L, D)
+        t = noise.new_ones(len(m_r))
+        crossed = self.decoder(noise[::count], t, borrowed, cache, as_picture=True).x  # (R, C, H, W)
+        pictures = torch.cat([batch.reference, picture, crossed])
+        s_r, s_t, s_x = average.encoder(pictures).split([len(m_r), len(m_t), len(m_r)])
+        lent = replace(batch, factors=batch.factors[::count].roll(1, 0))
+        with torch.autocast(m_t.device.type, enabled=False):
+            return average.label_loss(s_r, s_t, batch) + 2 / 3 * average.label_loss(s_r, s_x, lent)
 
     def region_loss(self, x, target, copies, regions, structure: float):
         """Error of the picture x relative to copying the reference -> scalar.

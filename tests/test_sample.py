@@ -28,6 +28,7 @@ from media import device as device_module
 from media.compose import load_composer
 from media.files import InputError
 from media.image import from_uint8, open_image
+from media.latents import Pixel
 from media.sound import has_audio, load_audio
 from media.video import VideoWriter
 from media.weights import save_weights
@@ -321,19 +322,22 @@ def test_reenactment_uses_the_motion_of_each_frame(monkeypatch):
 
 
 def test_reenactment_begins_as_the_photo_is(monkeypatch):
-    """Relative motion: what the video shows at first is where the photo stands; a photo that is the first
-    frame moves as told."""
+    """Changes alone: what the video shows at first is where the photo stands. A photo that is the first frame
+    moves as told. Half: the first motion is the mean of both."""
     monkeypatch.setattr(device_module, "fast_bf16", lambda device: False)
     models, image, video = small_models(), torch.rand(3, 32, 32) * 2 - 1, torch.rand(20, 3, 32, 32) * 2 - 1
-    first = next(sample.reenact(models, META, image, iter(video)))
+    first = next(sample.reenact(models, META, image, iter(video), absolute=0))
     still = next(sample.reenact(models, META, image, iter([image]), absolute=True))
     assert np.abs(first.astype(int) - still.astype(int)).mean() < 0.1
     itself = torch.cat([image[None], video])
     relative, absolute = (np.stack(list(sample.reenact(models, META, image, iter(itself), absolute=kind)))
-                          for kind in (False, True))
+                          for kind in (0, 1))
     assert np.abs(relative.astype(int) - absolute.astype(int)).mean() < 0.1
     other = np.stack(list(sample.reenact(models, META, image, iter(video), absolute=True)))
     assert np.abs(other[0].astype(int) - first.astype(int)).mean() > 1
+    m_ref, m_first = (models["encoder"](x[None]).flatten(1) for x in (image, video[0]))
+    half = next(sample.encode_video(models["encoder"], Pixel(), iter(video), m_ref, 0.5))
+    torch.testing.assert_close(half[:1], (m_ref + m_first) / 2, atol=1e-4, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------------- encoding in a thread

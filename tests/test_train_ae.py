@@ -362,8 +362,8 @@ def test_known_motion_enters_with_its_weight():
     assert torch.equal(unknown, plain) and error > 0.01
 
 
-def test_motion_read_from_the_predicted_picture_trains_the_networks_but_not_the_reader():
-    """Read by another network than the one that is trained: that of averaged weights."""
+def test_motion_read_from_decoded_pictures_trains_the_networks_but_not_the_reader():
+    """Read by the averaged weights, from the targets and from each person with the other's motion."""
     model, (batch, *given) = auto_encoder(), given_batch()
     average = auto_encoder(seed=1).eval().requires_grad_(False)
     head = average.label_heads["synthetic"]
@@ -377,8 +377,13 @@ def test_motion_read_from_the_predicted_picture_trains_the_networks_but_not_the_
     cache = model.decoder.encode_reference(batch.reference, motion[:2])
     z_t = flow.interpolate(batch.target, given[0], given[1])
     picture = model.decoder(z_t, given[1], motion[2:], cache, as_picture=True).x
-    delta = average.encoder(picture) - average.encoder(batch.reference)[[0, 0, 1, 1]]
-    error = torch.nn.functional.smooth_l1_loss(head(delta.flatten(1)), batch.factors.clamp(-4, 4))
+    borrowed = motion[:2] + (motion[[2, 4]] - motion[:2])[[1, 0]]
+    crossed = model.decoder(given[0][[0, 2]], torch.ones(2), borrowed, cache, as_picture=True).x
+    origin = average.encoder(batch.reference)
+    own, other = average.encoder(picture) - origin[[0, 0, 1, 1]], average.encoder(crossed) - origin
+    known = batch.factors.clamp(-4, 4)
+    error = (torch.nn.functional.smooth_l1_loss(head(own.flatten(1)), known)
+             + 2 / 3 * torch.nn.functional.smooth_l1_loss(head(other.flatten(1)), known[[2, 0]]))
     assert loss.item() == pytest.approx((plain + 0.7 * error).item(), rel=1e-4) and error > 0.01
     (loss - plain).backward()
     trained = model.encoder.embed.weight, model.decoder.blocks[0].mlp[0].weight
