@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import data
 from media import landmarks
@@ -231,12 +232,14 @@ def equal(a, b):
                for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
 
 
-def test_a_batch_is_a_function_of_its_number(sets):
+def test_a_batch_is_a_function_of_its_number(sets, fork, monkeypatch):
     clips = data.Clips(sets, 4, 2, 0.5, 32)
     assert equal(clips[5], data.Clips(sets, 4, 2, 0.5, 32)[5])
     plain = data.Clips(sets, 4, 2, 0.5, 32, augment=False)
     assert len({numbers_of(plain[k].reference)[0] for k in range(30)}) > 10
     assert not torch.equal(clips[5].reference, data.Clips(sets, 4, 2, 0.5, 32, seed=1)[5].reference)
+    monkeypatch.setattr(data, "DataLoader", lambda *given, **options: DataLoader(
+        *given, **{**options, "multiprocessing_context": fork if options["num_workers"] else None}))
     one, two = (list(data.loader(clips, [3, 4, 5], workers)) for workers in (0, 2))
     assert all(map(equal, one, two)) and equal(one[2], clips[5])
 

@@ -206,7 +206,7 @@ def test_no_home_and_one_that_nobody_can_write(odd, home):
            "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run([sys.executable, "sample.py", *words], cwd=Path(__file__).parent.parent,
                           capture_output=True, env=env if home is None else {**env, "HOME": home})
-    assert done.returncode == 0 and b"frames" in done.stdout, done.stderr
+    assert done.returncode == 0 and b"12 frames" in done.stdout, done.stderr
     assert sorted(os.listdir(folder)) == ["o.mp4", "x.png", "y.wav"]
 
 

@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import time
-from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -33,7 +32,6 @@ from media.weights import save_weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs a process that forks others")
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["pytest", "torch._dynamo", "matplotlib.pyplot", __name__])
 SECONDS = 600.0
 
 
@@ -87,14 +85,8 @@ def kill(processes, victim, after):
 # ---- commands: function and arguments, where the result is, what of it must be the same --------------------
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
+def given(fork, tmp_path_factory):
     """A photo, a sound, weights, three videos; and the process that forks others is started."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))                    # it is not told otherwise
-        forkserver.ensure_running()
-    first = FORK.Process(target=time.sleep, args=(0,))
-    first.start()
-    first.join()
     folder = tmp_path_factory.mktemp("given")
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(folder / "x.png")

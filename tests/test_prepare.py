@@ -1,5 +1,7 @@
 """media/prepare.py: any tree of videos becomes the clips it should, with reasons for the rest."""
+import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -190,32 +192,56 @@ def tree_of(folder):
             if path.is_file()}
 
 
-@pytest.mark.parametrize("how", ["killed", "told to stop"])
-def test_ended_midway_and_started_again_gives_the_same_bytes(tmp_path, how):
+@pytest.fixture(scope="module")
+def six_videos(tmp_path_factory):
+    """A folder of videos, and the files of an unbroken run."""
+    folder = tmp_path_factory.mktemp("six")
     for k in range(6):
-        video(tmp_path / "in" / f"{k}.mp4", 60, size=(256, 256),
+        video(folder / "in" / f"{k}.mp4", 60, size=(256, 256),
               paint=lambda n, k=k: np.full((256, 256, 3), 30 * k + n % 30, np.uint8))
-    words = [sys.executable, ROOT / "data.py", "prepare", "--crop", "centre", "--size", "64", "--jobs", "1",
-             "--videos", tmp_path / "in"]
-    assert subprocess.run([*words, "--out", tmp_path / "whole"], capture_output=True,
-                          cwd=tmp_path).returncode == 0
-    run = subprocess.Popen([*words, "--out", tmp_path / "cut"], stderr=subprocess.DEVNULL, cwd=tmp_path,
-                           start_new_session=True)
-    until = time.time() + 60
-    while not list((tmp_path / "cut").glob("parts/*.jsonl")) and time.time() < until:
+    assert prepare("--videos", folder / "in", "--out", folder / "whole", "--size", "64") == 0
+    return folder / "in", tree_of(folder / "whole")
+
+
+def wait_for_a_part(out):
+    until = time.time() + 300
+    while not list(out.glob("parts/*.jsonl")) and time.time() < until:
         time.sleep(0.01)
-    if how == "killed":
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
-    else:
-        run.terminate()
-        assert run.wait(60) == 130
-        assert not list((tmp_path / "cut").rglob(".*"))
-    cut = tmp_path / "cut"
-    assert not (cut / "manifest.jsonl").exists() and list(cut.glob("parts/*.jsonl"))
-    (cut / "clips" / ".half.mp4.1.part").write_bytes(b"what a kill in the middle of writing leaves")
-    assert subprocess.run([*words, "--out", cut], capture_output=True, cwd=tmp_path).returncode == 0
-    assert tree_of(tmp_path / "cut") == tree_of(tmp_path / "whole")
+
+
+def prepare_in_a_group(*words):
+    os.setpgid(0, 0)
+    prepare_module.get_context = lambda kind: multiprocessing.get_context("fork")
+    prepare(*words)
+
+
+def test_killed_midway_and_started_again_it_gives_the_same_bytes(fork, six_videos, tmp_path):
+    folder, whole = six_videos
+    words = ["--videos", folder, "--size", "64", "--out", tmp_path / "cut"]
+    run = fork.Process(target=prepare_in_a_group, args=words)
+    run.start()
+    wait_for_a_part(tmp_path / "cut")
+    os.killpg(run.pid, signal.SIGKILL)
+    with open(tmp_path / "cut" / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)                                     # until the worker is gone, too
+    assert not (tmp_path / "cut" / "manifest.jsonl").exists()
+    (tmp_path / "cut" / "clips" / ".half.mp4.1.part").write_bytes(b"what a kill while it writes leaves")
+    assert prepare(*words) == 0
+    assert tree_of(tmp_path / "cut") == whole
+
+
+def test_told_to_stop_and_started_again_it_gives_the_same_bytes(six_videos, tmp_path):
+    """As a program, with its own worker."""
+    folder, whole = six_videos
+    words = ["--videos", folder, "--size", "64", "--out", tmp_path / "cut"]
+    run = subprocess.Popen([sys.executable, ROOT / "data.py", "prepare", "--crop", "centre", "--jobs", "1",
+                            *words], stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_for_a_part(tmp_path / "cut")
+    run.terminate()
+    assert run.wait(300) == 130
+    assert not list((tmp_path / "cut").rglob(".*")) and not (tmp_path / "cut" / "manifest.jsonl").exists()
+    assert prepare(*words) == 0
+    assert tree_of(tmp_path / "cut") == whole
 
 
 def test_a_list_of_people_decides_identity_and_split(tmp_path):
@@ -263,30 +289,23 @@ def test_nothing_to_keep_is_said(tmp_path, capsys):
 
 # ---- faults ------------------------------------------------------------------------------------------------
 
-CRASHING = """
-import os, sys
-from media import prepare
-inner = prepare.scan_video
-def scan_video(path, detector):
-    if path.endswith("crash.mp4") or path.endswith("once.mp4") and not os.path.exists(path + ".seen"):
-        open(path + ".seen", "w").close()
-        os.kill(os.getpid(), 11)                                 # as a fault of libav or the memory killer
-    return inner(path, detector)
-prepare.scan_video = scan_video
-if __name__ == "__main__":
-    sys.exit(prepare.main())
-"""
+def start_crashing_worker(start=prepare_module.start_worker):
+    """Start a process of prepare that some videos end, as a fault of libav or the memory killer would."""
+    def scan_video(path, detector, scan=prepare_module.scan_video):
+        if path.endswith("crash.mp4") or path.endswith("once.mp4") and not os.path.exists(path + ".seen"):
+            open(path + ".seen", "w").close()
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return scan(path, detector)
+
+    prepare_module.scan_video = scan_video
+    start()
 
 
-def test_a_crashing_worker_costs_one_video(tmp_path):
+def test_a_crashing_worker_costs_one_video(tmp_path, monkeypatch):
     for name in ("a", "b crash", "c once"):
         video(tmp_path / "in" / f"{name}.mp4", 30)
-    (tmp_path / "run.py").write_text(CRASHING)                   # its workers import it, too
-    words = [sys.executable, tmp_path / "run.py", "prepare", "--crop", "centre", "--size", "32", "--jobs",
-             "2", "--videos", tmp_path / "in", "--out", tmp_path / "out"]
-    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path,
-                         env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert run.returncode == 0 and "Traceback" not in run.stderr
+    monkeypatch.setattr(prepare_module, "start_worker", start_crashing_worker)
+    assert prepare("--videos", tmp_path / "in", "--out", tmp_path / "out", "--jobs", "2") == 0
     assert [row["source"] for row in rows(tmp_path / "out")] == ["in/a.mp4", "in/c once.mp4"]
     assert [(row["source"], row["reason"]) for row in rows(tmp_path / "out", "dropped")] == [
         ("in/b crash.mp4", "the process that read it crashed, twice")]

@@ -100,7 +100,7 @@ def test_first_command_runs_as_a_user_runs_it(folder):
     line = next(line for line in LINES if line.startswith("python sample.py"))
     words = [str(ROOT / "sample.py") if word == "sample.py" else word for word in shlex.split(line)[1:]]
     done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0 and done.stderr == "" and "frames" in done.stdout, done.stderr[-2000:]
 
 
 def test_every_line_is_a_known_command():

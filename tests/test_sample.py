@@ -212,13 +212,6 @@ def test_same_seed_same_frames_other_seed_other_take(given, tmp_path, monkeypatc
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 
-def test_it_runs_as_a_program(given, tmp_path):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), *command(given, "o.mp4")],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "25 frames" in done.stdout and done.stderr == "" and os.listdir(tmp_path) == ["o.mp4"]
-
-
 # -------------------------------------------------------------------------------------------------- the parts
 def features(frames):
     return torch.randn(frames, audio_features.FEATURE_DIM["mel"],

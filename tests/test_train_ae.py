@@ -3,7 +3,6 @@ import copy
 import json
 import math
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL
 from PIL import Image
 from test_encoder import run_two
+from torch.distributed import run
+from torch.distributed.launcher.api import elastic_launch
 
 import data
 import flow
@@ -45,15 +45,6 @@ NANO = train_ae.PRESETS["nano"]
 CPU = torch.device("cpu")
 PLAIN = {"mask_max": 0.0, "p_pure_noise": 1.0, "label": 0.0, "cycle": 0.0, "warped": 0.0,
          "structure": 0.0}                                                  # a schedule
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """main() takes SIGTERM and Ctrl-C for itself; give them back to pytest."""
-    kept = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for name, handler in kept.items():
-        signal.signal(name, handler)
 
 
 def train(out, *more, steps=4):
@@ -711,81 +702,105 @@ def test_the_video_stage_starts_from_the_image_release(begun, tmp_path, capsys):
     refused(capsys, train(tmp_path / "video", steps=2), "other sizes")
 
 
-def torchrun(out, *words, log=subprocess.DEVNULL, more=()):
-    """Start training of the nano preset by torchrun; words are its own, more those of train_ae.py."""
-    command = [sys.executable, "-m", "torch.distributed.run", *words, "train_ae.py", "--preset", "nano",
-               "--device", "cpu", "--steps", "12", "--accumulate", "2", "--out", str(out), *more]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log,
-                            stderr=log)
-
-
 def wait_for(found, process, seconds=300):
     """Until found() is true, while the process runs."""
     end = time.monotonic() + seconds
     while not found():
-        assert process.poll() is None and time.monotonic() < end
+        assert process.exitcode is None and time.monotonic() < end
         time.sleep(0.005)
 
 
-def children(process):
-    """The processes that torchrun started: {rank: pid}."""
-    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-        pids = [int(word) for word in file.read().split()]
-    ranks = {pid: re.search(rb"\0RANK=(\d+)\0", open(f"/proc/{pid}/environ", "rb").read()) for pid in pids}
-    return {int(rank[1]): pid for pid, rank in ranks.items() if rank}
+def worker(out, more):
+    """One process of several: its number and id in a file, then training."""
+    torch.set_num_threads(1)
+    rank = os.environ["RANK"]
+    (out.parent / f"{out.name} rank {rank}").write_text(str(os.getpid()))
+    assert train(out, "--accumulate", "2", *more, steps=12) == 0
+    dist.destroy_process_group()
+
+
+def torchrun(words, out, more):
+    """As torch.distributed.run with these words, but that its processes are forked: none imports torch."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1), os.dup2(silence, 2)
+    args = run.parse_args([*words, "train_ae.py"])
+    if args.standalone:
+        args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", out.name
+    config, *_ = run.config_from_args(args)
+    config.start_method = "fork"
+    elastic_launch(config, worker)(out, more)
+
+
+def start(fork, out, *words, more=()):
+    process = fork.Process(target=torchrun, args=(words, out, more))
+    process.start()
+    return process
+
+
+def finish(*processes):
+    """-> the exit statuses."""
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes]
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(fork, tmp_path_factory):
     """A run of two processes from its beginning to its end."""
     out = tmp_path_factory.mktemp("unbroken") / "out"
-    assert torchrun(out, "--standalone", "--nproc_per_node=2").wait(300) == 0
+    assert finish(start(fork, out, "--standalone", "--nproc_per_node=2")) == [0]
     return out
 
 
-def test_torchrun_with_two_processes(unbroken):
+def test_one_of_two_processes_writes(unbroken):
     assert sorted(os.listdir(unbroken)) == ["log.jsonl", "progress.png", "semo.safetensors", "state.pt",
                                             "step000012.png"]
-    assert len(open(unbroken / "log.jsonl").readlines()) == 1                # one process writes
+    assert len(open(unbroken / "log.jsonl").readlines()) == 1
     assert state(unbroken)["step"] == 12
     load_models(unbroken / "semo.safetensors")
 
 
-def test_killed_processes_cost_no_bit(unbroken, tmp_path):
+def test_killed_processes_cost_no_bit(fork, unbroken, tmp_path):
     """torchrun ends the other one, which must neither hang nor save, and starts both again."""
-    process = torchrun(tmp_path, "--standalone", "--nproc_per_node=2", "--max-restarts=3",
-                       more=["--save-every", "3"])
+    out = tmp_path / "out"
+    process = start(fork, out, "--standalone", "--nproc_per_node=2", "--max-restarts=3",
+                    more=["--save-every", "3"])
     for rank, step in ((0, 0), (1, 3)):                                      # each after a save of its start
-        wait_for((tmp_path / "state.pt").exists, process)
-        wait_for(lambda step=step: state(tmp_path)["step"] > step, process)
-        os.kill(children(process)[rank], signal.SIGKILL)
-        assert state(tmp_path)["step"] < 12
-    assert process.wait(300) == 0
-    assert same(state(tmp_path), state(unbroken))                            # weights, EMA, optimisers
+        wait_for((out / "state.pt").exists, process)
+        wait_for(lambda step=step: state(out)["step"] > step, process)
+        os.kill(int((tmp_path / f"out rank {rank}").read_text()), signal.SIGKILL)
+        assert state(out)["step"] < 12
+    assert finish(process) == [0]
+    assert same(state(out), state(unbroken))                                 # weights, EMA, optimisers
 
 
-def test_two_nodes_train_as_one(unbroken, tmp_path):
+def test_two_nodes_train_as_one(fork, unbroken, tmp_path):
     """Two torchruns that meet at a port."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     words = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=semo",
              f"--rdzv_endpoint=localhost:{port}", "--local_addr=localhost"]
-    with open(tmp_path / "log", "w") as log:
-        nodes = [torchrun(tmp_path, *words, f"--node_rank={k}", log=log) for k in range(2)]
-        assert [node.wait(300) for node in nodes] == [0, 0], (tmp_path / "log").read_text()[-4000:]
-    assert same(state(tmp_path), state(unbroken))
+    nodes = [start(fork, tmp_path / "out", *words, f"--node_rank={k}") for k in range(2)]
+    assert finish(*nodes) == [0, 0]
+    assert same(state(tmp_path / "out"), state(unbroken))
 
 
 def test_torchruns_end_is_a_wish_to_stop_and_readers_outlive_it(folder, tmp_path):
     """It signals whole process groups; a reader that fell to it would take training down before it could
-    save."""
+    save. Two processes, started as README says."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "train_ae.py", "--preset", "nano", "--device", "cpu", "--out", str(tmp_path), "--data", folder,
+               "--workers", "1", "--save-every", "9999", "--steps", "9999"]
     with open(tmp_path / "log", "w") as log:
-        process = torchrun(tmp_path, "--standalone", "--nproc_per_node=1", log=log, more=[
-            "--data", folder, "--workers", "1", "--save-every", "9999", "--steps", "9999"])
-        wait_for(lambda: "loss=" in (tmp_path / "log").read_text(), process)
-        process.terminate()
-        assert process.wait(300) != 0
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log,
+                                   stderr=log)
+    end = time.monotonic() + 300
+    while "loss=" not in (tmp_path / "log").read_text():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(300) != 0
     assert 0 < state(tmp_path)["step"] < 9999, (tmp_path / "log").read_text()[-3000:]
 
 
@@ -834,14 +849,12 @@ def folder(tmp_path_factory):
 
 
 def test_real_clips_train_and_resume_like_drawn_ones(folder, monkeypatch, tmp_path):
-    for workers in ("0", "1"):
-        assert train(tmp_path / workers, "--data", folder, "synthetic", "--workers", workers, steps=6) == 0
+    assert train(tmp_path / "whole", "--data", folder, "synthetic", "--workers", "0", steps=6) == 0
     with monkeypatch.context() as patch:
         ask_to_stop_at(patch, 2)
         assert train(tmp_path / "parts", "--data", folder, "synthetic", "--workers", "0", steps=6) == 130
     assert train(tmp_path / "parts", "--data", folder, "synthetic", "--workers", "0", steps=6) == 0
-    one, *others = (state(tmp_path / name) for name in ("0", "1", "parts"))
-    assert all(same(one, other) for other in others)
+    assert same(state(tmp_path / "whole"), state(tmp_path / "parts"))
 
 
 def test_sets_share_the_batches_and_test_people_are_only_shown(folder):
@@ -887,6 +900,7 @@ def test_the_preset_paper_has_none_of_our_changes():
 
 def test_the_preset_paper_trains_with_smaller_networks(tmp_path):
     """Two steps on latents of a random autoencoder, in the preset's own space and with all its switches."""
+    from diffusers import AutoencoderKL
     torch.manual_seed(1)
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4,
                         up_block_types=("UpDecoderBlock2D",) * 4,

@@ -38,17 +38,8 @@ NANO = train_gen.PRESETS["nano"]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def signals():
-    """main() takes SIGTERM and Ctrl-C for itself; give them back to pytest."""
-    kept = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for name, handler in kept.items():
-        signal.signal(name, handler)
-
-
 @pytest.fixture(scope="module")
-def ae(tmp_path_factory, signals):
+def ae(tmp_path_factory):
     """A release of stage 1."""
     out = tmp_path_factory.mktemp("ae")
     assert train_ae.main(["--preset", "nano", "--device", "cpu", "--steps", "3", "--out", str(out)]) == 0

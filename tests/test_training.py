@@ -111,32 +111,22 @@ def main():
         model(torch.ones(8, 64)).sum().backward()
     assert training.any_rank(rank == 1, device)
     print("worked")
-    if sys.argv[2] == "well":                                    # a collective ends later than the first one
-        time.sleep(rank / 2)
-        torch.distributed.all_reduce(torch.ones(8), async_op=True)
-        time.sleep(rank / 2)
-    if sys.argv[2] == "fails" and rank == 1:
-        raise KeyError("a fault of ours")
-    if sys.argv[2] == "tells":
-        raise SystemExit("not finite")
+    time.sleep(rank / 2)                                         # a collective ends later than the first one
+    torch.distributed.all_reduce(torch.ones(8), async_op=True)
+    time.sleep(rank / 2)
     return 130                                                   # as a run that was stopped
 
 training.shutdown(main)
 """
 
 
-def start_two(tmp_path, *words):
-    """-> [(status, stdout, stderr) of each]."""
-    (tmp_path / "two.py").write_text(TWO)
+def environ_of_two():
+    """-> what torchrun tells each of two processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    env = {**os.environ, "PYTHONPATH": str(Path(training.__file__).parent), "MASTER_ADDR": "localhost",
-           "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    runs = [subprocess.Popen([sys.executable, tmp_path / "two.py", *words], env={**env, "RANK": str(rank)},
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    told = [run.communicate(timeout=200) for run in runs]
-    return [(run.returncode, *said) for run, said in zip(runs, told, strict=True)]
+    return [{"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(rank)}
+            for rank in range(2)]
 
 
 LONG = [pytest.mark.slow, pytest.mark.long]
@@ -144,20 +134,49 @@ LONG = [pytest.mark.slow, pytest.mark.long]
 
 @pytest.mark.parametrize("starts, threads", [
     (1, 2), pytest.param(150, 1, marks=LONG), pytest.param(150, 2, marks=LONG)])
-def test_two_processes_end_with_their_own_status(tmp_path, starts, threads):
+def test_two_processes_end_with_their_own_status(tmp_path, monkeypatch, starts, threads):
     """The interpreter is not taken down under a thread of the group that frees a tensor: with Python 3.11
     that is SIGABRT, "terminate called without an active exception"."""
+    (tmp_path / "two.py").write_text(TWO)
+    monkeypatch.setenv("PYTHONPATH", str(Path(training.__file__).parent))
     for _ in range(starts):
-        for status, out, err in start_two(tmp_path, str(threads), "well"):
-            assert (status, out) == (130, "worked\n"), err
+        runs = [subprocess.Popen([sys.executable, tmp_path / "two.py", str(threads)], text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 env={**os.environ, **environ})
+                for environ in environ_of_two()]
+        for run in runs:
+            out, err = run.communicate(timeout=300)
+            assert (run.returncode, out) == (130, "worked\n"), err
             assert "terminate" not in err and "Traceback" not in err, err
 
 
+def fail(environ, how, log):
+    """One of two processes, which ends in an error or in a sentence, or is stopped."""
+    def main():
+        rank, world, device = training.init_distributed("cpu")
+        model = training.ddp_wrap(nn.Linear(8, 8), world, device)
+        model(torch.ones(2, 8)).sum().backward()
+        if how == "fails" and rank == 1:
+            raise KeyError("a fault of ours")
+        if how == "tells":
+            raise SystemExit("not finite")
+        return 130
+
+    os.environ.update(environ)
+    sys.stderr = open(log, "w")
+    training.shutdown(main)
+
+
 @pytest.mark.parametrize("how, statuses, words",
-                         [("fails", (130, 1), "a fault of ours"), ("tells", (1, 1), "not finite")])
-def test_a_process_that_fails_waits_for_nobody(tmp_path, how, statuses, words):
-    (one, *_), (other, _, err) = start_two(tmp_path, "1", how)
-    assert (one, other) == statuses and words in err
+                         [("fails", [130, 1], "a fault of ours"), ("tells", [1, 1], "not finite")])
+def test_a_process_that_fails_waits_for_nobody(fork, tmp_path, how, statuses, words):
+    runs = [fork.Process(target=fail, args=(environ, how, tmp_path / f"log {rank}"))
+            for rank, environ in enumerate(environ_of_two())]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(300)
+    assert [run.exitcode for run in runs] == statuses and words in (tmp_path / "log 1").read_text()
 
 
 def test_one_process_ends_as_ever():
