@@ -2,16 +2,18 @@
 import json
 import os
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from test_sample import META, small_models
 
 import train_ae
 from decoder import Decoder
 from encoder import MotionEncoder
 from generator import Generator
-from measure import ablate, evaluate
+from measure import ablate, clips
+from media.weights import save_weights
 from sample import load_models
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -61,11 +63,18 @@ def test_each_shortcut_stands_alone_beside_the_papers_method():
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """Runs of two steps, measured on little."""
+    """Runs of two steps on small networks, measured on little."""
     monkeypatch.setattr(ablate, "CLIPS", {"reconstruct": 1, "probe": 10, "talk": 1})
-    monkeypatch.setattr(evaluate, "FRAMES", {"reconstruct": 3, "probe": 2, "talk": 5})
-    monkeypatch.setattr(ablate, "BASE", {**ablate.BASE, "persons": 2, "targets": 1})
-    monkeypatch.setattr(ablate, "PAST", {**ablate.PAST, "windows": 2, "clips": 1, "seconds": 2})
+    for command, frames in {"reconstruct": 3, "probe": 2, "talk": 12}.items():
+        monkeypatch.setitem(clips.FRAMES, command, frames)
+    small = {"width": 32, "depth": 1}
+    encoder, decoder = (replace(ablate.BASE[name], **small) for name in ("encoder", "decoder"))
+    monkeypatch.setattr(ablate, "BASE", {**ablate.BASE, "encoder": encoder, "decoder": decoder, "persons": 2,
+                                         "targets": 1})
+    monkeypatch.setitem(ablate.TABLES, "prediction", {"x": {}, "v": {"decoder": replace(decoder,
+                                                                                        predict="v")}})
+    monkeypatch.setattr(ablate, "PAST", {**ablate.PAST, "generator": replace(ablate.PAST["generator"],
+                                         **small), "windows": 2, "clips": 1, "seconds": 2})
     yield tmp_path
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -90,8 +99,9 @@ def test_the_tables_hold_what_the_runs_measured(quick, capsys):
 
 
 def test_stage_2_is_measured_by_its_speech(quick, capsys):
+    save_weights(quick / "w.safetensors", small_models(), META)
     words = ["--out", str(quick / "runs"), "--only", "past", "--seeds", "0", "--steps", "2",
-             "--device", "cpu"]
+             "--device", "cpu", "--ckpt", str(quick / "w.safetensors")]
     assert ablate.main([*words, "--json", str(quick / "all.json")]) == 0
     found = json.loads((quick / "all.json").read_text())
     assert sorted(found) == ["past-0to20", "past-none"]
