@@ -338,6 +338,11 @@ def test_field_roughness_is_the_squared_difference_of_neighbours_in_pixels():
     assert train_ae.field_roughness(step).item() == pytest.approx(1 / (7 * 2))
 
 
+def squared_to_three(error):
+    """Half the square up to 3, beyond it the tangent there; the mean."""
+    return torch.where(error.abs() < 3, error**2 / 2, 3 * error.abs() - 4.5).mean()
+
+
 def test_known_motion_enters_with_its_weight():
     model, (batch, *given) = auto_encoder().eval(), given_batch()   # eval: the running statistics stand still
     plain = model(batch, *given, PLAIN)
@@ -346,7 +351,7 @@ def test_known_motion_enters_with_its_weight():
     head = model.label_heads["synthetic"]
     head.xx, head.xy = delta.T @ delta, torch.randn(head.xy.shape, generator=torch.Generator().manual_seed(0))
     read = head(delta)
-    error = torch.nn.functional.smooth_l1_loss(read, batch.factors.clamp(-4, 4))
+    error = squared_to_three(read - batch.factors.clamp(-8, 8))
     labelled = model(batch, *given, {**PLAIN, "label": 0.7})
     assert labelled.item() == pytest.approx((plain + 0.7 * error).item(), rel=1e-4)
     unknown = model(replace(batch, factors=None), *given, {**PLAIN, "label": 0.7})
@@ -372,9 +377,9 @@ def test_motion_read_from_decoded_pictures_trains_the_networks_but_not_the_reade
     crossed = model.decoder(given[0][[0, 2]], torch.ones(2), borrowed, cache, as_picture=True).x
     origin = average.encoder(batch.reference)
     own, other = average.encoder(picture) - origin[[0, 0, 1, 1]], average.encoder(crossed) - origin
-    known = batch.factors.clamp(-4, 4)
-    error = (torch.nn.functional.smooth_l1_loss(head(own.flatten(1)), known)
-             + 2 / 3 * torch.nn.functional.smooth_l1_loss(head(other.flatten(1)), known[[2, 0]]))
+    known = batch.factors.clamp(-8, 8)
+    error = (squared_to_three(head(own.flatten(1)) - known)
+             + 2 / 3 * squared_to_three(head(other.flatten(1)) - known[[2, 0]]))
     assert loss.item() == pytest.approx((plain + 0.7 * error).item(), rel=1e-4) and error > 0.01
     (loss - plain).backward()
     trained = model.encoder.embed.weight, model.decoder.blocks[0].mlp[0].weight
@@ -385,12 +390,12 @@ def test_motion_read_from_decoded_pictures_trains_the_networks_but_not_the_reade
 def test_labels_of_real_clips_count_by_their_weight():
     """Nothing is read by heads that learned nothing, so the error is that of the labels."""
     model, (batch, *_) = auto_encoder().eval(), given_batch()
-    for column, want in ((0, 2.0), (4, 1.0), (9, 0.6)):                      # opening, yaw, furrow
-        factors = torch.zeros(4, len(FACTORS))
-        factors[:, column] = 0.5
+    for column, size, want in ((0, 0.5, 2.0 / 8), (4, 5.0, 3 * 5 - 4.5), (9, 9.0, 0.6 * (3 * 8 - 4.5))):
+        factors = torch.zeros(4, len(FACTORS))                               # opening, yaw, furrow
+        factors[:, column] = size
         real = replace(batch, factors=factors, kind="real")
         loss = model.label_loss(torch.randn(2, 1, 8), torch.randn(4, 1, 8), real)
-        assert loss.item() == pytest.approx(want * 0.5 * 0.5**2 / len(FACTORS))
+        assert loss.item() == pytest.approx(want / len(FACTORS))
 
 
 def test_running_ridge_is_ridge_regression_of_all_batches():
