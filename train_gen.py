@@ -18,6 +18,7 @@ import os
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -127,7 +128,7 @@ class Encoded(NamedTuple):
 
 
 @torch.no_grad()
-def encode_clip(encoder, space, parts, mask_max, rng, device, bf16):
+def encode_clip(encoder, space, parts, mask_max, rng, device):
     """Encode pictures of a speaker, iterable of (n, 3, H, W), eqs. (5) and (4).
 
     -> motion (F, L*D), motion through a mask of one ratio, frames (F, C, H, W) in half precision as encoded.
@@ -137,7 +138,7 @@ def encode_clip(encoder, space, parts, mask_max, rng, device, bf16):
     for images in parts:
         images = space.encode(images.to(device))
         frames.append(images.half().cpu())
-        with bf16:
+        with autocast(device):
             clear.append(encoder(images).flatten(1).cpu())                             # (n, L*D)   eq. (5)
             ids_keep = random_masking(len(images), patches, ratio, rng).to(device)
             masked.append(encoder(images, ids_keep).flatten(1).cpu())                  # (n, L*D)   eq. (4)
@@ -145,14 +146,14 @@ def encode_clip(encoder, space, parts, mask_max, rng, device, bf16):
 
 
 @torch.no_grad()
-def encode_masked(encoder, frames, mask_max, device, bf16, index, rng):
+def encode_masked(encoder, frames, mask_max, device, index, rng):
     """Encode frames[index], index (B, P), through masks drawn now, eq. (4) -> (B, P, L*D).
     Each window has a ratio of its own, so each is a pass of its own: a batch of masks is a rectangle."""
     motion = []
     for window in index:
         ratio = mask_max * torch.rand((), generator=rng).item()
         ids_keep = random_masking(len(window), len(encoder.pos_embed), ratio, rng).to(device)
-        with bf16:
+        with autocast(device):
             motion.append(encoder(frames[window].to(device).float(), ids_keep).flatten(1).cpu())
     return torch.stack(motion)
 
@@ -219,11 +220,6 @@ def real_clips(args, preset, folder, size, rank, world):
                                 others=None if others is None else others.flip(-1))
 
 
-def fingerprint(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_cache(path):
     """What an earlier start kept there; None if there is nothing, or nothing whole: it is made again."""
     try:
@@ -233,11 +229,12 @@ def read_cache(path):
         return None
 
 
-def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16):
+def encode_dataset(args, preset, encoder, space, size, rank, world, device):
     """This process's clips, encoded. Kept in --out, for the next start."""
     kind, fresh_masks = preset.get("audio", "mel"), preset.get("fresh_masks", False)
     inputs = [args.ae, *(os.path.join(name, "manifest.jsonl") for name in args.data if name != "synthetic")]
-    key = [*map(fingerprint, inputs), args.clips, args.seed, args.mask_max, preset["seconds"], world,
+    hashes = [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in inputs]
+    key = [*hashes, args.clips, args.seed, args.mask_max, preset["seconds"], world,
            args.whisper, kind, size, preset.get("agree", False), preset["augment"], fresh_masks,
            *Encoded._fields, *args.data]
     path = os.path.join(args.out, f"clips-{rank}.pt")
@@ -254,7 +251,7 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, bf16
         if name != "synthetic":
             clips = real_clips(args, preset, name, size, rank, world)
         for clip in tqdm(clips, desc=f"encoding {name}", unit="clip", disable=rank > 0):
-            how = (args.mask_max, training.step_rng(args.seed, rank, number), device, bf16)
+            how = args.mask_max, training.step_rng(args.seed, rank, number), device
             motion, masked, images = encode_clip(encoder, space, clip.parts, *how)
             wave = audio_features.normalise_loudness(clip.wave)
             features = audio_features.extract_features(wave, kind, args.whisper)[0]    # (F, A)
@@ -466,11 +463,8 @@ def train(args, preset) -> int:
     torch.manual_seed(args.seed)                             # first weights; later numbers come from step_rng
     kind, guidance = preset.get("audio", "mel"), preset.get("guidance", 2.0)
     models, meta = sample.load_models(args.ae, device)
-    try:
-        space = load_latents(meta["latents"], meta.get("vae", SD), device)
-        silence_features = sample.encode_silence(kind, args.whisper)
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from error
+    space = load_latents(meta["latents"], meta.get("vae", SD), device)
+    silence_features = sample.encode_silence(kind, args.whisper)
     for name in args.data:
         if name != "synthetic":
             data.load_sets([name], "train", sound=True)                 # refuse now what cannot be read later
@@ -498,11 +492,10 @@ def train(args, preset) -> int:
     if rank == 0:
         training.print_settings(args, model, step)
 
-    bf16 = autocast(device)
-    encoded = encode_dataset(args, preset, encoder, space, meta["size"], rank, world, device, bf16)
+    encoded = encode_dataset(args, preset, encoder, space, meta["size"], rank, world, device)
     encode_past = None
     if preset.get("fresh_masks"):
-        encode_past = partial(encode_masked, encoder, encoded.frames, args.mask_max, device, bf16)
+        encode_past = partial(encode_masked, encoder, encoded.frames, args.mask_max, device)
     voice = models.get("voice") if args.reflow else None
     if (config.experts or config.mood_table) and not args.reflow:
         voice = train_voice(args, preset, encoded, rank)
@@ -522,12 +515,12 @@ def train(args, preset) -> int:
         t, drop = torch.rand(len(new), generator=rng), None                            # the paper's
         if teacher:                                         # pairs of noise and what it becomes with guidance
             t = flow.sample_timesteps(len(new), rng, p_pure_noise=1.0 if args.one_step else 0.5)
-            with torch.no_grad(), bf16:
+            with torch.no_grad(), autocast(device):
                 new = flow.integrate(teacher, noise, args.teacher_steps, **cond)
         elif guidance != 1:
             t = flow.sample_timesteps(len(new), rng, p_pure_noise=0, mean=0.0, std=1.0)
             drop = (torch.rand(len(new), generator=rng) < 0.1).to(device)
-        with bf16:
+        with autocast(device):
             loss = motion_loss(ddp_model, new, noise, t.to(device), directions, drop=drop, **cond)
         loss.backward()
         training.clip_and_step(model, optimisers, loss.item(), step, state, device)

@@ -133,7 +133,7 @@ def load_whisper(name=WHISPER):
     from transformers import WhisperModel
     try:
         return WhisperModel.from_pretrained(name).encoder.eval().requires_grad_(False)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot load the Whisper model {name!r}: it is neither a folder with config.json "
                          "and model.safetensors nor reachable on the hub; to work offline, download it "
                          "elsewhere and pass the folder's path instead of the id") from error

@@ -74,10 +74,9 @@ class Guided(nn.Module):
         self.generator = generator
 
     def forward(self, m_t, t, past, reference, audio, guidance, mood=None):
-        more = {} if mood is None else {"mood": mood}
-        free = self.generator(m_t, t, past, reference, None, **more)
-        # flow.guide for a tensor
-        return free + guidance * (self.generator(m_t, t, past, reference, audio, **more) - free)
+        uncond = self.generator(m_t, t, past, reference, mood=mood)
+        cond = self.generator(m_t, t, past, reference, audio, mood=mood)
+        return uncond + guidance * (cond - uncond)                      # flow.with_cfg, guidance as a tensor
 
 
 def halve(model):
