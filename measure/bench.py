@@ -1,10 +1,9 @@
-"""How fast it is on this machine, and what waits for what: medians after a warm-up, with their range.
+"""How fast it is on this machine: medians after a warm-up, with their range.
 
     python -m measure.bench                      all of the following
     python -m measure.bench sample               photo and sound to mp4: each stage, then end to end, and the
                                                  peak memory of the process (--seconds: of longer sound)
-    python -m measure.bench train [--data DIR]   every preset: parameters, FLOPs, memory, speed; and what
-                                                 loading DIR gives
+    python -m measure.bench train                presets: parameters, FLOPs, memory, speed of a step
 
 FLOPs are those of forward and backward pass, as torch counts them: two for a multiplication and its addition.
 State is weights, gradients, their average and the optimisers'; MB a picture is what the forward pass keeps
@@ -214,21 +213,8 @@ def training_cost(model, loss_fn, count, device, rounds):
             "state_gb": state / 1e9, "kept_mb": sum(saved.values()) / count / 1e6}
 
 
-def loading_speed(folders, preset, workers, batches=12):
-    """Measure the pictures a second that the loader gives to stage 1 of a preset, read but not trained on."""
-    args = train_ae.parse(["--preset", preset, "--data", *folders, "--workers", str(workers)])
-    real = train_ae.real_clips(args, train_ae.PRESETS[preset], "train")
-    items = iter(data.loader(real, iter(range(batches + 2 * workers + 2)), workers))
-    for _ in range(2 * workers + 1):
-        next(items)                                                 # workers start, and read ahead
-    start, count = time.perf_counter(), 0
-    for batch in items:
-        count += len(batch.reference) + len(batch.target)
-    return count / (time.perf_counter() - start)
-
-
 def bench_train(args, device):
-    """Measure a training step of all presets, and what waits: loading or training."""
+    """Measure a training step of the presets."""
     peak_flops, rows, results = measure_peak_flops(device), [], {}
     for name in args.presets:
         persons = 1 if device.type == "cpu" and name not in ("nano", "tiny") else None
@@ -243,11 +229,6 @@ def bench_train(args, device):
     print(f"{precision} matrix products reach {peak_flops / 1e12:.3g} TFLOP/s")
     table(["training", "M parameters", "GFLOP a picture", "GB of state", "MB a picture", "pictures/s",
            "range", "MFU"], rows)
-    for name in args.presets if args.data else ():
-        r = results[f"{name}, stage 1"]
-        r["loaded"] = loading_speed(args.data, name, args.workers)
-        waits = "training waits for loading" if r["loaded"] < r["speed"] else "loading waits for training"
-        print(f"{name}: {r['loaded']:.0f} pictures/s loaded, {r['speed']:.0f} trained: {waits}")
     return {"peak_flops": peak_flops, "presets": results}
 
 
@@ -261,15 +242,12 @@ def parse(argv):
     parser.add_argument("--seconds", type=float, default=20,
                         help="sample: length of the sound (default: %(default)s)")
     parser.add_argument("--presets", nargs="+", choices=train_ae.PRESETS, default=["tiny", "small", "paper"])
-    parser.add_argument("--data", nargs="+", metavar="DIR",
-                        help="train: also measure how fast clips of these folders are loaded")
-    parser.add_argument("--workers", type=int, default=2, help="processes that load (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5,
                         help="measurements of each figure (default: %(default)s)")
     parser.add_argument("--json", help="also write the numbers to this file")
     args = parser.parse_args(argv)
-    if args.rounds < 1 or args.workers < 0 or args.seconds < 0.1:
-        parser.error("--rounds must be at least 1, --workers not negative, --seconds at least 0.1")
+    if args.rounds < 1 or args.seconds < 0.1:
+        parser.error("--rounds must be at least 1, --seconds at least 0.1")
     if not set(args.parts) <= set(PARTS):
         parser.error(f"the parts are {', '.join(PARTS)}, not {' '.join(args.parts)}")
     return args
