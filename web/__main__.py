@@ -8,12 +8,11 @@ served: the folder web/page is then complete and works on any static host.
 import argparse
 import functools
 import http.server
-import os
 import shutil
 import sys
 from pathlib import Path
 
-from media.files import InputError, command
+from media.files import InputError, atomic_write, command
 from media.weights import resolve
 from sample import DEFAULT
 from web.export import MODEL, export, exported
@@ -46,9 +45,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 def update(source, target):
     """Copy a file where the copy is missing or of another size."""
     if not target.is_file() or target.stat().st_size != source.stat().st_size:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target.with_suffix(".part"))
-        os.replace(target.with_suffix(".part"), target)
+        with atomic_write(target, make_folder=True) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 def build(ckpt, say=print):
