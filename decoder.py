@@ -60,11 +60,12 @@ class TimeEmbed(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.width = width
+        self.register_buffer("frequencies", 1e-4 ** torch.linspace(0, 1, width // 2), persistent=False)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sincos(1000 * t, self.width))                                  # (B, E)
+        angle = 1000 * t[:, None].float() * self.frequencies                           # (B, E/2)
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))                  # (B, E)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

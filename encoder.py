@@ -67,9 +67,8 @@ def sincos_2d(grid_size: int, width: int) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute softmax attention, (B, heads, n, d) -> (B, heads, n, d).
-    Uses torch's fused kernel, except in training on a CPU: its backward pass is slower there than two plain
-    products at these short lengths."""
+    """Compute softmax attention, (B, heads, n, d) -> (B, heads, n, d): by torch's fused kernel; in training
+    on a CPU by two plain products, whose backward pass is faster there at these short lengths."""
     if q.device.type == "cpu" and q.requires_grad:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
