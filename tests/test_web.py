@@ -10,6 +10,7 @@ import time
 import urllib.request
 import wave as wave_file
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -35,7 +36,7 @@ from media.sound import SAMPLES_PER_FRAME, audio_chunks
 from media.weights import save_weights
 from sample import DEFAULT, load_models
 from web.controls import fit_directions
-from web.export import graphs
+from web.export import Edit, graphs
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
@@ -150,22 +151,22 @@ def wave():
     return torch.cat(list(audio_chunks(str(ROOT / "examples" / "speech.wav"))))[: round(SECONDS * 16000)]
 
 
-WORK = """async ([pixels, noise, draws, wave]) => {
+WORK = """async ([pixels, draws, wave, count]) => {
   const worker = new Worker(new URL('/worker.js', location), { type: 'module' }), frames = [];
   return await new Promise((resolve, reject) => {
     worker.onmessage = ({ data }) => {
       if (data.kind === 'error') reject(new Error(data.text));
       if (data.kind === 'ready') {
-        worker.postMessage({ kind: 'photo', pixels: new Float32Array(pixels), noise: new Float32Array(noise) });
-        worker.postMessage({ kind: 'talk', id: 1, wave: new Float32Array(wave), noise: new Float32Array(draws) });
-        worker.postMessage({ kind: 'want', frames: 1000 });
+        worker.postMessage({ kind: 'photo', pixels: new Float32Array(pixels) });
+        worker.postMessage({ kind: 'talk', id: 1, wanted: count, wave: new Float32Array(wave),
+                             noise: new Float32Array(draws) });
       }
       if (data.kind === 'photo') frames.still = Array.from(data.token);
       if (data.kind === 'frame') {
         if (!frames.length) frames.first = performance.now();
         const low = frames.length % 5 ? [] : Array.from(data.parts.x);
         frames.push({ token: Array.from(data.token), low });
-        if (frames.length === data.total) {
+        if (frames.length === count) {
           worker.terminate();
           resolve({ still: frames.still, frames, fps: 1000 * (frames.length - 1) / (performance.now() - frames.first) });
         }
@@ -181,13 +182,11 @@ def test_tokens_and_frames_are_pythons(tab, site, release, photo, wave):
     g, size = models["generator"].config, meta["size"]
     one = tab()
     one.page.goto(site + "model/model.json")
-    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     draw = torch.Generator().manual_seed(SEED)
     windows = -(-audio_features.num_frames(len(wave)) // g.window)
     width = g.num_tokens * g.token_dim
     draws = torch.cat([torch.randn(1, g.window, width, generator=draw).flatten() for _ in range(windows)])
-    made = one.page.evaluate(WORK, [photo.flatten().tolist(), noise.flatten().tolist(), draws.tolist(),
-                                    wave.tolist()])
+    made = one.page.evaluate(WORK, [photo.flatten().tolist(), draws.tolist(), wave.tolist(), round(SECONDS * 25)])
     with torch.inference_mode():
         still = models["encoder"](photo[None]).flatten(1)
         rows = audio_features.extract_features(audio_features.normalise_loudness(wave)[None], "mel")
@@ -195,6 +194,7 @@ def test_tokens_and_frames_are_pythons(tab, site, release, photo, wave):
         tokens = torch.cat(list(generate_motion(models["generator"], still, iter(rows),
                                                 torch.Generator().manual_seed(SEED), silence,
                                       meta["gen_steps"], meta["guidance"])))
+        noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
         pictures = decode_frames(models["decoder"], photo[None], still, iter([tokens]), noise, meta["steps"])
         frames = torch.cat([picture.x for picture in pictures])
     assert len(made["frames"]) == len(tokens) == round(SECONDS * 25)
@@ -214,11 +214,15 @@ def test_mel_rows_are_pythons_however_the_sound_is_cut(tab, site, wave):
     one.page.goto(site + "model/model.json")
     sound = torch.cat([wave[: 16000 + 37], torch.zeros(4000)])
     rows = one.page.evaluate("""async ([wave, cuts]) => {
-      const { MelStream, levelGain } = await import('/mel.js'), { mel } = await (await fetch('/model/model.json')).json();
-      const samples = new Float32Array(wave), gain = levelGain(samples, mel.frame), stream = new MelStream(mel), rows = [];
+      const { MelStream, levelGain } = await import('/mel.js'), { Networks } = await import('/networks.js');
+      const ort = await import('/ort/ort.wasm.bundle.min.mjs');
+      ort.env.wasm.wasmPaths = new URL('/ort/', location).href;
+      const net = await Networks.load(ort, new URL('/model/', location), {}), { mel } = net.model;
+      const samples = new Float32Array(wave), gain = levelGain(samples, mel.frame), rows = [];
+      const stream = new MelStream(net.row, mel), part = (from, to) => samples.slice(from, to).map(v => v * gain);
       let at = 0;
-      for (const cut of cuts) { rows.push(...stream.push(samples.slice(at, at + cut).map(v => v * gain))); at += cut; }
-      rows.push(...stream.push(samples.slice(at).map(v => v * gain)), ...stream.end());
+      for (const cut of cuts) rows.push(...await stream.push(part(at, at += cut)));
+      rows.push(...await stream.push(part(at)), ...await stream.end());
       return { gain, rows: rows.map(row => Array.from(row)) };
     }""", [sound.tolist(), [1, 639, 640, 5000, 3]])
     assert rows["gain"] == pytest.approx(audio_features.loudness_gain([sound]), rel=1e-4)
@@ -233,7 +237,7 @@ def test_live_loudness_is_pythons(tab, site, wave):
     found = one.page.evaluate("""async wave => {
       const { RunningLevel } = await import('/mel.js'), level = new RunningLevel(640), out = [];
       for (let n = 0; n < wave.length; n += 128) out.push(...level.push(new Float32Array(wave.slice(n, n + 128))));
-      return out.flatMap(part => Array.from(part));
+      return out;
     }""", (0.1 * wave[:16000]).tolist())
     true = torch.cat(list(audio_features.streaming_gain([0.1 * wave[:16000]])))
     assert (torch.tensor(found) - true).abs().max() < 1e-4
@@ -249,17 +253,19 @@ SQUARES = [Square(256, 290, 400), Square(262.3, 281.9, 301.7, 0.15)]
 
 def composed(page, picture, parts, square):
     """The page's composition of a PIL picture, a decoder's Picture and a Square -> (H, W, 3) float32."""
+    edit, field = Edit(parts.x.shape[-1])(*parts)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     pixels = page.page.evaluate("""async ([file, parts, square]) => {
       const { app } = await import('./page.js'), { Composer } = await import('./compose.js'), { openPhoto } = await import('./image.js');
-      const canvas = document.createElement('canvas'), composer = await Composer.make(canvas, app.model, location);
+      const canvas = document.createElement('canvas'), shader = await (await fetch('/frame.glsl')).text();
+      const composer = new Composer(canvas, shader);
       composer.setPhoto(await openPhoto(await (await fetch(`data:image/png;base64,${file}`)).blob()));
       composer.setSquare(square);
       composer.draw(Object.fromEntries(Object.entries(parts).map(([k, v]) => [k, new Float32Array(v)])));
       return canvas.toDataURL('image/png').split(',')[1];
     }""", [base64.b64encode(buffer.getvalue()).decode(),
-           {name: part.flatten().tolist() for name, part in parts._asdict().items()}, asdict(square)])
+           {"edit": edit.flatten().tolist(), "field": field.flatten().tolist()}, asdict(square)])
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(pixels))).convert("RGB"), np.float32)
 
 
@@ -310,7 +316,8 @@ def test_the_networks_picture_of_the_photo_is_pythons(page, release, square):
                                   release[1]["size"]))
     error = (torch.tensor(found) - true.flatten()).abs() * 127.5
     print(f"\ncrop: mean {error.mean():.3f}, worst {error.max():.1f} of 255")
-    assert error.mean() < 0.5 and error.max() < 12
+    # a square smaller than the network's picture: linear here, cubic in Python
+    assert error.mean() < 0.5 and error.max() < (12 if square.side > 96 else 24)
 
 
 def test_ready_without_complaint_and_nothing_leaves_the_host(page, site):
@@ -339,16 +346,16 @@ def test_talk_plays_in_step_and_downloads_a_video_with_sound(page, tmp_path):
     waiting.value.save_as(path)
     assert p.inner_text("#error") == ""
     with av.open(str(path)) as video:
-        assert video.streams.video and video.streams.audio
-        pictures = [frame.time for frame in video.decode(video=0)]
+        assert video.metadata["title"].startswith("Generated")
+        frames = [(frame.time, frame.to_ndarray(format="rgb24").astype(float)) for frame in video.decode(video=0)]
     with av.open(str(path)) as video:
         sound = np.concatenate([frame.to_ndarray().mean(0) for frame in video.decode(audio=0)])
         rate = video.streams.audio[0].rate
-    print(f"\n{path.suffix}: {len(pictures)} pictures, {pictures[-1] - pictures[0]:.2f} s, sound "
-          f"{len(sound) / rate:.2f} s, "
-          f"{page.app('app.player.waits')} waits")
-    assert abs(len(sound) / rate - 1.6) < 0.35 and pictures[-1] - pictures[0] < 2.0
-    assert np.abs(sound).max() > 0.05
+    assert [time for time, _ in frames] == pytest.approx([k / 25 for k in range(40)], abs=0.0011)
+    changes = [np.abs(b - a).mean() for (_, a), (_, b) in pairwise(frames)]
+    assert np.mean(np.array(changes) > 0.02) > 0.9                               # no picture is shown twice
+    assert abs(len(sound) / rate - 1.6) < 0.05 and np.abs(sound).max() > 0.05
+    assert np.abs(frames[0][1] - np.asarray(open_image(str(ROOT / "examples" / "portrait.png")))).mean() < 12
 
 
 def test_hostile_files_get_one_sentence_and_the_page_goes_on(page, tmp_path):
@@ -382,7 +389,7 @@ def picture_of(page):
 def slide(page, name, value):
     """Move a slider as its visitor does -> the picture that answers."""
     page.page.evaluate("""async ([name, value]) => {
-      const { app } = await import('./page.js'), slider = document.getElementById(`slider-${name}`), still = () => !app.pending;
+      const { app } = await import('./page.js'), slider = document.getElementById(`slider-${name}`), still = () => !app.following;
       const until = async condition => { while (!condition()) await new Promise(requestAnimationFrame); };
       await until(still);
       const before = app.shown.at(-1) ?? -1;
@@ -394,7 +401,7 @@ def slide(page, name, value):
 
 
 def test_sliders_move_their_part_of_the_face(page):
-    page.page.click("#tab-puppet")
+    page.page.click("#puppet > summary")
     controls = page.app("app.model.controls")
     page.page.click("#reset")
     page.page.wait_for_timeout(300)
@@ -409,11 +416,11 @@ def test_sliders_move_their_part_of_the_face(page):
     for name in ("yaw", "roll"):
         assert np.abs(slide(page, name, controls[name]["high"]) - rest)[rows["eyes"], 128:384].mean() > 3
         slide(page, name, 0)
-    page.page.click("#tab-talk")
+    page.page.click("#talk > summary")
 
 
 def test_pictures_a_second_while_a_slider_moves(page):
-    page.page.click("#tab-puppet")
+    page.page.click("#puppet > summary")
     shown = page.page.evaluate("""async () => {
       const { app } = await import('./page.js'), slider = document.getElementById('slider-jaw');
       const seen = new Set(), end = performance.now() + 3000;
@@ -426,7 +433,7 @@ def test_pictures_a_second_while_a_slider_moves(page):
       return seen.size;
     }""")
     page.page.click("#reset")
-    page.page.click("#tab-talk")
+    page.page.click("#talk > summary")
     print(f"\npuppet: {shown / 3:.1f} pictures/s on {os.cpu_count()} cores, {len(os.sched_getaffinity(0))} "
           f"allowed")
     assert shown > 0
@@ -434,7 +441,7 @@ def test_pictures_a_second_while_a_slider_moves(page):
 
 def test_recorded_puppet_is_kept_and_downloaded(page, tmp_path):
     p = page.page
-    p.click("#tab-puppet")
+    p.click("#puppet > summary")
     p.click("#record")
     for value in (0.3, 0.8, 0.1):
         slide(page, "jaw", value)
@@ -448,9 +455,9 @@ def test_recorded_puppet_is_kept_and_downloaded(page, tmp_path):
     waiting.value.save_as(path)
     with av.open(str(path)) as video:
         times = [frame.time for frame in video.decode(video=0)]
-    assert times[-1] - times[0] < frames / 25 + 0.7
+    assert times == pytest.approx([k / 25 for k in range(frames)], abs=0.0011)
     p.click("#reset")
-    p.click("#tab-talk")
+    p.click("#talk > summary")
 
 
 def test_microphone_makes_the_face_speak(tab, site):
@@ -480,7 +487,7 @@ def test_face_square_follows_keys_wheel_and_pointer(page):
     p.keyboard.press(".")
     now = page.app("({ ...app.square })")
     assert now["cx"] > start["cx"] and now["side"] < start["side"] and now["angle"] > 0
-    box = p.locator("#overlay").bounding_box()
+    box = p.locator("#view").bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     p.mouse.move(x, y)
     p.mouse.wheel(0, -300)
@@ -506,9 +513,9 @@ def test_phone_dark_and_keyboard(tab, site):
       !(e.labels?.length || e.textContent.trim() || e.getAttribute('aria-label') || e.closest('dialog')?.getAttribute('aria-label')))
       .map(e => e.outerHTML)""")
     assert nameless == []
-    p.focus("#tab-talk")
-    p.keyboard.press("ArrowRight")
-    assert p.evaluate("document.activeElement.id") == "tab-puppet" and p.is_visible("#sliders")
+    p.focus("#puppet > summary")
+    p.keyboard.press("Enter")
+    assert p.is_visible("#sliders") and not p.is_visible("#play")
     assert one.complaints == []
 
 
@@ -527,7 +534,7 @@ def test_graphs_compute_what_the_networks_do(tmp_path):
         for p in model.parameters():
             p.data = (0.2 * torch.randn(p.shape)).half().float()
         model.eval()
-    files, count = graphs(models)
+    files, count = graphs(models, steps=2)
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
 
@@ -538,18 +545,17 @@ def test_graphs_compute_what_the_networks_do(tmp_path):
         assert [i.name for i in session.get_inputs()] == list(inputs)
         return [torch.from_numpy(x) for x in session.run(None, {key: x.numpy() for key, x in inputs.items()})]
 
-    photo, z, t = torch.rand(1, 3, 32, 32) * 2 - 1, torch.randn(1, 3, 32, 32), torch.tensor([0.7])
+    photo, t = torch.rand(1, 3, 32, 32) * 2 - 1, torch.tensor([0.7])
     with torch.no_grad():
         still = models["encoder"](photo).flatten(1)
         assert (run("encoder", {"photo": photo})[0] - still).abs().max() < 1e-4
         cache = run("reference", {"photo": photo, "token": still})
         assert len(cache) == count
         token = still + torch.randn(1, 8)
-        true = models["decoder"](z, t, token[:, None],
-                                 models["decoder"].encode_reference(photo, still[:, None]), as_picture=True)
-        made = run("target", {"z": z, "t": t, "token": token,
-                              **{f"cache{k}": x for k, x in enumerate(cache)}})
-        for a, b in zip(made, true, strict=True):
+        noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        [true] = decode_frames(models["decoder"], photo, still, iter([token]), noise, steps=2)
+        made = run("target", {"token": token, **{f"cache{k}": x for k, x in enumerate(cache)}})
+        for a, b in zip(made, [true.x, *Edit(32)(*true)], strict=True):
             assert a.shape == b.shape and b.std() > 1e-3 and (a - b).abs().max() < 1e-3
         g = models["generator"].config
         cond = {"past": torch.randn(1, g.past, 8), "reference": token, "audio": torch.randn(1, 35, 320)}

@@ -4,7 +4,8 @@
 
     encoder.onnx     picture (1, 3, s, s) -> token (1, L*D)
     reference.onnx   picture, its token -> what every frame needs of the photo (keys and values of each layer)
-    target.onnx      noised picture, t, token, reference -> the picture, the photo moved, alpha, displacements
+    target.onnx      token, reference -> the picture, and how to move, fade and edit the photo
+    mel.onnx         the sound of a frame -> speech row
     generator.onnx   noised motion, t, past, reference token, speech rows, guidance (and mood) -> velocity of
                      the new frames
 
@@ -18,16 +19,21 @@ import json
 import logging
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from flow import integrate
 from media import audio_features
-from media.compose import BORDER, CHANGED
+from media.compose import BORDER, CHANGED, edge_window
+from media.face import frame_photo, load_detector
 from media.files import InputError, atomic_write, command
+from media.image import open_image
 from media.sound import SAMPLE_RATE, SAMPLES_PER_FRAME
 from sample import DEFAULT, load_models
 from web.controls import fit_controls
@@ -35,6 +41,13 @@ from world.speech import EMOTIONS
 
 MODEL = Path(__file__).resolve().parent / "page" / "model"
 WEIGHTS = "weights.bin"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+LABELS = {"jaw": "Jaw", "lip_width": "Lip width", "lip_corner": "Lip corners", "blink_l": "Blink left",
+          "blink_r": "Blink right", "gaze_x": "Gaze sideways", "gaze_y": "Gaze up, down",
+          "brow_raise": "Brows raised", "brow_furrow": "Brows drawn", "yaw": "Turn (yaw)",
+          "pitch": "Nod (pitch)", "roll": "Tilt (roll)", "light_x": "Light from", "light": "Light strength",
+          "shift_x": "Move sideways", "shift_y": "Move up, down", "scale": "Nearer"}     # in this order
+MIN_CORRELATION = 0.5                                             # of a value with what is read back
 LIMIT = 20_000_000                                                # bytes of all graphs together
 OPSET = 20
 
@@ -53,17 +66,77 @@ class Reference(nn.Module):
 
 
 class Target(nn.Module):
-    """One decoder call -> the picture x (1, 3, s, s), the moved reference (1, 3, s, s), alpha (1, 1, s, s)
-    and field (1, s, s, 2). cache: the outputs of Reference, whose structure is `spec`."""
+    """A token -> the picture x (1, 3, s, s), and Edit's two outputs, which move the photo itself.
 
-    def __init__(self, decoder, spec):
+    cache: the outputs of Reference, whose structure is `spec`; steps: of the sampler. All frames start from
+    the same noise, which is in the graph.
+    """
+
+    def __init__(self, decoder, spec, steps):
         super().__init__()
-        self.decoder, self.spec = decoder, spec
+        self.decoder, self.spec, self.steps = decoder, spec, steps
+        size, random = decoder.config.image_size, torch.Generator().manual_seed(0)
+        self.edit = Edit(size)
+        self.register_buffer("noise", torch.randn(1, 3, size, size, generator=random))
 
-    def forward(self, z_t, t, token, *cache):
+    def forward(self, token, *cache):
         c = self.decoder.config
-        token = token.unflatten(1, (c.num_tokens, c.token_dim))
-        return tuple(self.decoder(z_t, t, token, pytree.tree_unflatten(cache, self.spec), as_picture=True))
+        cond = {"m_t": token.unflatten(1, (c.num_tokens, c.token_dim)),
+                "cache": pytree.tree_unflatten(cache, self.spec)}
+        z = integrate(self.decoder, self.noise, self.steps, skip_last=1, **cond)
+        picture = self.decoder(z, torch.full((1,), 1 / self.steps), **cond, as_picture=True)
+        return picture.x, *self.edit(*picture)
+
+
+class Edit(nn.Module):
+    """The part of media.compose.Composer.frame that is at the network's resolution: a Picture -> two arrays.
+
+    edit (2s-1, 2s-1, 4): a residual (RGB) and a share, frame = moved photo * share + residual on [0, 1];
+    field (s, s, 2): the displacements that move the photo.
+    """
+
+    def __init__(self, size):
+        super().__init__()
+        for name, still in (("field_window", 1), ("edit_window", 2)):
+            self.register_buffer(name, torch.from_numpy(edge_window(size, BORDER, still)))
+
+    def forward(self, x, moved, alpha, field):
+        change = (x.clamp(-1, 1) - moved) / 2                                             # (1, 3, s, s)
+        largest = F.max_pool2d(change.abs().amax(1, keepdim=True), 3, stride=1, padding=1)
+        fade = alpha.clamp(0, 1) * (largest * 255 / CHANGED).clamp(max=1) * self.edit_window
+        residual = (moved + 1) / 2 * fade + change * self.edit_window
+        edit = double(double(torch.cat([residual, 1 - fade], dim=1)).mT).mT               # (1, 4, 2s-1, 2s-1)
+        return edit[0].permute(1, 2, 0), field[0] * self.field_window[..., None]
+
+
+def double(x):
+    """Rows (..., h, w) -> (..., 2h-1, w): between each two rows one by cubic interpolation (a = -0.75)."""
+    padded = torch.cat([x[..., :1, :], x, x[..., -1:, :]], dim=-2)
+    near, far = x[..., :-1, :] + x[..., 1:, :], padded[..., :-3, :] + padded[..., 3:, :]  # (..., h-1, w)
+    between = 0.59375 * near - 0.09375 * far
+    pairs = torch.stack([x[..., :-1, :], between], dim=-2).flatten(-3, -2)                # (..., 2h-2, w)
+    return torch.cat([pairs, x[..., -1:, :]], dim=-2)
+
+
+class Mel(nn.Module):
+    """audio_features.mel_features for one frame: sound (1, 640 + 2 * CONTEXT) -> (1, 320). By matrices, since
+    the runtime has no fast Fourier transform."""
+
+    def __init__(self):
+        super().__init__()
+        n = torch.arange(audio_features.N_FFT, dtype=torch.float64)
+        angle = 2 * torch.pi / len(n) * n[:, None] * n[: len(n) // 2 + 1]
+        window = torch.hann_window(len(n), dtype=torch.float64)[:, None]
+        self.register_buffer("fourier", (window * torch.cat([angle.cos(), angle.sin()], dim=1)).float())
+        self.register_buffer("filters", audio_features.mel_filters())
+
+    def forward(self, wave):
+        starts = range(0, wave.shape[-1] - audio_features.N_FFT + 1, audio_features.STEP)
+        windows = torch.cat([wave[:, k: k + audio_features.N_FFT] for k in starts])      # (4, N_FFT)
+        real, imaginary = (windows @ self.fourier).chunk(2, dim=1)
+        mel = (real.square() + imaginary.square()) @ self.filters                        # (4, BINS)
+        mel = mel.clamp(min=audio_features.MEL_FLOOR).log10()
+        return ((mel - audio_features.MEL_MEAN) / audio_features.MEL_STD).flatten()[None]
 
 
 class Guided(nn.Module):
@@ -74,8 +147,11 @@ class Guided(nn.Module):
         self.generator = generator
 
     def forward(self, m_t, t, past, reference, audio, guidance, mood=None):
-        uncond = self.generator(m_t, t, past, reference, mood=mood)
-        cond = self.generator(m_t, t, past, reference, audio, mood=mood)
+        def twice(x):                                             # with speech, and without
+            return None if x is None else x.expand(2, *x.shape[1:])
+
+        inputs = [twice(x) for x in (m_t, t, past, reference, audio)]
+        cond, uncond = self.generator(*inputs, drop=torch.tensor([False, True]), mood=twice(mood)).split(1)
         return uncond + guidance * (cond - uncond)                      # flow.with_cfg, guidance as a tensor
 
 
@@ -142,9 +218,9 @@ def moods_of(generator):
     return list(EMOTIONS) if generator.config.experts or generator.config.mood_table else []
 
 
-def graphs(models):
-    """{"encoder", "decoder", "generator"} -> {file name: bytes}, and the number of tensors in the
-    reference."""
+def graphs(models, steps=1):
+    """{"encoder", "decoder", "generator"}, steps of the decoder -> {file name: bytes}, and the number of
+    tensors in the reference."""
     encoder, decoder, generator = models["encoder"], models["decoder"], models["generator"]
     c, g, weights = decoder.config, generator.config, Weights()
     motion = c.num_tokens * c.token_dim
@@ -157,9 +233,10 @@ def graphs(models):
     new, past = torch.zeros(1, g.window, motion), torch.zeros(1, g.past, motion)
     jobs = {
         "encoder": (nn.Sequential(encoder, nn.Flatten()), [photo], ["photo"], ["token"]),
+        "mel": (Mel(), [torch.zeros(1, SAMPLES_PER_FRAME + 2 * audio_features.CONTEXT)], ["wave"], ["row"]),
         "reference": (Reference(decoder), [photo, token], ["photo", "token"], names),
-        "target": (Target(decoder, spec), [photo, t, token, *cache], ["z", "t", "token", *names],
-                   ["x", "moved", "alpha", "field"]),
+        "target": (Target(decoder, spec, steps), [token, *cache], ["token", *names],
+                   ["x", "edit", "field"]),
         "generator": (Guided(generator), [new, t, past, token, speech, torch.tensor(1.5)],
                       ["z", "t", "past", "reference", "audio", "guidance"], ["v"])}
     if moods_of(generator):
@@ -167,6 +244,12 @@ def graphs(models):
         jobs["generator"][2].append("mood")
     files = {f"{name}.onnx": to_onnx(*job, weights) for name, job in jobs.items()}
     return {**files, WEIGHTS: bytes(weights.data)}, len(cache)
+
+
+def labelled(controls):
+    """The controls that are read back well enough for a slider, each with its label."""
+    return {name: {**controls[name], "label": label} for name, label in LABELS.items()
+            if controls.get(name, {}).get("correlation", 0) >= MIN_CORRELATION}
 
 
 def fingerprint(ckpt):
@@ -191,25 +274,24 @@ def export(ckpt, out):
         raise InputError("the export needs onnx and onnxscript: pip install -r "
                          "requirements-web.txt") from None
     logging.disable(logging.WARNING)                              # the exporter's chatter
-    files, count = graphs(models)
+    files, count = graphs(models, meta["steps"])
     logging.disable(logging.NOTSET)
     total = sum(map(len, files.values()))
     if total > LIMIT:
         raise InputError(f"{ckpt} is too large for a page: {total / 1e6:.0f} MB of graphs, at most "
                          f"{LIMIT / 1e6:.0f} MB")
     g = models["generator"].config
+    silence = float(Mel()(torch.zeros(1, SAMPLES_PER_FRAME + 2 * audio_features.CONTEXT)).mean())
     about = {
         "format": "semo-web-1", "release": Path(ckpt).name, "fingerprint": fingerprint(ckpt),
         "bytes": {name: len(data) for name, data in files.items()}, "cache": count,
-        "size": meta["size"], "border": BORDER, "changed": CHANGED, "token": c.num_tokens * c.token_dim,
-        "steps": meta["steps"],
+        "size": meta["size"], "token": c.num_tokens * c.token_dim,
         "generator": {"window": g.window, "past": g.past, "ahead": g.lookahead, "steps": meta["gen_steps"],
-                      "guidance": meta["guidance"], "moods": moods_of(models["generator"])},
-        "mel": {"rate": SAMPLE_RATE, "frame": SAMPLES_PER_FRAME, "bins": audio_features.BINS,
-                "fft": audio_features.N_FFT,
-                "hop": audio_features.STEP, "floor": audio_features.MEL_FLOOR,
-                "mean": audio_features.MEL_MEAN, "std": audio_features.MEL_STD},
-        "controls": meta.get("controls") or fit_controls(models, meta),
+                      "guidance": meta["guidance"], "audio": g.audio_dim, "silence": silence,
+                      "moods": moods_of(models["generator"])},
+        "mel": {"rate": SAMPLE_RATE, "frame": SAMPLES_PER_FRAME, "context": audio_features.CONTEXT},
+        "controls": labelled(meta.get("controls") or fit_controls(models, meta)),
+        "example": asdict(frame_photo(open_image(EXAMPLES / "portrait.png"), load_detector())[0]),
     }
     out = Path(out)
     for name, data in files.items():

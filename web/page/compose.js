@@ -1,134 +1,84 @@
-// Frames at the photo's own resolution, in WebGL: the pixels of the photo's face square are moved by the network's
-// displacements, faded by alpha, and the residual is added. out = moved * up(keep) + up(residual). As media/compose.py.
+// Frames at the photo's own resolution, in WebGL: inside the face square the photo's pixels are moved and
+// faded, and a residual is added. The network gives all three: see Edit in web/export.py.
 
 const VERTEX = `#version 300 es
 void main() { gl_Position = vec4(gl_VertexID == 1 ? 3.0 : -1.0, gl_VertexID == 2 ? 3.0 : -1.0, 0.0, 1.0); }`;
 
-const clamp = (v, low, high) => Math.min(Math.max(v, low), high);
-
-function edgeWindow(size, border, still) {                   // 0 in the outer `still` cells, 1 from the share `border` inwards
-  const ramp = Float32Array.from({ length: size }, (_, k) => {
-    const depth = (Math.min(k, size - 1 - k) + 1 - still) / Math.max(1, border * size - still);
-    return 0.5 - 0.5 * Math.cos(Math.PI * clamp(depth, 0, 1));
-  });
-  return Float32Array.from({ length: size * size }, (_, k) => ramp[k % size] * ramp[Math.floor(k / size)]);
-}
-
-function greatestNear(values, size) {                        // the maximum over 3 x 3 cells, one axis after the other
-  const along = (from, step) => from.map((v, k) => {
-    const at = Math.floor(k / step) % size;
-    return Math.max(v, at ? from[k - step] : v, at < size - 1 ? from[k + step] : v);
-  });
-  return along(along(values, 1), size);
+function double(data, width, height) {
+  // RGBA pixels -> twice as many in each row but one, those between by cubic interpolation; rows become
+  // columns, so that two calls double both. Linear sampling of the result keeps a moved photo sharp.
+  const out = new Uint8ClampedArray(4 * (2 * width - 1) * height);
+  for (let y = 0; y < height; y++) {
+    const pixel = x => 4 * (y * width + Math.min(Math.max(x, 0), width - 1));
+    for (let x = 0; x < 2 * width - 1; x++) {
+      const to = 4 * (x * height + y), [a, b, c, d] = [-1, 0, 1, 2].map(k => pixel((x >> 1) + k));
+      for (let n = 0; n < 4; n++) {
+        const between = 0.59375 * (data[b + n] + data[c + n]) - 0.09375 * (data[a + n] + data[d + n]);
+        out[to + n] = x % 2 ? between : data[b + n];
+      }
+    }
+  }
+  return out;
 }
 
 export class Composer {
-  static async make(canvas, model, base) {                   // base: address of the folder that holds the shaders
-    const text = async name => (await fetch(new URL(name, base))).text();
-    return new Composer(canvas, model, await text("double.glsl"), await text("frame.glsl"));
-  }
-
-  constructor(canvas, model, double, frame) {
-    const gl = canvas.getContext("webgl2", { preserveDrawingBuffer: true, antialias: false });
-    if (!gl || !gl.getExtension("EXT_color_buffer_float")) {
-      throw new Error("This browser has no WebGL 2 with float textures, which the page needs.");
-    }
-    Object.assign(this, { gl, canvas, model, view: 0, buffer: gl.createFramebuffer() });
-    this.paintWindow = edgeWindow(model.size, model.border, 2);
-    this.fieldWindow = edgeWindow(model.size, model.border, 1);
-    this.double = this.program(double, ["image"]);
-    this.frame = this.program(frame, ["photo", "parts", "field"]);
-    const fine = gl.getExtension("OES_texture_float_linear");                             // faster where WebGL runs in software
-    [this.four, this.two] = fine ? [gl.RGBA32F, gl.RG32F] : [gl.RGBA16F, gl.RG16F];
-    for (const name of ["photo", "parts", "given", "turned", "field"]) this[name] = gl.createTexture();
-  }
-
-  program(source, samplers) {
-    const { gl } = this, program = gl.createProgram();
-    for (const [kind, text] of [[gl.VERTEX_SHADER, VERTEX], [gl.FRAGMENT_SHADER, source]]) {
-      const shader = gl.createShader(kind);
-      gl.shaderSource(shader, text);
-      gl.compileShader(shader);
-      gl.attachShader(program, shader);
+  constructor(canvas, shader) {
+    const gl = canvas.getContext("webgl2", { preserveDrawingBuffer: true, antialias: false, alpha: false });
+    if (!gl) throw new Error("This browser has no WebGL 2, which the page needs.");
+    const program = gl.createProgram(), uniform = name => gl.getUniformLocation(program, name);
+    for (const [kind, source] of [[gl.VERTEX_SHADER, VERTEX], [gl.FRAGMENT_SHADER, shader]]) {
+      const compiled = gl.createShader(kind);
+      gl.shaderSource(compiled, source);
+      gl.compileShader(compiled);
+      gl.attachShader(program, compiled);
     }
     gl.linkProgram(program);
-    if (!gl.getProgramParameter(program, gl.LINK_STATUS)) throw new Error(`WebGL: ${gl.getProgramInfoLog(program)}`);
+    if (!gl.getProgramParameter(program, gl.LINK_STATUS)) throw new Error(gl.getProgramInfoLog(program));
     gl.useProgram(program);
-    samplers.forEach((name, unit) => gl.uniform1i(gl.getUniformLocation(program, name), unit));
-    return { program, at: name => gl.getUniformLocation(program, name) };
-  }
-
-  texture(texture, internal, width, height, format, type, data, filter) {
-    const { gl } = this;
-    gl.activeTexture(gl.TEXTURE0);
-    gl.bindTexture(gl.TEXTURE_2D, texture);
-    gl.pixelStorei(gl.UNPACK_ALIGNMENT, 1);
-    gl.texImage2D(gl.TEXTURE_2D, 0, internal, width, height, 0, format, type, data);
-    for (const side of [gl.TEXTURE_WRAP_S, gl.TEXTURE_WRAP_T]) gl.texParameteri(gl.TEXTURE_2D, side, gl.CLAMP_TO_EDGE);
-    for (const scale of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, scale, filter);
-  }
-
-  doubled(target, internal, width, height, type, data) {     // target becomes data, twice as fine: linear sampling keeps it sharp
-    const { gl } = this;
-    this.texture(this.given, internal, width, height, gl.RGBA, type, data, gl.NEAREST);
-    gl.useProgram(this.double.program);
-    gl.bindFramebuffer(gl.FRAMEBUFFER, this.buffer);
-    for (const [from, to] of [[this.given, this.turned], [this.turned, target]]) {
-      [width, height] = [height, 2 * width - 1];             // each pass doubles the columns and makes rows of them
-      this.texture(to, internal, width, height, gl.RGBA, type, null, to === target ? gl.LINEAR : gl.NEAREST);
-      gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, to, 0);
-      gl.viewport(0, 0, width, height);
-      gl.bindTexture(gl.TEXTURE_2D, from);
-      gl.drawArrays(gl.TRIANGLES, 0, 3);
-    }
-  }
-
-  setPhoto({ width, height, data }) {                        // ImageData
-    const { gl } = this;
-    Object.assign(this.canvas, { width, height });
-    this.doubled(this.photo, gl.RGBA, width, height, gl.UNSIGNED_BYTE, data);
-  }
-
-  setSquare(square) { Object.assign(this, { square, fresh: true }); }     // {cx, cy, side, angle} in pixels of the photo
-
-  draw({ x, moved, alpha, field }) {                         // of Networks.frame
-    const { gl, model: { size, changed } } = this, n = size * size, parts = new Float32Array(4 * n), move = new Float32Array(2 * n);
-    const paint = (c, k) => clamp(x[c * n + k], -1, 1) - moved[c * n + k];
-    const change = new Float32Array(n).map((_, k) => 127.5 * Math.max(Math.abs(paint(0, k)), Math.abs(paint(1, k)), Math.abs(paint(2, k))));
-    greatestNear(change, size).forEach((most, k) => {        // where little changes, the photo keeps its own detail
-      const w = this.paintWindow[k], keep = 1 - clamp(alpha[k], 0, 1) * Math.min(1, most / changed) * w;
-      for (let c = 0; c < 3; c++) parts[4 * k + c] = moved[c * n + k] * (1 - keep) + paint(c, k) * w;
-      parts[4 * k + 3] = keep;
-      for (const at of [2 * k, 2 * k + 1]) move[at] = field[at] * this.fieldWindow[k];
-    });
-    this.doubled(this.parts, this.four, size, size, gl.FLOAT, parts);
-    this.texture(this.field, this.two, size, size, gl.RG, gl.FLOAT, move, gl.LINEAR);
-    this.fill();
-  }
-
-  fill() {                                                   // the canvas: all of it at first, then around the square alone
-    const { gl, canvas: { width, height }, square: { cx, cy, side, angle } } = this, { program, at } = this.frame;
-    const cos = Math.cos(angle), sin = Math.sin(angle), reach = Math.ceil(side / 2 * (Math.abs(cos) + Math.abs(sin))) + 1;
-    gl.useProgram(program);
-    gl.bindFramebuffer(gl.FRAMEBUFFER, null);
-    gl.viewport(0, 0, width, height);
-    if (!this.fresh) gl.enable(gl.SCISSOR_TEST);
-    gl.scissor(Math.floor(cx) - reach, Math.floor(height - cy) - reach, 2 * reach + 1, 2 * reach + 1);
-    gl.uniform2f(at("centre"), cx, cy);
-    gl.uniform2f(at("turn"), cos, sin);
-    gl.uniform1f(at("side"), side);
-    gl.uniform1i(at("view"), this.view);
-    [this.photo, this.parts, this.field].forEach((texture, unit) => {
+    const set = (key, value) => gl.texParameteri(gl.TEXTURE_2D, key, value);
+    ["photo", "edit", "field"].forEach((name, unit) => {
       gl.activeTexture(gl.TEXTURE0 + unit);
-      gl.bindTexture(gl.TEXTURE_2D, texture);
+      gl.bindTexture(gl.TEXTURE_2D, gl.createTexture());
+      gl.uniform1i(uniform(name), unit);
+      for (const axis of [gl.TEXTURE_WRAP_S, gl.TEXTURE_WRAP_T]) set(axis, gl.CLAMP_TO_EDGE);
+      for (const filter of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) set(filter, gl.LINEAR);
     });
-    gl.drawArrays(gl.TRIANGLES, 0, 3);
-    gl.disable(gl.SCISSOR_TEST);
-    this.fresh = false;
+    // 32 bits are faster where WebGL runs in software, but not every device can filter them
+    const bits = gl.getExtension("OES_texture_float_linear") ? "32F" : "16F";
+    Object.assign(this, { gl, canvas, uniform, bits, view: 0 });
   }
 
-  clear() {                                                  // the photo as it is
-    const none = new Float32Array(3 * this.model.size ** 2);
-    this.draw({ x: none, moved: none, alpha: none, field: none });
+  upload(unit, internal, width, height, format, type, data) {
+    const { gl } = this;
+    gl.activeTexture(gl.TEXTURE0 + unit);
+    gl.texImage2D(gl.TEXTURE_2D, 0, internal, width, height, 0, format, type, data);
+  }
+
+  setPhoto({ width, height, data }) {
+    const { gl } = this, wide = 2 * width - 1, high = 2 * height - 1;
+    const doubled = new Uint8Array(double(double(data, width, height), height, wide).buffer);
+    Object.assign(this.canvas, { width, height });
+    this.upload(0, gl.RGBA, wide, high, gl.RGBA, gl.UNSIGNED_BYTE, doubled);
+  }
+
+  setSquare({ cx, cy, side, angle }) {                       // and shows the photo as it is
+    const { gl, uniform, canvas: { width, height } } = this, cos = Math.cos(angle), sin = Math.sin(angle);
+    const reach = Math.ceil(side / 2 * (Math.abs(cos) + Math.abs(sin))) + 1;
+    gl.uniform2f(uniform("centre"), cx, cy);
+    gl.uniform2f(uniform("turn"), cos, sin);
+    gl.uniform1f(uniform("side"), side);
+    gl.viewport(0, 0, width, height);
+    gl.disable(gl.SCISSOR_TEST);
+    this.draw({ edit: new Float32Array([0, 0, 0, 1]), field: new Float32Array(2) });
+    gl.enable(gl.SCISSOR_TEST);                              // from now on, only around the square
+    gl.scissor(Math.floor(cx) - reach, Math.floor(height - cy) - reach, 2 * reach + 1, 2 * reach + 1);
+  }
+
+  draw({ edit, field }) {
+    const { gl, bits } = this, fine = Math.sqrt(edit.length / 4), coarse = Math.sqrt(field.length / 2);
+    this.upload(1, gl[`RGBA${bits}`], fine, fine, gl.RGBA, gl.FLOAT, edit);
+    this.upload(2, gl[`RG${bits}`], coarse, coarse, gl.RG, gl.FLOAT, field);
+    gl.uniform1i(this.uniform("view"), this.view);
+    gl.drawArrays(gl.TRIANGLES, 0, 3);
   }
 }

@@ -1,317 +1,243 @@
-// What the visitor sees and does. Computing is in worker.js, drawing in compose.js, sound in player.js.
+// What the visitor sees and does. Computing is in worker.js, drawing in compose.js, playing in player.js.
 import { Composer } from "./compose.js";
-import { facePixels, middleSquare, openPhoto, toPixels } from "./image.js";
-import { openSound, Player, recorder, save } from "./player.js";
+import { facePixels, openPhoto, toPixels } from "./image.js";
+import { openSound, Player } from "./player.js";
+import { adjustable, middleSquare, placeSquare } from "./square.js";
+import { FPS } from "./video.js";
 
-const $ = id => document.getElementById(id), canvas = $("picture"), overlay = $("overlay"), pen = overlay.getContext("2d");
-const LABELS = { jaw: "Jaw", lip_width: "Lip width", lip_corner: "Lip corners", blink_l: "Blink left", blink_r: "Blink right",
-  gaze_x: "Gaze sideways", gaze_y: "Gaze up, down", brow_raise: "Brows raised", brow_furrow: "Brows drawn", yaw: "Turn (yaw)",
-  pitch: "Nod (pitch)", roll: "Tilt (roll)", light_x: "Light from", light: "Light strength", shift_x: "Move sideways",
-  shift_y: "Move up, down", scale: "Nearer" };
-const WORKS = 0.5;                                           // a slider is shown if its value is read back with this correlation
-const worker = new Worker("worker.js", { type: "module" }), player = new Player(worker, show, share => { $("progress").value = share; });
-const app = { worker, player, values: {}, seed: 0, path: null, shown: [], ready: false, pending: false };
-let frame, again = false, later, adjusting = false;
-
+const $ = id => document.getElementById(id);
+const canvas = $("picture"), view = $("view"), camera = $("camera-video");
+const worker = new Worker("worker.js", { type: "module" });
+const player = new Player(worker, show, share => { $("progress").value = share; });
+const app = { worker, player, sliders: {}, values: {}, seed: 0, path: [], shown: [], following: false };
+let frame, wanted = null, later, clock, adjusting = false;   // wanted: the token after the pending one
+const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const tell = text => { $("status").textContent = text; };
-const fail = error => { $("error").textContent = error?.message || String(error); };
-const guarded = job => async (...args) => {                  // one sentence for whatever goes wrong
-  if (args[0] instanceof Event) $("error").textContent = "";
-  try { await job(...args); } catch (error) {
-    fail(error.name === "NotAllowedError" ? new Error("The browser was not allowed to use it; allow it and try again.")
-      : error.name === "NotFoundError" ? new Error("There is none on this device.") : error);
-  }
-};
-const on = (id, kind, job) => $(id).addEventListener(kind, guarded(job));
+const fail = error => { $("error").textContent = error.message; };
+const press = (button, pressed) => button.setAttribute("aria-pressed", pressed);
+const enable = (...ids) => { for (const id of ids) $(id).disabled = false; };
+
+function on(target, kind, job) {                             // one sentence for whatever goes wrong
+  target.addEventListener(kind, async event => {
+    $("error").textContent = "";
+    try { await job(event); } catch (error) { fail(error); }
+  });
+}
+const onClick = (id, job) => on($(id), "click", job);
 
 // ---- photo and face square
-
-function usePhoto(image) {
+function usePhoto(image, square = middleSquare(image)) {
   player.stop();
   app.image = image;
-  Object.assign(overlay, { width: image.width, height: image.height });
   app.composer.setPhoto(image);
-  setSquare(middleSquare(image));
+  setSquare(square);
 }
 
-function setSquare(square) {
-  const { width, height } = app.image, clamp = (v, low, high) => Math.min(Math.max(v, low), high);
-  app.square = { cx: clamp(square.cx, 0, width), cy: clamp(square.cy, 0, height), angle: square.angle,
-    side: clamp(square.side, 24, 1.5 * Math.max(width, height)) };
-  app.composer.setSquare({ ...app.square });
-  app.composer.clear();
-  drawOverlay();
+function setSquare({ cx, cy, side, angle }) {
+  const { width, height } = app.image, largest = 1.5 * Math.max(width, height);
+  app.square = { cx: clamp(cx, 0, width), cy: clamp(cy, 0, height), side: clamp(side, 24, largest), angle };
+  app.composer.setSquare(app.square);
+  placeSquare($("square"), app.square, app.image);
   clearTimeout(later);
-  later = setTimeout(() => worker.postMessage({ kind: "photo", pixels: facePixels(app.image, app.square, app.model.size), seed: app.seed }), 60);
+  later = setTimeout(() => {
+    const pixels = facePixels(app.image, app.square, app.model.size);
+    worker.postMessage({ kind: "photo", pixels });
+  }, 60);
 }
 
-function drawOverlay() {
-  const { width, height } = overlay, unit = Math.max(width, height) / 400;
-  pen.setTransform(1, 0, 0, 1, 0, 0);
-  pen.clearRect(0, 0, width, height);
-  if (!app.square) return;
-  const { cx, cy, side, angle } = app.square;
-  pen.translate(cx, cy);
-  pen.rotate(angle);
-  pen.lineWidth = 2 * unit;
-  if (adjusting) {
-    pen.strokeStyle = "#000";
-    pen.strokeRect(-side / 2 - unit, -side / 2 - unit, side + 2 * unit, side + 2 * unit);
-    pen.strokeStyle = "#fff";
-    pen.strokeRect(-side / 2, -side / 2, side, side);
-  }
-  if (app.composer.view === 3 && frame) {                    // the field: from where each place takes its look
-    const { size } = app.model, { field } = frame.parts, n = 16, s = side / 2;
-    pen.strokeStyle = "#0a7";
-    pen.fillStyle = "#e33";
-    pen.lineWidth = unit;
-    for (let j = 0; j < n; j++) for (let i = 0; i < n; i++) {
-      const x = (2 * i + 1) / n - 1, y = (2 * j + 1) / n - 1, at = 2 * (Math.floor((j + 0.5) / n * size) * size + Math.floor((i + 0.5) / n * size));
-      pen.beginPath();
-      pen.moveTo(s * (x + field[at]), s * (y + field[at + 1]));
-      pen.lineTo(s * x, s * y);
-      pen.stroke();
-      pen.fillRect(s * x - unit, s * y - unit, 2 * unit, 2 * unit);
-    }
-  }
+function point({ clientX, clientY }) {                       // of an event -> [x, y] in pixels of the photo
+  const { left, top, width } = canvas.getBoundingClientRect(), scale = canvas.width / width;
+  return [(clientX - left) * scale, (clientY - top) * scale];
 }
 
-const pointers = new Map();
-
-overlay.addEventListener("pointerdown", event => {
-  if (!adjusting) return;
-  overlay.setPointerCapture(event.pointerId);
-  pointers.set(event.pointerId, [event.offsetX, event.offsetY]);
-});
-overlay.addEventListener("pointermove", event => {
-  const scale = overlay.width / overlay.clientWidth, here = [event.offsetX, event.offsetY], before = pointers.get(event.pointerId);
-  if (adjusting && before) {
-    const other = [...pointers].find(([id]) => id !== event.pointerId)?.[1], { cx, cy, side, angle } = app.square;
-    pointers.set(event.pointerId, here);
-    if (other) {                                             // two fingers: size and angle
-      const span = p => [p[0] - other[0], p[1] - other[1]], [a, b] = [span(before), span(here)];
-      setSquare({ cx, cy, side: side * Math.hypot(...b) / Math.max(1, Math.hypot(...a)), angle: angle + Math.atan2(b[1], b[0]) - Math.atan2(a[1], a[0]) });
-    } else setSquare({ cx: cx + (here[0] - before[0]) * scale, cy: cy + (here[1] - before[1]) * scale, side, angle });
-  } else if ($("lead").checked && !$("puppet").hidden && app.square) {
-    const x = (here[0] * scale - app.square.cx) / app.square.side, y = (here[1] * scale - app.square.cy) / app.square.side;
-    for (const [name, share] of [["gaze_x", 2 * x], ["gaze_y", 2 * y], ["yaw", 1.5 * x], ["pitch", 1.5 * y]]) {
-      if (name in app.values) setSlider(name, Math.min(1, Math.max(-1, share)) * app.model.controls[name].high);
-    }
-    pose();
-  }
-});
-for (const kind of ["pointerup", "pointercancel"]) overlay.addEventListener(kind, event => pointers.delete(event.pointerId));
-overlay.addEventListener("wheel", event => {
-  if (!adjusting) return;
-  event.preventDefault();
-  setSquare({ ...app.square, side: app.square.side * Math.exp(event.deltaY / 1000) });
-}, { passive: false });
-overlay.addEventListener("keydown", event => {
-  const { cx, cy, side, angle } = app.square || {}, step = side / 50;
-  const moves = { ArrowLeft: { cx: cx - step }, ArrowRight: { cx: cx + step }, ArrowUp: { cy: cy - step }, ArrowDown: { cy: cy + step },
-    "+": { side: 1.04 * side }, "-": { side: side / 1.04 }, ",": { angle: angle - 0.02 }, ".": { angle: angle + 0.02 } };
-  if (!adjusting || !moves[event.key]) return;
-  event.preventDefault();
-  setSquare({ ...app.square, ...moves[event.key] });
-});
-
-on("adjust", "click", () => {
+adjustable(view, point, () => adjusting ? app.square : null, setSquare);
+onClick("adjust", () => {
   player.stop();
   adjusting = !adjusting;
-  $("adjust").setAttribute("aria-pressed", adjusting);
-  overlay.classList.toggle("adjusting", adjusting);
-  if (adjusting) overlay.focus();
-  drawOverlay();
+  press($("adjust"), adjusting);
+  view.classList.toggle("adjusting", adjusting);
+  if (adjusting) view.focus();
 });
-on("photo", "change", async ({ target }) => { if (target.files[0]) usePhoto(await openPhoto(target.files[0])); target.value = ""; });
-on("example", "click", useExample);
-document.addEventListener("dragover", event => event.preventDefault());
-const take = guarded(async (event, files) => {               // dropped or pasted: a sound, or else a picture
-  if (!files?.length || !app.ready) return;
-  event.preventDefault();
-  if (/^(audio|video)\//.test(files[0].type)) await useSound(files[0]);
-  else usePhoto(await openPhoto(files[0]));
-});
-document.addEventListener("drop", event => { event.preventDefault(); take(event, event.dataTransfer.files); });
-document.addEventListener("paste", event => take(event, event.clipboardData.files));
 
-const video = document.querySelector("#camera video");
-on("webcam", "click", async () => {
-  video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "user" } });
+async function receive(event, [file]) {                      // a photo, chosen, dropped or pasted
+  if (!file || !app.model) return;
+  event.preventDefault();
+  usePhoto(await openPhoto(file));
+}
+
+on($("photo"), "change", event => receive(event, event.target.files));
+on($("sound"), "change", ({ target }) => useSound(target.files[0]));
+for (const id of ["photo", "sound"]) onClick(id, ({ target }) => { target.value = ""; });
+onClick("example", useExample);
+document.addEventListener("dragover", event => event.preventDefault());
+on(document, "drop", event => receive(event, event.dataTransfer.files));
+on(document, "paste", event => receive(event, event.clipboardData.files));
+onClick("webcam", async () => {
+  camera.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "user" } });
   $("camera").showModal();
 });
-on("shoot", "click", async () => {
-  const image = toPixels(video, video.videoWidth, video.videoHeight);
-  $("camera").close();
-  usePhoto(image);
-});
-on("close-camera", "click", () => $("camera").close());
-on("camera", "close", () => video.srcObject?.getTracks().forEach(track => track.stop()));
+onClick("shoot", () => usePhoto(toPixels(camera, camera.videoWidth, camera.videoHeight)));
+on($("camera"), "close", () => camera.srcObject.getTracks().forEach(track => track.stop()));
 
 // ---- talk
-
-async function useSound(blob) {
+async function useSound(file, name = file.name || "Sound") {
   player.stop();
-  Object.assign(app, await openSound(blob, worker.rate));
-  $("sound-name").textContent = `${blob.name || "Sound"}, ${app.sound.duration.toFixed(1)} s`;
+  app.speech = await openSound(file, app.model.mel.rate);
+  $("sound-name").textContent = `${name}, ${app.speech.sound.duration.toFixed(1)} s`;
 }
 
-async function talk(record) {
-  for (const id of ["download", "take"]) $(id).disabled = true;
-  $("play").textContent = "Stop";
-  if (record) tell("Recording while it plays …");
-  const blob = await player.play({ sound: app.sound, wave: app.wave, seed: app.seed, record: record && canvas });
-  $("play").textContent = "Play";
-  for (const id of ["download", "take"]) $(id).disabled = false;
-  if (record && blob?.size) { save(app.saved = blob, "talking"); tell("The video is in your downloads."); }
-}
-
-on("sound", "change", async ({ target }) => { if (target.files[0]) await useSound(target.files[0]); target.value = ""; });
-on("play", "click", () => player.now ? player.stop() : talk(false));
-on("download", "click", () => talk(true));
-on("take", "click", () => { app.seed++; return talk(false); });
-on("microphone", "click", async ({ currentTarget: button }) => {
+async function play(button, job) {                           // the button stops what it started
   if (player.now) return player.stop();
-  button.setAttribute("aria-pressed", true);
-  try { await player.listen(worker.rate, () => tell("Listening; the face follows 0.8 seconds later.")); } finally { button.setAttribute("aria-pressed", false); }
+  const text = button.textContent;
+  button.textContent = "Stop";
+  try { await player.play(job); } finally { button.textContent = text; }
+}
+
+async function download(name, job) {
+  tell("Writing the video …");
+  const video = await player.write(canvas, job);
+  tell(video ? "The video is in your downloads." : "No video was written.");
+  if (!video) return;
+  const href = URL.createObjectURL(video);
+  Object.assign(document.createElement("a"), { href, download: `${name}.webm` }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 60000);
+}
+
+const speech = () => ({ ...app.speech, seed: app.seed });
+onClick("play", () => play($("play"), speech()));
+onClick("download", () => download("talking", speech()));
+onClick("take", () => { player.stop(); app.seed++; return play($("play"), speech()); });
+onClick("microphone", async ({ currentTarget: button }) => {
+  if (player.now) return player.stop();
+  press(button, true);
+  const started = () => tell("Listening; the face follows 0.8 seconds later.");
+  try { await player.listen(app.model.mel.rate, started); } finally { press(button, false); }
 });
 
 // ---- puppet
-
-function setSlider(name, value) {
-  app.values[name] = value;
-  $(`slider-${name}`).value = value;
-  $(`value-${name}`).textContent = `${value.toFixed(app.model.controls[name].unit ? 0 : 2)}${app.model.controls[name].unit === "degrees" ? "°" : ""}`;
-}
-
-function addSlider(box, id, label, low, high, changed) {
+function addSlider(box, id, { label, low, high, unit }, changed) {       // -> a function that sets it
   const row = document.createElement("div");
   row.className = "slider";
-  row.innerHTML = `<label for="slider-${id}">${label}</label><input id="slider-${id}" type="range" min="${low}" max="${high}"
-    step="${(high - low) / 200}" value="0"><output id="value-${id}" for="slider-${id}"></output>`;
-  row.querySelector("input").addEventListener("input", ({ target }) => changed(+target.value));
+  row.innerHTML = `<label for="slider-${id}">${label}</label>
+    <input id="slider-${id}" type="range" min="${low}" max="${high}" step="${(high - low) / 200}">
+    <output for="slider-${id}"></output>`;
+  const [, input, output] = row.children, set = value => {
+    input.value = value;
+    output.textContent = unit === "degrees" ? `${value.toFixed(0)}°` : value.toFixed(2);
+    changed(value);
+  };
+  on(input, "input", () => set(+input.value));
   $(box).append(row);
+  set(0);
+  return set;
 }
 
-function makeSliders() {
-  const { controls, generator: { moods } } = app.model;
-  for (const name of Object.keys(LABELS).filter(name => controls[name]?.correlation >= WORKS)) {
-    addSlider("sliders", name, LABELS[name], controls[name].low, controls[name].high, value => { setSlider(name, value); pose(); });
-    setSlider(name, 0);
+function makeSliders({ controls, generator: { moods } }) {
+  for (const [name, control] of Object.entries(controls)) {
+    const changed = value => { app.values[name] = value; pose(); };
+    app.sliders[name] = addSlider("sliders", name, control, changed);
   }
-  app.mood = moods.map(() => 0);
-  moods.forEach((name, k) => addSlider("moods", name, name[0].toUpperCase() + name.slice(1), 0, 1, value => {
-    app.mood[k] = value;
-    worker.postMessage({ kind: "mood", weights: app.mood });
-  }));
-}
-
-function pose(token) {                                       // ask for the sliders' face; while one is computed, only the last counts
-  if (!app.still) return;
-  if (!token) {
-    token = app.still.slice();
-    for (const [name, value] of Object.entries(app.values)) app.model.controls[name].direction.forEach((d, n) => { token[n] += value * d; });
-  }
-  app.token = token;
-  if (app.pending) { again = true; return; }
-  app.pending = true;
-  worker.postMessage({ kind: "pose", token });
-}
-
-async function replay(record) {
-  const tape = record ? recorder(canvas) : null, start = performance.now();
-  tape?.start();
-  for (let n; (n = Math.floor((performance.now() - start) / 40)) < app.path.length;) {
-    pose(app.path[n]);
-    await new Promise(requestAnimationFrame);
-  }
-  const blob = await tape?.stop();
-  if (blob?.size) { save(app.saved = blob, "puppet"); tell("The video is in your downloads."); }
-}
-
-on("reset", "click", () => { Object.keys(app.values).forEach(name => setSlider(name, 0)); pose(); });
-let clock;
-on("record", "click", ({ currentTarget: button }) => {       // keeps the token, 25 times a second
-  const recording = button.getAttribute("aria-pressed") !== "true";
-  button.setAttribute("aria-pressed", recording);
-  clearInterval(clock);
-  if (recording) { app.path = []; clock = setInterval(() => app.path.push(app.token || app.still), 40); }
-  for (const id of ["replay", "save-path"]) $(id).disabled = recording || !app.path.length;
-});
-on("replay", "click", () => replay(false));
-on("save-path", "click", () => replay(true));
-
-const tabs = ["talk", "puppet"];
-for (const name of tabs) {
-  const tab = $(`tab-${name}`);
-  tab.addEventListener("click", () => {
-    player.stop();
-    for (const other of tabs) {
-      $(other).hidden = other !== name;
-      $(`tab-${other}`).setAttribute("aria-selected", other === name);
-      $(`tab-${other}`).tabIndex = other === name ? 0 : -1;
-    }
-    if (name === "puppet") pose();
+  const weights = moods.map(() => 0);
+  moods.forEach((name, k) => {
+    const changed = value => { weights[k] = value; worker.postMessage({ kind: "mood", weights }); };
+    addSlider("moods", name, { label: name, low: 0, high: 1 }, changed);
   });
-  tab.addEventListener("keydown", ({ key }) => { if (/^Arrow/.test(key)) { const next = $(`tab-${tabs[1 - tabs.indexOf(name)]}`); next.click(); next.focus(); } });
 }
+
+function pose() {                                            // shows the face of the sliders
+  if (!app.still) return;
+  const token = app.still.slice();
+  for (const [name, value] of Object.entries(app.values)) {
+    app.model.controls[name].direction.forEach((d, n) => { token[n] += value * d; });
+  }
+  app.token = wanted = token;
+  if (!app.following) return follow();
+}
+
+async function follow() {                                    // meanwhile, only the last wish counts
+  app.following = true;
+  while (wanted) {
+    const now = player.begin({ tokens: [wanted] });
+    wanted = null;
+    const face = await player.take(now, 1);                  // none if something else is to be played
+    if (face) requestAnimationFrame(() => show(face));
+    if (player.now === now && !wanted) player.stop();
+  }
+  app.following = false;
+}
+
+view.addEventListener("pointermove", event => {              // the pointer leads gaze and head
+  if (adjusting || !$("lead").checked || !$("puppet").open) return;
+  const { cx, cy, side } = app.square, [x, y] = point(event);
+  const right = (x - cx) / side, down = (y - cy) / side;
+  const shares = { gaze_x: 2 * right, gaze_y: 2 * down, yaw: 1.5 * right, pitch: 1.5 * down };
+  for (const [name, share] of Object.entries(shares)) {
+    app.sliders[name]?.(clamp(share, -1, 1) * app.model.controls[name].high);
+  }
+});
+onClick("reset", () => { for (const set of Object.values(app.sliders)) set(0); });
+onClick("record", ({ currentTarget: button }) => {           // keeps the token, 25 times a second
+  const recording = button.getAttribute("aria-pressed") !== "true";
+  press(button, recording);
+  clearInterval(clock);
+  if (!recording) return enable("replay", "save-path");
+  app.path = [];
+  clock = setInterval(() => app.path.push(app.token), 1000 / FPS);
+});
+const recorded = () => ({ tokens: app.path, total: app.path.length });
+onClick("replay", () => play($("replay"), recorded()));
+onClick("save-path", () => download("puppet", recorded()));
+for (const mode of ["talk", "puppet"]) on($(mode), "toggle", pose);
 
 // ---- what comes back
-
-function show(next) {
-  frame = next;
+function show(received) {
+  frame = received;
   const start = performance.now();
   app.composer.draw(frame.parts);
   const now = performance.now();
   app.shown = [...app.shown.filter(time => now - time < 1000), now];
-  if (!$("inside").open) return;
+  if ($("inside").open) lookInside(now - start);
+}
+
+function lookInside(drawing) {
   const bars = $("bars").getContext("2d"), { width, height } = bars.canvas, step = width / frame.token.length;
   bars.clearRect(0, 0, width, height);
-  frame.token.forEach((v, k) => {
-    bars.fillStyle = v < 0 ? "#d2691e" : "#2a7fd4";
-    bars.fillRect(k * step + 1, height / 2, step - 2, Math.max(-1, Math.min(1, -v / 3)) * height / 2);
+  frame.token.forEach((value, k) => {
+    bars.fillStyle = value < 0 ? "#d2691e" : "#2a7fd4";
+    bars.fillRect(k * step + 1, height / 2, step - 2, clamp(-value / 3, -1, 1) * height / 2);
   });
-  drawOverlay();
-  const times = { "Sound to features, a second": frame.ms.mel, "Generator, a window": frame.ms.generator,
-    "Decoder, a picture": frame.ms.decoder, "Drawing, a picture": now - start, "Pictures a second": app.shown.length };
-  $("times").innerHTML = Object.entries(times).map(([name, ms]) => `<tr><th scope="row">${name}</th><td>${ms.toFixed(1)}</td></tr>`).join("");
+  const { mel, generator, decoder } = frame.ms;
+  const values = [mel, generator, decoder, drawing, app.shown.length];
+  values.forEach((value, k) => { $("times").rows[k].cells[1].textContent = value.toFixed(1); });
 }
 
 const replies = {
   async ready({ model, threads }) {
-    Object.assign(app, { model, composer: await Composer.make(canvas, model, location), ready: true });
-    worker.rate = model.mel.rate;
-    makeSliders();
-    tell(`Ready: ${model.release}, ${model.size} x ${model.size} pixels inside, ${threads} thread${threads > 1 ? "s" : ""}.`);
+    const shader = await (await fetch("frame.glsl")).text();
+    Object.assign(app, { model, composer: new Composer(canvas, shader) });
+    makeSliders(model);
+    tell(`Ready: ${model.release}, ${model.size} x ${model.size} pixels inside, threads: ${threads}.`);
     await useExample();
-    for (const id of ["play", "download", "take"]) $(id).disabled = false;
+    enable("play", "download", "take");
   },
-  photo({ token }) { app.still = token; app.pending = again = false; pose(); },
-  frame(next) {
-    if (next.number >= 0) return player.receive(next);
-    app.pending = false;
-    if (!player.now) show(next);
-    if (again) { again = false; pose(app.token); }
-  },
-  error: ({ text }) => { app.pending = false; player.stop(); fail(text); },
+  photo({ token }) { player.stop(); app.still = token; return pose(); },
+  frame(received) { player.receive(received); },
+  error({ text }) { player.stop(); throw new Error(text); },
 };
 
 async function useExample() {
   const get = async name => (await fetch(`example/${name}`)).blob();
-  usePhoto(await openPhoto(await get("portrait.png")));
-  if (!app.wave) { await useSound(await get("speech.wav")); $("sound-name").textContent = `Example speech, ${app.sound.duration.toFixed(1)} s`; }
+  usePhoto(await openPhoto(await get("portrait.png")), app.model.example);
+  if (!app.speech) await useSound(await get("speech.wav"), "Example speech");
 }
 
-for (const layer of document.querySelectorAll("[name=layer]")) layer.addEventListener("change", () => {
-  app.composer.view = +layer.value;
-  if (frame) show(frame);
-  drawOverlay();
-});
-on("inside", "toggle", () => { if (frame) show(frame); });
-worker.onmessage = ({ data }) => guarded(replies[data.kind])(data);
-worker.onerror = event => fail(`The page's worker stopped: ${event.message || "it could not be loaded"}.`);
-const wish = new URLSearchParams(location.search);
-worker.postMessage({ kind: "load", base: new URL(".", location).href, backend: wish.get("backend") || "wasm",
-  threads: Math.min(4, Math.max(1, (navigator.hardwareConcurrency || 1) - 1)) });         // one core is for drawing
-
+on($("layers"), "change", ({ target }) => { app.composer.view = +target.value; show(frame); });
+on($("inside"), "toggle", () => frame && show(frame));
+worker.onmessage = async ({ data }) => {
+  try { await replies[data.kind](data); } catch (error) { fail(error); }
+};
+worker.onerror = ({ message }) => fail(new Error(`The page's worker stopped: ${message || "not loaded"}.`));
+const backend = new URLSearchParams(location.search).get("backend") || "wasm";
+const threads = clamp((navigator.hardwareConcurrency || 1) - 1, 1, 4);         // one core is for drawing
+worker.postMessage({ kind: "load", base: new URL(".", location).href, backend, threads });
 export { app };
