@@ -61,12 +61,12 @@ export class Composer {
     this.upload(0, gl.RGBA, wide, high, gl.RGBA, gl.UNSIGNED_BYTE, doubled);
   }
 
-  setSquare({ cx, cy, side, angle }) {                       // and shows the photo as it is
+  setSquare({ cx, cy, size, angle }) {                       // and shows the photo as it is
     const { gl, uniform, canvas: { width, height } } = this, cos = Math.cos(angle), sin = Math.sin(angle);
-    const reach = Math.ceil(side / 2 * (Math.abs(cos) + Math.abs(sin))) + 1;
+    const reach = Math.ceil(size / 2 * (Math.abs(cos) + Math.abs(sin))) + 1;
     gl.uniform2f(uniform("centre"), cx, cy);
     gl.uniform2f(uniform("turn"), cos, sin);
-    gl.uniform1f(uniform("side"), side);
+    gl.uniform1f(uniform("size"), size);
     gl.viewport(0, 0, width, height);
     gl.disable(gl.SCISSOR_TEST);
     this.draw({ edit: new Float32Array([0, 0, 0, 1]), field: new Float32Array(2) });

@@ -32,7 +32,7 @@ export function toPixels(source, width, height) {
   return context.getImageData(0, 0, w, h);
 }
 
-export function facePixels({ data, width, height }, { cx, cy, side, angle }, size) {
+export function facePixels({ data, width, height }, { cx, cy, size: side, angle }, size) {
   // The square, upright, edges repeated -> (3, s, s) in [-1, 1], as Python's crop_square. Each pixel is the
   // mean of n x n points, at most a pixel of the photo apart, each linear between four pixels.
   const n = Math.ceil(side / size), step = side / size / n, middle = (size * n - 1) / 2;

@@ -33,9 +33,9 @@ function usePhoto(image, square = middleSquare(image)) {
   setSquare(square);
 }
 
-function setSquare({ cx, cy, side, angle }) {
+function setSquare({ cx, cy, size, angle }) {
   const { width, height } = app.image, largest = 1.5 * Math.max(width, height);
-  app.square = { cx: clamp(cx, 0, width), cy: clamp(cy, 0, height), side: clamp(side, 24, largest), angle };
+  app.square = { cx: clamp(cx, 0, width), cy: clamp(cy, 0, height), size: clamp(size, 24, largest), angle };
   app.composer.setSquare(app.square);
   placeSquare($("square"), app.square, app.image);
   clearTimeout(later);
@@ -168,8 +168,8 @@ async function follow() {                                    // meanwhile, only 
 
 view.addEventListener("pointermove", event => {              // the pointer leads gaze and head
   if (adjusting || !$("lead").checked || !$("puppet").open) return;
-  const { cx, cy, side } = app.square, [x, y] = point(event);
-  const right = (x - cx) / side, down = (y - cy) / side;
+  const { cx, cy, size } = app.square, [x, y] = point(event);
+  const right = (x - cx) / size, down = (y - cy) / size;
   const shares = { gaze_x: 2 * right, gaze_y: 2 * down, yaw: 1.5 * right, pitch: 1.5 * down };
   for (const [name, share] of Object.entries(shares)) {
     app.sliders[name]?.(clamp(share, -1, 1) * app.model.controls[name].high);
