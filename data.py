@@ -11,8 +11,10 @@ import math
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,20 +22,40 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from media import landmarks, prepare
-from media.files import VIDEO_WANTED, InputError, open_media, picture_stream, read_lines
+from media.files import (
+    VIDEO_WANTED,
+    InputError,
+    check_not_truncated,
+    open_media,
+    picture_stream,
+    read_lines,
+)
 from media.image import from_uint8
 from media.prepare import KEYFRAMES, MARGIN, margin_px
 from media.sound import FPS, SAMPLE_RATE, has_audio, load_audio
 
 
 # ------------------------------------------------------------------------------------------------------ files
+@contextmanager
+def open_clip(path: str):
+    """Open a prepared clip by libav -> (container, its pictures). Raises InputError, also where they are
+    damaged."""
+    with open_media(path, VIDEO_WANTED) as container:
+        stream = picture_stream(container)
+        if stream is None:
+            raise InputError(f"{path} holds no pictures; prepare the set again")
+        try:
+            yield container, stream
+        except av.FFmpegError as error:
+            raise InputError(f"{path} is damaged ({error.strerror}); prepare the set again") from None
+
+
 def read_at(path: str, numbers, size: int, margin=False) -> np.ndarray:
     """Read frames of a prepared clip by number, in any order: their tight square, (n, size, size, 3) uint8.
     margin: the whole prepared square, (n, W, W, 3) with W = margin_px(size). Raises InputError."""
     frames, wide = {}, margin_px(size)
     edge = 0 if margin else (wide - size) // 2
-    with open_media(path, VIDEO_WANTED) as container:
-        stream = picture_stream(container)
+    with open_clip(path) as (container, stream):
         tick, position, decoded = 1 / (FPS * stream.time_base), None, iter(())
         for number in sorted(set(numbers)):
             if position is None or number > position + KEYFRAMES:
@@ -55,12 +77,14 @@ def to_array(frame, size: int) -> np.ndarray:
 
 
 def read_clip(path: str, size: int):
-    """Read a whole prepared clip -> frames (F, 3, size, size) in [-1, 1], sound (S,) at 16 kHz or None."""
+    """Read a whole prepared clip -> frames (F, 3, size, size) in [-1, 1], sound (S,) at 16 kHz or None.
+    Raises InputError."""
     wide = margin_px(size)
     edge = (wide - size) // 2
-    with open_media(path, VIDEO_WANTED) as container:
+    with open_clip(path) as (container, stream):
         frames = [to_array(frame, wide)[edge:edge + size, edge:edge + size]
-                  for frame in container.decode(picture_stream(container))]
+                  for frame in container.decode(stream)]
+        check_not_truncated(path, container, stream, len(frames) / FPS)
     wave = load_audio(path)[: len(frames) * SAMPLE_RATE // FPS] if has_audio(path) else None
     return from_uint8(np.stack(frames)), wave
 
@@ -320,12 +344,16 @@ def worker_init(_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def loader(clips: Clips, numbers, workers: int) -> DataLoader:
-    """Items of `clips` in the order of `numbers`, read ahead by `workers` processes (0: none)."""
+def loader(clips: Clips, numbers, workers: int):
+    """Yield items of `clips` in the order of `numbers`, read ahead by `workers` processes (0: none)."""
     options = {}
     if workers:
         options = dict(prefetch_factor=4, worker_init_fn=worker_init, multiprocessing_context="spawn")
-    return DataLoader(clips, batch_size=None, sampler=numbers, num_workers=workers, **options)
+    try:
+        yield from DataLoader(clips, batch_size=None, sampler=numbers, num_workers=workers, **options)
+    except InputError as error:                          # a process sends its sentence below a traceback
+        sentence = str(error).strip().splitlines()[-1]
+        raise InputError(sentence.removeprefix("media.files.InputError: ")) from None
 
 
 if __name__ == "__main__":

@@ -235,6 +235,9 @@ def parse(argv):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             p.error(f"--{name} is {value}; give {low} to {high}")
+    for name, value in vars(args).items():
+        if value == "":                                           # such as an unset variable of the shell
+            p.error(f"--{name.replace('_', '-')} is empty")
     if args.emotion is not None and args.emotion.strip().lower() == "none":
         args.emotion = None
     asked = args.emotion is not None or args.emotion_text is not None
@@ -242,7 +245,7 @@ def parse(argv):
         args.absolute = 0.5
     elif not args.video:
         p.error("--absolute goes with --video")
-    if asked and args.video:
+    if asked and args.video is not None:
         p.error("--emotion and --emotion-text go with --wav: with --video the face takes the video's motion")
     if args.intensity is not None and not asked:
         p.error("--intensity goes with --emotion or --emotion-text")
@@ -275,9 +278,10 @@ def frames_and_sound(args, models, meta, image, composer, detector):
     The number is None where it is not known yet."""
     common = {"seed": args.seed, "steps": args.steps, "composer": composer}
     if args.controls is not None:
-        changes = parse_controls(args.controls, meta.get("controls"), round(args.seconds * FPS))
+        token = models["encoder"].config.num_tokens * models["encoder"].config.token_dim
+        changes = parse_controls(args.controls, meta.get("controls"), token, round(args.seconds * FPS))
         return animate_from_changes(models, meta, image, changes, **common), len(changes), None, None
-    if args.video:
+    if args.video is not None:
         video, note = frame_video(args.video, meta["size"], detector)
         print_note(note)
         frames = reenact(models, meta, image, video, absolute=args.absolute, **common)
@@ -307,7 +311,8 @@ def print_note(note):
 
 
 def pop_all(queue):
-    """The items of a deque, until it is found empty."""
+    """The items of a deque, until it is found empty: for live sound the end, since a frame is made, and
+    takes its sound, after that has arrived."""
     while queue:
         yield queue.popleft()
 
@@ -355,7 +360,7 @@ def run(args):
         raise InputError(f"{args.ckpt} does not say its {', '.join(lacking)}; the file is damaged or of "
                          "another version")
     meta.update({name: given for name, given in (("vae", args.vae), ("whisper", args.whisper)) if given})
-    if args.wav and "generator" not in models:
+    if args.wav is not None and "generator" not in models:
         raise InputError(f"{args.ckpt} holds no motion generator; give another, or --video in place of --wav")
     detector = load_detector(args.detector)
     image, composer, note = read_photo(args.img, meta["size"], detector, args.size, args.crop, args.face)

@@ -318,7 +318,7 @@ def real_clips(args, preset, split: str):
 
 def batches(args, preset, real, numbers, render_fn, device):
     """The batches of `numbers` in order, of the synthetic world or the folders, by their share of --data."""
-    share = 1 - ("synthetic" in args.data) / len(args.data)
+    share = sum(name != "synthetic" for name in args.data) / len(args.data)
 
     def is_real(number):
         return number * 0.6180339887 % 1 < share                                       # evenly spread

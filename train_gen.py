@@ -16,6 +16,7 @@ import copy
 import hashlib
 import os
 import time
+from collections import deque
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,7 @@ MIRRORED = torch.tensor(SIGN)[[0, 1, 2, 4, 5, 6]]                       # sign o
 SHARES = (0.4, 0.2, 0.2, 0.07, 0.07, 0.06)
 LEVELS = {1: 0.4, 2: 0.7, 3: 1.0}         # strength of MEAD's levels
 OTHERS = 4                                # pictures of the same person in other moods kept beside each clip
+WORLD = sorted(Path(__file__).with_name("world").glob("*.py"))         # changed code draws other clips
 TEMPI = 1.0, 0.87, 1.15                   # real clips are few: augment keeps each at these speeds
 
 
@@ -158,12 +160,13 @@ def encode_masked(encoder, frames, mask_max, device, index, rng):
     return torch.stack(motion)
 
 
-def synthetic_clips(args, preset, size, rank, world):
-    """Clips of the synthetic world, one by one. The pictures of each must be taken before the next."""
+def synthetic_clips(args, preset, size, rank, world, device="cpu"):
+    """Draw clips of the synthetic world on a device, one by one. The pictures of each must be taken before
+    the next."""
     render_fn = torch.compile(render, dynamic=False) if args.compile else render
     frames, lips = round(preset["seconds"] * FPS), [list(MOTION).index(name) for name in ("jaw", "lip_width")]
     for number in range(args.clips):
-        seed = torch.tensor([((args.seed * 100_000 + number) * world + rank) % HELD_OUT])
+        seed = torch.tensor([((args.seed * 100_000 + number) * world + rank) % HELD_OUT], device=device)
         voice, face, change = random_moods(seed, frames)
         if preset.get("agree"):                                       # ablation: one mood a clip, the voice's
             face, change = voice[:, None].expand(-1, frames, -1), torch.tensor([frames])
@@ -171,7 +174,7 @@ def synthetic_clips(args, preset, size, rank, world):
         identity, motion = clip["identity"], clip["motion"][0]                         # (1, I), (F, M)
         others = None
         if not preset.get("agree"):                                   # the same movements in other moods
-            moods = random_mood(seed * OTHERS + torch.arange(OTHERS), 44)
+            moods = random_mood(seed * OTHERS + torch.arange(OTHERS, device=device), 44)
             jaw, lip_width = clip["motion"][:, :, lips].expand(OTHERS, -1, -1).unbind(2)
             others = perform(seed.expand(OTHERS), jaw, lip_width, moods, movement=True)      # (OTHERS, F, M)
             middles = (2 * torch.arange(OTHERS) + 1) * frames // (2 * OTHERS)
@@ -180,7 +183,7 @@ def synthetic_clips(args, preset, size, rank, world):
         m = dict(zip(MOTION, motion.unbind(1), strict=True))
         factors = torch.stack([m["jaw"], m["lip_width"], -(m["blink_l"] + m["blink_r"]) / 2,
                                m["yaw"], m["pitch"], m["roll"]], 1)
-        yield Clip(parts, clip["wave"], face[0], change.item(), voice[0], others, factors)
+        yield Clip(parts, clip["wave"], face[0].cpu(), change.item(), voice[0].cpu(), others, factors.cpu())
 
 
 def mood_label(record):
@@ -220,6 +223,11 @@ def real_clips(args, preset, folder, size, rank, world):
                                 others=None if others is None else others.flip(-1))
 
 
+def fingerprints(paths):
+    """Hash files -> [SHA-256 of each]."""
+    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
+
+
 def read_cache(path):
     """What an earlier start kept there; None if there is nothing, or nothing whole: it is made again."""
     try:
@@ -233,8 +241,7 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device):
     """This process's clips, encoded. Kept in --out, for the next start."""
     kind, fresh_masks = preset.get("audio", "mel"), preset.get("fresh_masks", False)
     inputs = [args.ae, *(os.path.join(name, "manifest.jsonl") for name in args.data if name != "synthetic")]
-    hashes = [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in inputs]
-    key = [*hashes, args.clips, args.seed, args.mask_max, preset["seconds"], world,
+    key = [*fingerprints(inputs + WORLD), args.clips, args.seed, args.mask_max, preset["seconds"], world,
            args.whisper, kind, size, preset.get("agree", False), preset["augment"], fresh_masks,
            *Encoded._fields, *args.data]
     path = os.path.join(args.out, f"clips-{rank}.pt")
@@ -247,14 +254,14 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device):
             return Encoded(*(cached[name] for name in Encoded._fields))
     parts, kept, clip_index, voices, number, first = [], [], [], [], 0, 0
     for k, name in enumerate(args.data):
-        clips = synthetic_clips(args, preset, size, rank, world)
+        clips = synthetic_clips(args, preset, size, rank, world, device)
         if name != "synthetic":
             clips = real_clips(args, preset, name, size, rank, world)
         for clip in tqdm(clips, desc=f"encoding {name}", unit="clip", disable=rank > 0):
             how = args.mask_max, training.step_rng(args.seed, rank, number), device
             motion, masked, images = encode_clip(encoder, space, clip.parts, *how)
-            wave = audio_features.normalise_loudness(clip.wave)
-            features = audio_features.extract_features(wave, kind, args.whisper)[0]    # (F, A)
+            wave = audio_features.normalise_loudness(clip.wave.to(device))
+            features = audio_features.extract_features(wave, kind, args.whisper)[0].cpu()       # (F, A)
             frames = min(len(motion), len(features))
             seen = 0 if fresh_masks else 1                                      # in the paper M_r is clear
             others = (motion, masked)[seen][torch.arange(OTHERS) * frames // OTHERS]   # without: own frames
@@ -389,11 +396,11 @@ def motion_loss(model, motion, noise, t, directions=None, **cond):
 # ---- the emotion of a voice --------------------------------------------------------------------------------
 
 @torch.no_grad()
-def voice_statistics(args, preset, encoded, model, rank):
+def voice_statistics(args, preset, encoded, model, rank, device="cpu"):
     """What VoiceEmotion sees after one, two and all seconds of a voice (n, 3, S), and its moods (n, 7).
     Of synthetic voices without pictures, kept in --out, and of labelled clips."""
     kind, frames = preset.get("audio", "mel"), round(preset["seconds"] * FPS)
-    key = [args.voices, frames, args.seed, args.whisper, kind, "moods"]
+    key = [*fingerprints(WORLD), args.voices, frames, args.seed, args.whisper, kind]
     path = os.path.join(args.out, f"voices-{rank}.pt")
 
     def at_three(features):
@@ -406,8 +413,8 @@ def voice_statistics(args, preset, encoded, model, rank):
         seeds = HELD_OUT // 2 + args.seed * 100_000 + torch.arange(args.voices)
         for part in tqdm(seeds.split(16), desc="voices", unit="batch", disable=rank > 0):
             mood = random_mood(part, 45)
-            wave = audio_features.normalise_loudness(speak(part, frames, mood)["wave"])
-            statistics.append(at_three(audio_features.extract_features(wave, kind, args.whisper)))
+            wave = audio_features.normalise_loudness(speak(part, frames, mood)["wave"].to(device))
+            statistics.append(at_three(audio_features.extract_features(wave, kind, args.whisper).cpu()))
             moods.append(mood)
         cached = {"key": key, "statistics": torch.cat(statistics), "moods": torch.cat(moods)}
         training.atomic_save(path, **cached)
@@ -419,7 +426,7 @@ def voice_statistics(args, preset, encoded, model, rank):
     return torch.cat(statistics), torch.cat(moods)
 
 
-def train_voice(args, preset, encoded, rank, steps=1500, batch=256):
+def train_voice(args, preset, encoded, rank, device="cpu", steps=1500, batch=256):
     """Train VoiceEmotion, which tells the mixture of a voice, by cross-entropy.
     Nothing of it is in state.pt: a resumed run trains the same again, from the seed and what is kept in
     --out."""
@@ -428,7 +435,7 @@ def train_voice(args, preset, encoded, rank, steps=1500, batch=256):
         torch.manual_seed(args.seed)                                                   # weights and dropout
         model = VoiceEmotion(VoiceConfig(audio_dim=encoded.features.shape[1], parts=parts))
         rng = torch.Generator().manual_seed(args.seed)
-        statistics, moods = voice_statistics(args, preset, encoded, model, rank)
+        statistics, moods = voice_statistics(args, preset, encoded, model, rank, device)
         steps = min(steps, 5 * len(statistics))
         model.mean.copy_(statistics.mean((0, 1)))
         model.std.copy_(statistics.flatten(0, 1).std(0, correction=0) + 1e-3)
@@ -498,11 +505,12 @@ def train(args, preset) -> int:
         encode_past = partial(encode_masked, encoder, encoded.frames, args.mask_max, device)
     voice = models.get("voice") if args.reflow else None
     if (config.experts or config.mood_table) and not args.reflow:
-        voice = train_voice(args, preset, encoded, rank)
+        voice = train_voice(args, preset, encoded, rank, device)
     directions = readout_directions(encoded) if preset["balanced"] and not args.reflow else None
     directions = None if directions is None else directions.to(device)
     ddp_model = training.ddp_wrap(model, world, device)
     stopper, began = training.Stopper(), time.perf_counter()
+    recent = deque(maxlen=100)                                    # losses, to print their mean
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
         training.set_lr(optimisers, step, args.steps, warmup=50)
@@ -527,7 +535,9 @@ def train(args, preset) -> int:
         training.update_ema(ema, model, step, training.ema_decay(args.steps))
         step += 1
         bar.update()
-        bar.set_postfix(loss=f"{loss.item():.4f}")
+        recent.append(loss.item())
+        mean_loss = sum(recent) / len(recent)
+        bar.set_postfix(loss=f"{mean_loss:.4f}")
         stop = training.any_rank(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             networks = {"encoder": encoder, "decoder": models["decoder"], "generator": ema}
@@ -538,7 +548,7 @@ def train(args, preset) -> int:
             preview(os.path.join(args.out, f"step{step:06d}.mp4"), networks, meta, args)
             training.save_checkpoint(state, step, args, configs, model, ema, optimisers)
             total = (step - first) * world * args.windows
-            training.log(args.out, step=step, loss=loss.item(),
+            training.log(args.out, step=step, loss=mean_loss,
                          windows_per_second=total / (time.perf_counter() - began))
         if stop:
             break

@@ -71,9 +71,13 @@ def check_options(p, args, preset) -> None:
     if args.one_step and not args.reflow:
         p.error("--one-step goes with --reflow")
     for name, value in vars(args).items():
-        least = 0 if name in ("seed", "workers") else 1
-        if type(value) is int and value < least:
-            p.error(f"--{name.replace('_', '-')} is {value}; give {least} or more")
+        option, least = f"--{name.replace('_', '-')}", 0 if name in ("seed", "workers") else 1
+        if type(value) is int and not least <= value < 2**31:                  # step_rng multiplies the seed
+            p.error(f"{option} is {value}; give {least} to {2**31 - 1}")
+        if type(value) is float and not 0 <= value < math.inf:
+            p.error(f"{option} is {value}; give a number from 0 on")
+        if value == "":
+            p.error(f"{option} is empty; give a name or leave it out")
     if not 0 <= args.mask_max < 1:
         p.error(f"--mask-max is {args.mask_max}; give a number in [0, 1)")
 

@@ -246,8 +246,8 @@ def parse(argv):
                         help="measurements of each figure (default: %(default)s)")
     parser.add_argument("--json", help="also write the numbers to this file")
     args = parser.parse_args(argv)
-    if args.rounds < 1 or args.seconds < 0.1:
-        parser.error("--rounds must be at least 1, --seconds at least 0.1")
+    if args.rounds < 1 or not 0.1 <= args.seconds <= 1e5:
+        parser.error("--rounds must be at least 1, --seconds from 0.1 to 100000")
     if not set(args.parts) <= set(PARTS):
         parser.error(f"the parts are {', '.join(PARTS)}, not {' '.join(args.parts)}")
     return args

@@ -154,8 +154,9 @@ def stream_whisper(chunks, model=None):
 
     def encode(sound):
         spectrum = extract(sound.cpu().numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+        encoder.to(sound.device)
         states = encoder(spectrum.to(encoder.conv1.weight)).last_hidden_state  # (1, 2 * window, d_model)
-        return states.float().unflatten(1, (-1, 2)).flatten(2)[0].to(sound.device)  # (window, 2 * d_model)
+        return states.float().unflatten(1, (-1, 2)).flatten(2)[0]  # (window, 2 * d_model)
 
     held, samples, skip, done = torch.zeros(0), 0, 0, 0
     for chunk in chunks:

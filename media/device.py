@@ -9,9 +9,11 @@ def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
+        torch.autocast(device.type)                              # "meta" holds no numbers, others no bf16
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} cannot be used here; give auto, cpu, cuda or mps") from error
+    return device
 
 
 def fast_bf16(device):

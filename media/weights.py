@@ -96,7 +96,7 @@ def load_weights(path, classes, device="cpu"):
     if meta["format"] == "semo-1":
         weights, configs = convert_semo_1(weights, configs)
         meta["format"] = "semo-2"
-    bad = [name for name, value in weights.items() if not value.isfinite().all()]
+    bad = [name for name, value in weights.items() if not value.float().isfinite().all()]
     if bad:
         raise InputError(f"{path}: {len(bad)} weights hold NaN or infinity, first {bad[0]}; the file is "
                          "damaged or badly trained")

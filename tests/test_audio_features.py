@@ -254,6 +254,13 @@ def test_whisper_chunks_equal_whole(whisper_folder, samples):
     torch.testing.assert_close(rows, whole, atol=1e-5, rtol=0)
 
 
+def test_whisper_runs_where_the_sound_is(whisper_folder, monkeypatch):
+    encoder, places = audio_features.load_whisper(whisper_folder), []
+    monkeypatch.setattr(encoder, "to", places.append)
+    audio_features.extract_features(SPEECHLIKE[:1, :16000], kind="whisper", model=encoder)
+    assert places == [SPEECHLIKE.device]
+
+
 def test_a_missing_whisper_is_explained(tmp_path):
     missing = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="nowhere.*folder") as error:

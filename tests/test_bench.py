@@ -84,6 +84,12 @@ def test_stages_of_sampling(release, tmp_path, capsys):
     assert "frames/s, real-time factor" in capsys.readouterr().out
 
 
+def test_a_length_that_is_no_number_is_refused():
+    with pytest.raises(SystemExit) as end:
+        bench.main(["sample", "--seconds", "nan"])
+    assert end.value.code == 2
+
+
 def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench.main(["trian"])

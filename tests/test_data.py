@@ -1,8 +1,10 @@
 """data.py: prepared clips, pairs of frames, augmentation; batches are functions of their number."""
 import json
+import shutil
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from torch.utils.data import DataLoader
 
@@ -55,6 +57,28 @@ def test_frames_by_number_are_those_of_the_whole(sets):
     assert numbers_of(whole) == list(range(FRAMES))
     with pytest.raises(InputError, match="ends before its frame 60"):
         data.read_at(path, [60], 32)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda path, whole: path.unlink(), "does not exist"),
+    (lambda path, whole: path.write_bytes(b""), "is empty"),
+    (lambda path, whole: path.write_bytes(whole[:len(whole) // 2]), "damaged|ends before|cut off"),
+    (lambda path, whole: path.write_bytes(whole.replace(b"moov", b"junk")), "not a sound or video"),
+    (lambda path, whole: path.write_bytes(whole[:-3000] + bytes(3000)), "damaged|ends before|cut off"),
+    (lambda path, whole: path.write_text("#EXTM3U\n#EXTINF:9,\n1.mp4\n#EXT-X-ENDLIST\n"), "not a sound"),
+    (lambda path, whole: soundfile.write(path, np.zeros(16000), 16000, format="WAV"), "holds no pictures")])
+def test_clips_damaged_after_their_preparation_are_named(sets, tmp_path, damage, words):
+    """Also by a process that reads ahead: one sentence, no traceback within."""
+    shutil.copytree(sets[1], tmp_path / "set")
+    for path in (tmp_path / "set" / "clips").iterdir():
+        damage(path, path.read_bytes())
+    clips = data.Clips([str(tmp_path / "set")], 2, 2, 0.5, 32)
+    for workers in (0, 1) if words == "is empty" else (0,):
+        with pytest.raises(InputError, match=words) as error:
+            list(data.loader(clips, range(20), workers))
+        assert str(tmp_path / "set" / "clips") in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(InputError, match=words):
+        data.read_clip(str(path), 32)
 
 
 def test_the_tight_square_is_the_middle_of_the_prepared_one(sets):

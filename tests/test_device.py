@@ -38,7 +38,7 @@ def test_auto_takes_the_best_there_is(monkeypatch):
     assert device.pick_device() == CPU
 
 
-@pytest.mark.parametrize("name", ["abacus", "meta:x", ""])
+@pytest.mark.parametrize("name", ["abacus", "meta", "meta:x", ""])
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(InputError, match="give auto, cpu, cuda or mps"):
         device.pick_device(name)

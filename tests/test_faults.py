@@ -198,6 +198,13 @@ def test_paths_with_odd_characters(odd, capfd):
     assert "none.wav does not exist" in capfd.readouterr().err
 
 
+def test_the_synthetic_data_set_takes_odd_names(odd):
+    folder, _ = odd
+    words = ["--clips", "1", "--seconds", "0.04", "--size", "32"]
+    assert people.main(["--out", str(folder / "set"), *words]) == 0
+    assert len(os.listdir(folder / "set")) == 3
+
+
 @pytest.mark.parametrize("home", [None, "/proc"])
 def test_no_home_and_one_that_nobody_can_write(odd, home):
     """Strict output, too: a name that cannot be printed as it is must not end a finished job."""

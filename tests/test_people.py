@@ -321,7 +321,7 @@ def test_the_command_counts_on_from_its_seed(tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["--clips 0", "--seconds 0", "--seconds -1", "--seconds nan", "--seconds inf",
-                                 "--size 0", "--size 33"])
+                                 "--size 0", "--size 33", f"--seed {2**63 - 1}", f"--seed {2**70}"])
 def test_bad_numbers_are_explained(bad, tmp_path, capsys):
     assert people.main(["--out", str(tmp_path), "--clips", "1", "--seconds", "0.04", *bad.split()]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

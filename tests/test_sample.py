@@ -420,9 +420,9 @@ def test_pieces_of_stdin_do_not_matter(given, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe, isatty=lambda: False))
         takes.append([])
         assert sample.main(live(given, tmp_path / "o.mp4")) == 0
+        wave = load_audio(tmp_path / "o.mp4").numpy()[:24000]
+        assert np.corrcoef(wave, np.frombuffer(raw(1.5), "<i2")[:24000])[0, 1] > 0.8    # AAC of noise
     assert len(takes[0]) == 38 and all(np.array_equal(takes[0], take) for take in takes[1:])
-    wave = load_audio(tmp_path / "o.mp4").numpy()[:24000]
-    assert np.corrcoef(wave, np.frombuffer(raw(1.5), "<i2")[:24000])[0, 1] > 0.8        # AAC of noise
 
 
 def test_a_file_may_be_streamed(given, tmp_path, monkeypatch, capfdbinary):
@@ -547,6 +547,7 @@ def test_interruption_leaves_no_file(given, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("wrong", [["--wav", "y.wav"], ["--img", "x.png"],
                                    ["--img", "x", "--wav", "y", "--video", "z"],
+                                   ["--img", "x", "--video", ""], ["--img", "", "--wav", "y"],
                                    *(["--img", "x", "--wav", "y", *more] for more in (
                                        ["--steps", "0"], ["--seed", "-1"], ["--seed", str(10**30)],
                                        ["--guidance", "nan"], ["--size", "9"]))])
@@ -633,7 +634,7 @@ def test_a_live_voice_may_tell_the_emotion(feeling, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("more, words", [
     (["--emotion", "hapy"], ["hapy", "happy"]), (["--emotion", "happy:2"], ["at most 1"]),
     (["--emotion", "happy, sad@9"], ["past the end", "1.00 s"]),
-    (["--emotion", ""], ["no emotion"]), (["--emotion-text", " "], ["empty"]),
+    (["--emotion", " "], ["no emotion"]), (["--emotion-text", " "], ["empty"]),
     (["--emotion-text", "glad", "--text-model", "/nowhere"], ["cannot load", "/nowhere"])])
 def test_emotions_that_cannot_be_meant_are_refused(feeling, tmp_path, capsys, more, words):
     refused(capsys, command(feeling, tmp_path / "o.mp4", *more, ckpt="e.safetensors"), *words)

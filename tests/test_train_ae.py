@@ -167,6 +167,14 @@ def test_a_batch_depends_on_its_number_alone():
     assert same(one, again) and not torch.equal(one["reference"], other["reference"])
 
 
+def test_batches_are_drawn_on_the_training_device():
+    """The device "meta" refuses whatever lies elsewhere."""
+    for frames in ("1", "4"):
+        args = train_ae.parse(["--preset", "nano", "--frames", frames])
+        batch = train_ae.synthetic_batch(args, NANO, 1, render, device="meta")
+        assert {x.device.type for x in vars(batch).values() if torch.is_tensor(x)} == {"meta"}
+
+
 def test_every_second_batch_of_a_curriculum_shows_another_person_to_the_encoder():
     args = train_ae.parse(["--preset", "nano", "--persons", "4"])
     for number, curriculum, held_out, want in ((0, True, False, 0), (1, True, False, 6), (1, False, False, 0),
@@ -816,7 +824,8 @@ def test_torchruns_end_is_a_wish_to_stop_and_readers_outlive_it(folder, tmp_path
 @pytest.mark.parametrize("wrong", [
     ["--steps", "-1"], ["--persons", "-2"], ["--frames", "0"], ["--accumulate", "0"], ["--save-every", "0"],
     ["--mask-max", "1"], ["--mask-max", "-0.1"], ["--mask-max", "nan"], ["--preset", "huge"],
-    ["--step", "3"], ["--steps", "many"], ["extra"]])
+    ["--step", "3"], ["--steps", "many"], ["extra"], ["--seed", str(2**31)], ["--lr", "nan"],
+    ["--muon-lr", "-1"], ["--label-weight", "inf"], ["--init", ""]])
 def test_bad_arguments_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as end:
         train_ae.main(["--preset", "nano", *wrong])
@@ -869,6 +878,10 @@ def test_sets_share_the_batches_and_test_people_are_only_shown(folder):
     real = train_ae.real_clips(args, NANO, "train")
     kinds = [batch.kind for batch in train_ae.batches(args, NANO, real, range(40), render, CPU)]
     assert 18 <= kinds.count("real") <= 22 and set(kinds) == {"real", "synthetic"}
+    args = train_ae.parse(["--preset", "nano", "--data", "synthetic", "synthetic"])
+    kinds = [batch.kind for batch in train_ae.batches(args, NANO, None, range(3), render, CPU)]
+    assert kinds == ["synthetic"] * 3
+    args = train_ae.parse(["--preset", "nano", "--data", folder, "synthetic", "--workers", "0"])
     shown, split = train_ae.held_out_batch(args, NANO)
     assert shown.reference.median() > 0.3 and split == "test"                # the test person
     args = train_ae.parse(["--preset", "nano"])

@@ -284,7 +284,7 @@ def fp32(monkeypatch):
 
 def test_a_clip_is_encoded_frame_by_frame(ae, fp32):
     encoder = load_models(ae)[0]["encoder"]
-    draw, args = torch.Generator().manual_seed(0), train_gen.parse(command("", "", "--clips", "4"))
+    draw, args = torch.Generator().manual_seed(0), train_gen.parse(command("ae", "out", "--clips", "4"))
     clip = list(train_gen.synthetic_clips(args, {"seconds": 1.2}, 32, 0, 1))[3]
     parts = list(clip.parts)
     clear, masked, frames = train_gen.encode_clip(encoder, Pixel(), parts, 0.6, draw, CPU)
@@ -318,7 +318,7 @@ def test_masks_drawn_anew_are_those_of_the_draw_and_differ_from_step_to_step(ae,
 
 def test_a_person_is_also_seen_in_other_moods():
     """No two pictures are alike, and all are nearer to the person's own frames than to somebody else's."""
-    args = train_gen.parse(command("", "", "--clips", "2"))
+    args = train_gen.parse(command("ae", "out", "--clips", "2"))
     (own, one), (strange, _) = [(torch.cat(list(x.parts)), x)
                                 for x in train_gen.synthetic_clips(args, {"seconds": 1.2}, 32, 0, 1)]
     assert one.others.shape == (train_gen.OTHERS, 3, 32, 32)
@@ -328,7 +328,7 @@ def test_a_person_is_also_seen_in_other_moods():
 
 def test_moods_that_never_disagree():
     """The ablation: voice, face and references of a clip are of one mood."""
-    args = train_gen.parse(command("", "", "--clips", "3"))
+    args = train_gen.parse(command("ae", "out", "--clips", "3"))
     for clip in train_gen.synthetic_clips(args, {"seconds": 1.2, "agree": True}, 32, 0, 1):
         assert torch.equal(clip.mood, clip.voice.expand(30, -1)) and clip.change == 30 and clip.others is None
 
@@ -339,11 +339,20 @@ def test_processes_encode_different_clips_none_held_out(monkeypatch):
         seen.extend(seeds.tolist()) or make(seeds, *more)))
     for seed in (0, 1, 9):
         for rank in range(2):
-            args = train_gen.parse(command("", "", "--clips", "3", "--seed", str(seed)))
+            args = train_gen.parse(command("ae", "out", "--clips", "3", "--seed", str(seed)))
             assert len(list(train_gen.synthetic_clips(args, NANO, 32, rank, 2))) == 3
     assert len(set(seen)) == 18 and 0 <= min(seen) and max(seen) < HELD_OUT
-    list(train_gen.synthetic_clips(train_gen.parse(command("", "", "--seed", "12345")), NANO, 32, 0, 1))
+    list(train_gen.synthetic_clips(train_gen.parse(command("ae", "out", "--seed", "12345")), NANO, 32, 0, 1))
     assert max(seen) < HELD_OUT
+
+
+def test_the_synthetic_world_is_drawn_on_the_training_device(monkeypatch):
+    """The device "meta" refuses whatever lies elsewhere."""
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: 3)                           # numbers it has not
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: x)
+    args = train_gen.parse(command("ae", "out", "--clips", "1"))
+    clip, = train_gen.synthetic_clips(args, NANO, 32, 0, 1, "meta")
+    assert {x.device.type for x in (*clip.parts, clip.wave, clip.others, clip.factors)} == {"meta"}
 
 
 def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
@@ -373,6 +382,10 @@ def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
         assert made != []
         get(ae, *more)
         assert made == []
+    (tmp_path / "render.py").write_text("another world")
+    monkeypatch.setattr(train_gen, "WORLD", [tmp_path / "render.py"])
+    get(ae, *more)
+    assert made != []
 
 
 @pytest.mark.parametrize("row, want", [
@@ -405,11 +418,24 @@ def test_processes_read_different_real_clips(monkeypatch, no_landmarks):
     read = []
     monkeypatch.setattr(train_gen.data, "read_clip", lambda path, size: (
         read.append(path) or (torch.zeros(1), torch.zeros(1))))
-    args = train_gen.parse(command("", "", "--clips", "9"))
+    args = train_gen.parse(command("ae", "out", "--clips", "9"))
     for rank in range(2):
         found = list(train_gen.real_clips(args, {"augment": False}, "set", 32, rank, 2))
         assert all(not clip.mood.any() and clip.others is None for clip in found)  # nobody said how they feel
     assert sorted(read) == ["a0", "a1", "a2", "b0", "b1"]                    # all, each once
+
+
+def test_clips_are_drawn_by_the_seed_not_by_the_alphabet(monkeypatch, no_landmarks):
+    people = {name: [{"path": f"{name}{k}"} for k in range(10)] for name in "abcdefgh"}
+    monkeypatch.setattr(train_gen.data, "load_sets", lambda *_, **__: [people])
+    read = []
+    monkeypatch.setattr(train_gen.data, "read_clip", lambda path, size: (
+        read.append(path) or (torch.zeros(1), torch.zeros(1))))
+    for seed in ("0", "0", "1"):
+        args = train_gen.parse(command("ae", "out", "--clips", "10", "--seed", seed))
+        list(train_gen.real_clips(args, {"augment": False}, "set", 32, 0, 1))
+    first, again, other = read[:10], read[10:20], read[20:]
+    assert first == again and first != other and len({path[0] for path in first}) > 4
 
 
 def test_augmented_clips_are_seen_mirrored_too(monkeypatch):
@@ -418,7 +444,7 @@ def test_augmented_clips_are_seen_mirrored_too(monkeypatch):
     monkeypatch.setattr(train_gen.data, "read_clip", lambda *_: (frames, torch.zeros(30 * 640)))
     known = np.tile(np.arange(1, 11, dtype=np.float32), (30, 1))
     monkeypatch.setattr(train_gen.data, "load_landmarks", lambda row: (None, known))
-    args = train_gen.parse(command("", "", "--clips", "9"))
+    args = train_gen.parse(command("ae", "out", "--clips", "9"))
     plain, mirrored = train_gen.real_clips(args, {"augment": True}, "set", 4, 0, 1)
     assert torch.equal(torch.cat(list(mirrored.parts)), torch.cat(list(plain.parts)).flip(-1))
     assert torch.equal(mirrored.wave, plain.wave)
@@ -436,7 +462,7 @@ def test_a_labelled_person_is_also_seen_in_neutral_clips(monkeypatch, no_landmar
         torch.zeros(9, 3, 2, 2), torch.zeros(9 * 640)))
     monkeypatch.setattr(train_gen.data, "read_at", lambda path, *_: (
         np.full((1, 2, 2, 3), ord(path[1]), np.uint8)))
-    args = train_gen.parse(command("", "", "--clips", "9"))
+    args = train_gen.parse(command("ae", "out", "--clips", "9"))
     found = list(train_gen.real_clips(args, {"augment": False}, "set", 2, 0, 1))
     seen = [None if x.others is None else set((127.5 * (x.others[:, 0, 0, 0] + 1)).round().int().tolist())
             for x in found]
@@ -636,8 +662,10 @@ def test_one_set_of_windows_is_learnt(ae, tmp_path, monkeypatch, no_preview):
                         lambda given, config, count, draw, *more: (
                             choose(given, config, count, draw.manual_seed(1), *more)))
     monkeypatch.setattr(train_gen, "motion_loss", recorded)
-    assert train(ae, tmp_path, steps=100) == 0
+    assert train(ae, tmp_path, steps=110) == 0
     assert losses[-1] < losses[0] / 5
+    told = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert told["loss"] == pytest.approx(torch.stack(losses[-100:]).mean().item(), rel=1e-3)
 
 
 def test_nan_stops_the_run_and_spares_the_state(ae, tmp_path, monkeypatch, no_preview):

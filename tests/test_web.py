@@ -584,12 +584,12 @@ def test_server_headers_and_traversal(site):
 def test_controls_are_read_from_their_text():
     controls = {"yaw": {"direction": [1.0, 0.0], "low": -15, "high": 15, "unit": "degrees"},
                 **{f"blink_{k}": {"direction": [0.0, 1.0], "low": 0, "high": 1, "unit": ""} for k in "lr"}}
-    path = parse_controls("yaw=-10:10 blink=0,1,0", controls, 5)
+    path = parse_controls("yaw=-10:10 blink=0,1,0", controls, 2, 5)
     assert path[:, 0].tolist() == [-10, -5, 0, 5, 10]
     assert path[:, 1].tolist() == [0, 1, 2, 1, 0]                         # both eyes have this direction
     for text in ("nose=1", "yaw=fast", "yaw=90", "yaw=nan", "blink"):
         with pytest.raises(InputError, match="--controls"):
-            parse_controls(text, controls, 5)
+            parse_controls(text, controls, 2, 5)
 
 
 def test_sample_follows_controls(tmp_path, capsys):

@@ -212,6 +212,12 @@ def test_nan_weights_are_refused(release, value):
     refused(release, "1 weights hold NaN", "decoder.role")
 
 
+def test_weights_of_eight_bits_are_read(release):
+    tokens = torch.ones_like(networks()["encoder"].tokens)
+    rewrite(release, **{"encoder.tokens": tokens.to(torch.float8_e4m3fn)})
+    assert torch.equal(load_models(str(release))[0]["encoder"].tokens, tokens)
+
+
 @pytest.mark.parametrize("kind, change", [("encoder", {"colour": 3}), ("generator", {"heads": "two"}),
                                           ("poser", {}), ("encoder", {"patch_size": 7})])
 def test_a_config_of_another_version_is_refused(release, kind, change):

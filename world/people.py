@@ -241,14 +241,15 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     frames = round(args.seconds * FPS) if 0 < args.seconds < 1e6 else 0
-    if args.clips < 1 or args.seed < 0 or frames < 1 or args.size < 16 or args.size % 2:
-        raise InputError(f"--clips {args.clips} must be at least 1, --seed {args.seed} at least 0, --seconds "
+    seeds = range(args.seed, args.seed + args.clips)
+    if not 0 <= args.seed < seeds.stop < 2**63 or frames < 1 or args.size < 16 or args.size % 2:
+        raise InputError(f"--clips {args.clips} must be at least 1, --seed {args.seed} 0 to 2^63, --seconds "
                          f"{args.seconds} at least a frame, --size {args.size} an even number from 16 on")
-    for seed in tqdm(range(args.seed, args.seed + args.clips), unit="clip"):
+    for seed in tqdm(seeds, unit="clip"):
         factors = {name: value[0] for name, value in random_clip(torch.tensor([seed]), frames).items()}
         stem = os.path.join(args.out, f"{seed:06d}")
-        with atomic_write(stem + ".wav", make_folder=True) as temporary:
-            soundfile.write(temporary, factors["wave"].numpy(), SAMPLE_RATE, format="WAV")
+        with atomic_write(stem + ".wav", make_folder=True) as temporary, open(temporary, "wb") as file:
+            soundfile.write(file, factors["wave"].numpy(), SAMPLE_RATE, format="WAV")
         with VideoWriter(stem + ".mp4", args.size, sound=stem + ".wav") as video:
             for frame in render_clip(factors["identity"], factors["motion"], args.size):
                 video.write(frame)
