@@ -48,7 +48,8 @@ def test_clips(args, size, sound=False):
     each = 1 if args.command == "emotion" else None                                    # clips of a person
     manifest = [entry for person in sorted(people) for entry in people[person][:each]]
     drawn = torch.randperm(len(manifest), generator=torch.Generator().manual_seed(0))[:args.clips]
-    for number, entry in enumerate(tqdm([manifest[k] for k in sorted(drawn)], unit="clip", disable=None)):
+    manifest = [manifest[k] for k in sorted(drawn.tolist())]
+    for number, entry in enumerate(tqdm(manifest, unit="clip", disable=None)):
         images, wave = data.read_clip(entry["path"], size)
         images = images[:length]
         face = entry.get("face", perceptual.FACE)

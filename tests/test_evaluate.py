@@ -2,6 +2,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,6 +146,11 @@ def test_real_people_are_the_test_split_averaged_by_person(given, grey, monkeypa
     assert copy["psnr"]["mean"] == pytest.approx(sum(psnr) / 2, abs=0.5)
     assert ours["l1"]["mean"] == pytest.approx(((2.75 + 7.25) / 2 + 27.25) / 2 / 255, abs=1.5 / 255)
     assert copy["face_l1"]["mean"] == pytest.approx(copy["l1"]["mean"], abs=1e-3)
+
+
+def test_a_part_of_the_clips_is_drawn_by_chance_not_by_the_alphabet(grey):
+    args = SimpleNamespace(data=str(grey), clips=1, command="talk", landmarks=None)
+    assert [clip.id for clip in evaluate.test_clips(args, 32)] == ["clips/3.mp4"]
 
 
 def test_real_people_speak_with_their_own_and_with_another_sound(given, grey, monkeypatch):

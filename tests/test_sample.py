@@ -535,7 +535,7 @@ def test_driving_video_that_breaks_off_leaves_no_file(given, tmp_path, capsys, m
     assert os.listdir(tmp_path) == []
 
 
-def test_interruption_leaves_no_file(given, tmp_path, monkeypatch, capsys):
+def test_interruption_leaves_no_file_and_the_older_one(given, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **options):
         yield np.zeros((128, 144, 3), np.uint8)
         raise KeyboardInterrupt
@@ -543,6 +543,9 @@ def test_interruption_leaves_no_file(given, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "animate_from_audio", interrupted)
     assert sample.main(command(given, tmp_path / "o.mp4")) == 130
     assert os.listdir(tmp_path) == []
+    (tmp_path / "o.mp4").write_bytes(b"older")
+    assert sample.main(command(given, tmp_path / "o.mp4")) == 130
+    assert os.listdir(tmp_path) == ["o.mp4"] and (tmp_path / "o.mp4").read_bytes() == b"older"
 
 
 @pytest.mark.parametrize("wrong", [["--wav", "y.wav"], ["--img", "x.png"],

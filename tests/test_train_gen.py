@@ -476,7 +476,7 @@ def test_a_labelled_person_is_also_seen_in_neutral_clips(monkeypatch, no_landmar
 
 def test_the_emotion_of_a_voice_is_learned(tmp_path, monkeypatch):
     """Sad voices are dull and slow, surprised ones high: told apart on people never heard."""
-    args = train_gen.parse(command("", str(tmp_path), "--voices", "400"))
+    args = train_gen.parse(command("ae", str(tmp_path), "--voices", "400"))
     encoded = numbered()                                                 # clips without a label teach nothing
     pair = torch.eye(7)[[EMOTIONS.index("sad"), EMOTIONS.index("surprised")]]
     monkeypatch.setattr(train_gen, "random_mood", lambda seeds, stream: pair[seeds % 2])
@@ -494,7 +494,7 @@ def test_the_emotion_of_a_voice_is_learned(tmp_path, monkeypatch):
 
 
 def test_labelled_clips_teach_the_voice_too(tmp_path):
-    args = train_gen.parse(command("", str(tmp_path), "--voices", "3"))
+    args = train_gen.parse(command("ae", str(tmp_path), "--voices", "3"))
     encoded = numbered(frames=(60, 30))._replace(voices=torch.stack([torch.zeros(7), torch.eye(7)[2]]))
     model = train_gen.VoiceEmotion(train_gen.VoiceConfig())
     x, y = train_gen.voice_statistics(args, {"seconds": 1}, encoded, model, 0)
