@@ -330,7 +330,7 @@ def batches(args, preset, real, numbers, render_fn, device):
 
 def held_out_batch(args, preset) -> tuple[data.Batch, str]:
     """The persons of the sample pictures, of the folders' test split or else synthetic; and which of them."""
-    if args.data != ["synthetic"]:
+    if set(args.data) != {"synthetic"}:
         try:
             return real_clips(args, preset, "test")[0], "test"
         except InputError:                                                    # the folders have no test split

@@ -880,7 +880,7 @@ def test_sets_share_the_batches_and_test_people_are_only_shown(folder):
     assert 18 <= kinds.count("real") <= 22 and set(kinds) == {"real", "synthetic"}
     args = train_ae.parse(["--preset", "nano", "--data", "synthetic", "synthetic"])
     kinds = [batch.kind for batch in train_ae.batches(args, NANO, None, range(3), render, CPU)]
-    assert kinds == ["synthetic"] * 3
+    assert kinds == ["synthetic"] * 3 and train_ae.held_out_batch(args, NANO)[1] == "synthetic"
     args = train_ae.parse(["--preset", "nano", "--data", folder, "synthetic", "--workers", "0"])
     shown, split = train_ae.held_out_batch(args, NANO)
     assert shown.reference.median() > 0.3 and split == "test"                # the test person
