@@ -87,8 +87,8 @@ async function useSound(file, name = file.name || "Sound") {
 }
 
 async function play(button, job) {                           // the button stops what it started
-  if (player.now) return player.stop();
   const text = button.textContent;
+  if (player.now && text === "Stop") return player.stop();
   button.textContent = "Stop";
   try { await player.play(job); } finally { button.textContent = text; }
 }
@@ -108,7 +108,7 @@ onClick("play", () => play($("play"), speech()));
 onClick("download", () => download("talking", speech()));
 onClick("take", () => { player.stop(); app.seed++; return play($("play"), speech()); });
 onClick("microphone", async ({ currentTarget: button }) => {
-  if (player.now) return player.stop();
+  if (button.getAttribute("aria-pressed") === "true") return player.stop();
   press(button, true);
   const started = () => tell("Listening; the face follows 0.8 seconds later.");
   try { await player.listen(app.model.mel.rate, started); } finally { press(button, false); }
