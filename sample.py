@@ -42,6 +42,7 @@ from media.video import PROVENANCE, VideoWriter
 from media.weights import load_weights, resolve
 
 BATCH = 16  # frames decoded, or encoded, at once
+ABSOLUTE = 0.5  # share of a driving video's own pose, see reenact
 DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "semo-tiny.safetensors")
 MODELS = {"encoder": (MotionEncoder, EncoderConfig), "decoder": (Decoder, DecoderConfig),
           "generator": (Generator, GeneratorConfig), "voice": (VoiceEmotion, VoiceConfig)}
@@ -149,7 +150,7 @@ def animate_from_audio(models, meta, image, features, seed=0, steps=None, guidan
     return decode_motions(models, meta, reference, motions, steps, composer)
 
 
-def reenact(models, meta, image, video, seed=0, steps=None, absolute=0.5, composer=None):
+def reenact(models, meta, image, video, seed=0, steps=None, absolute=ABSOLUTE, composer=None):
     """Let a photo move as a video does: iterator of (3, H, W) in [-1, 1], as the photo -> frames, as many.
 
     absolute: 0: the changes since the video's first frame are added to the photo's motion (Siarohin et al.
@@ -201,7 +202,8 @@ def parse(argv):
     p.add_argument("--seconds", type=float, default=4.0,
                    help="with --controls: length of the video (default: %(default)s)")
     p.add_argument("--absolute", type=float, metavar="SHARE",
-                   help="with --video: 1: its poses as they are; 0: its changes of pose alone (default: 0.5)")
+                   help="with --video: 1: its poses as they are; 0: its changes of pose alone "
+                        f"(default: {ABSOLUTE})")
     p.add_argument("--out", default="out.mp4",
                    help="the video to write; -: to stdout, as it is made (default: %(default)s)")
     p.add_argument("--size", type=int, default=1080,
@@ -242,7 +244,7 @@ def parse(argv):
         args.emotion = None
     asked = args.emotion is not None or args.emotion_text is not None
     if args.absolute is None:
-        args.absolute = 0.5
+        args.absolute = ABSOLUTE
     elif not args.video:
         p.error("--absolute goes with --video")
     if asked and args.video is not None:
