@@ -208,8 +208,7 @@ class AutoEncoder(nn.Module):
             z = target if endpoint is None else endpoint
             loss = flow.flow_loss(self.decoder, z, noise, t, weight, m_t=m_t, cache=cache)     # eqs. (3), (8)
         if weights["label"]:
-            with torch.autocast(target.device.type, enabled=False):
-                loss = loss + weights["label"] * self.label_loss(m_r, m_t, batch)
+            loss = loss + weights["label"] * self.label_loss(m_r, m_t, batch)
         return loss
 
     def label_loss(self, m_r, m_t, batch: data.Batch):
@@ -223,11 +222,12 @@ class AutoEncoder(nn.Module):
             known = kind == batch.kind and batch.factors is not None
             x = delta if known else delta[:0]
             y = batch.factors.clamp(-8, 8) if known else delta.new_zeros(0, head.xy.shape[1])
-            if self.training:
-                head.update(x.detach(), y)
-            if known:
-                weight = y.new_tensor(WEIGHT) if kind == "real" else 1.0
-                loss = 3 * (weight * F.smooth_l1_loss(head(x), y, reduction="none", beta=3.0)).mean()
+            with torch.autocast(delta.device.type, enabled=False):
+                if self.training:
+                    head.update(x.detach(), y)
+                if known:
+                    weight = y.new_tensor(WEIGHT) if kind == "real" else 1.0
+                    loss = 3 * (weight * F.smooth_l1_loss(head(x), y, reduction="none", beta=3.0)).mean()
         return loss
 
     def cycle_loss(self, picture, noise, m_r, m_t, cache, batch: data.Batch, average):
@@ -242,8 +242,7 @@ class AutoEncoder(nn.Module):
         pictures = torch.cat([batch.reference, picture, crossed])
         s_r, s_t, s_x = average.encoder(pictures).split([len(m_r), len(m_t), len(m_r)])
         lent = replace(batch, factors=batch.factors[::count].roll(1, 0))
-        with torch.autocast(m_t.device.type, enabled=False):
-            return average.label_loss(s_r, s_t, batch) + 2 / 3 * average.label_loss(s_r, s_x, lent)
+        return average.label_loss(s_r, s_t, batch) + 2 / 3 * average.label_loss(s_r, s_x, lent)
 
     def region_loss(self, x, target, copies, regions, structure: float):
         """Error of the picture x relative to copying the reference -> scalar.
