@@ -138,7 +138,8 @@ class Batch:
     target: Tensor          # (R*T, C, H, W)
     encoder_views: Tensor   # (R + R*T, C, H, W), what the motion encoder sees: the same, or augmented apart
     regions: Tensor         # (R*T, 3, H, W), draw_regions of reference and target together
-    factors: Tensor | None  # (R*T, K) differences of known motion, target minus reference; None: not known
+    factors: Tensor | None  # (R*T, K) differences of known motion, target minus reference; nan in rows that
+                            # are not known, None: no row is
     kind: str               # "real" or "synthetic": which factors
 
     def to(self, device):
@@ -246,8 +247,8 @@ class Clips(Dataset):
         swapped = factors[..., landmarks.MIRROR] * torch.tensor(landmarks.SIGN)
         factors = torch.where(mirrored[:, None, None], swapped, factors)
         delta = ((factors[:, 1:] - factors[:, :1]) / torch.tensor(landmarks.SCALE)).flatten(0, 1).float()
-        delta = delta.nan_to_num() if delta.isfinite().any() else None                 # (R*T, K)
-        return make_batch(pictures, views, masks, delta, "real")
+        known = delta.isfinite().all(1).any()                                          # delta (R*T, K)
+        return make_batch(pictures, views, masks, delta if known else None, "real")
 
     def frame(self, wide, ellipses, rng):
         """Frame prepared squares (R, 1+T, 3, W, W) and ellipses in them.

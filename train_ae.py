@@ -212,22 +212,24 @@ class AutoEncoder(nn.Module):
         return loss
 
     def label_loss(self, m_r, m_t, batch: data.Batch):
-        """Error of known motion read from differences of tokens; 0 where none is known.
+        """Error of known motion read from differences of tokens, mean of R*T rows; those unknown (nan) add 0.
         Squared up to 3 units: an absolute error would leave rare large motion, such as blinks, unlearned.
         m_r (R, L, D), m_t (R*T, L, D): tokens of references and targets. In training every process updates
         all heads, as it sums with the others'."""
         delta = (m_t - m_r.repeat_interleave(len(m_t) // len(m_r), 0)).flatten(1)      # (R*T, L*D)
         loss = 0.0
         for kind, head in self.label_heads.items():
-            known = kind == batch.kind and batch.factors is not None
-            x = delta if known else delta[:0]
-            y = batch.factors.clamp(-8, 8) if known else delta.new_zeros(0, head.xy.shape[1])
+            x, y = delta[:0], delta.new_zeros(0, head.xy.shape[1])
+            if kind == batch.kind and batch.factors is not None:
+                known = batch.factors.isfinite().all(1)
+                x, y = delta[known], batch.factors[known].clamp(-8, 8)
             with torch.autocast(delta.device.type, enabled=False):
                 if self.training:
                     head.update(x.detach(), y)
-                if known:
+                if len(y):
                     weight = y.new_tensor(WEIGHT) if kind == "real" else 1.0
-                    loss = 3 * (weight * F.smooth_l1_loss(head(x), y, reduction="none", beta=3.0)).mean()
+                    error = 3 * weight * F.smooth_l1_loss(head(x), y, reduction="none", beta=3.0)
+                    loss = error.mean(1).sum() / len(delta)
         return loss
 
     def cycle_loss(self, picture, noise, m_r, m_t, cache, batch: data.Batch, average):

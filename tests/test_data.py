@@ -222,6 +222,16 @@ def test_without_landmarks_nothing_is_known(sets):
     assert data.Clips(sets, 2, 2, 0.5, 32)[0].factors is None
 
 
+def test_what_is_not_known_stays_unknown(labelled, monkeypatch):
+    """In frame 5 no face was found; factor j of frame k is k + j."""
+    clips = data.Clips([str(labelled)], 1, 3, 0.0, 32, augment=False)
+    monkeypatch.setattr(clips, "frame_numbers", lambda *_: [4, 7, 5, 3])
+    want = torch.tensor([3.0, torch.nan, -1.0])[:, None] / torch.tensor(landmarks.SCALE)
+    torch.testing.assert_close(clips[0].factors, want, equal_nan=True)
+    monkeypatch.setattr(clips, "frame_numbers", lambda *_: [5, 7, 5, 3])     # compared with no face
+    assert clips[0].factors is None
+
+
 # ---- regions -----------------------------------------------------------------------------------------------
 
 def test_regions_are_soft_masks_of_the_ellipses():

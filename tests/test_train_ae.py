@@ -409,6 +409,43 @@ def test_labels_of_real_clips_count_by_their_weight():
         assert loss.item() == pytest.approx(want / len(FACTORS))
 
 
+def test_unknown_rows_neither_count_nor_teach():
+    """Of 4 differences the second is not known at all, the third not in one column: as if absent."""
+    rng = torch.Generator().manual_seed(0)
+    m_r, m_t = torch.randn(2, 1, 8, generator=rng), torch.randn(4, 1, 8, generator=rng)
+    factors = torch.randn(4, len(FACTORS), generator=rng)
+    factors[1], factors[2, 5] = torch.nan, torch.nan
+
+    def run(m_t, factors):
+        model, batch = auto_encoder(), replace(given_batch()[0], factors=factors, kind="real")
+        head = model.label_heads["real"]
+        head.count += 200
+        head.xx, head.xy = torch.eye(8), torch.linspace(-1, 1, head.xy.numel()).view_as(head.xy)
+        return model.label_loss(m_r, m_t, batch), head
+
+    tokens = m_t.clone().requires_grad_()
+    (loss, head), (alone, taught) = run(tokens, factors), run(m_t[[0, 3]], factors[[0, 3]])
+    assert loss.item() == pytest.approx(alone.item() / 2, rel=1e-5) and loss > 0.01      # mean of 4, not of 2
+    torch.testing.assert_close(head.xx, taught.xx)
+    torch.testing.assert_close(head.xy, taught.xy)
+    loss.backward()
+    assert (tokens.grad != 0).any((1, 2)).tolist() == [True, False, False, True]
+
+
+def test_every_process_sums_though_it_knows_nothing(monkeypatch):
+    """One sum and one count of each head, whatever is known: others wait for them."""
+    model, (batch, *_) = auto_encoder(), given_batch()
+    calls = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda x: calls.append(tuple(x.shape)))
+    for factors in (None, batch.factors, torch.full_like(batch.factors, torch.nan)):
+        loss = model.label_loss(torch.randn(2, 1, 8), torch.randn(4, 1, 8), replace(batch, factors=factors))
+        assert math.isfinite(loss)
+    once = [shape for columns in (len(MOTION), len(FACTORS)) for shape in ((8, 8 + columns), ())]
+    assert calls == 3 * once
+    assert all(x.isfinite().all() for x in model.label_heads.buffers())
+
+
 def test_running_ridge_is_ridge_regression_of_all_batches():
     """Plain averages in the first batches, so the fit is that of their concatenation, here in closed form."""
     rng = torch.Generator().manual_seed(0)
