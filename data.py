@@ -326,12 +326,15 @@ def load_landmarks(clip: dict):
     try:
         with np.load(path) as file:
             ellipses, factors = (np.asarray(file[name], np.float32) for name in ("ellipses", "factors"))
+            reader = file["reader"].tolist() if "reader" in file else 1
     except Exception as error:                           # whatever numpy, zipfile and zlib make of damage
-        raise InputError(f"{path} cannot be read ({error}); remove it and run python -m media.landmarks "
-                         "again") from None
+        raise InputError(f"{path} cannot be read ({error}); run python -m media.landmarks again") from None
+    if reader != landmarks.READER:
+        raise InputError(f"{path} was made by another reader; label again: python -m media.landmarks --data "
+                         f"{folder}")
     if ellipses.shape != usual.shape or factors.shape != unknown.shape:
-        raise InputError(f"{path} is of another clip: {len(factors)} frames, not {clip['frames']}; remove it "
-                         "and label again")
+        raise InputError(f"{path} is of another clip: {len(factors)} frames, not {clip['frames']}; run "
+                         "python -m media.landmarks again")
     return np.where(np.isfinite(ellipses), ellipses, usual), factors
 
 

@@ -1,29 +1,43 @@
-"""Labels for training: read mouth, lids, brows and head pose from prepared clips with MediaPipe's face mesh.
+"""Labels for training: read mouth, lids, brows and head pose from prepared clips with MediaPipe's networks.
 
     python -m media.landmarks --data SET [SET ...]       SET/clips/*.mp4 -> SET/landmarks/*.npz
 
 Optional: with these files stage 1 picks pairs of frames that differ in the mouth or the lids alone, weighs
 both in the loss, and may read the factors from differences of tokens while `label_weight` fades. Without them
-the usual place of mouth and eyes in the square is taken. Uses the plain mesh (468 points);
-measure/landmarks.py judges with the attention mesh. MediaPipe needs numpy < 2 (requirements-measure.txt), so
-this may run in an environment of its own; it needs only mediapipe, numpy and av.
+the usual place of mouth and eyes in the square is taken. A clip whose file this reader made is left alone.
+
+The plain mesh (468 points) is read from several crops of the face and averaged, as one reading is noisy; the
+lids come from the iris network, as the mesh closes them only half. With `--shape-predictor FILE` the lips are
+averaged with those of dlib's 68 points (pip install dlib-bin; FILE is shape_predictor_68_face_landmarks.dat
+of dlib.net, whose training data, iBUG 300-W, excludes commercial use). RESULTS.md compares the readers;
+measure/landmarks.py judges with the attention mesh, which takes no part here. MediaPipe needs numpy < 2
+(requirements-measure.txt), so this may run in an environment of its own.
 """
 import argparse
 import os
 import sys
 
+import av
+import cv2
 import numpy as np
 
-from media.files import InputError, atomic_write, command, read_lines
+from media.files import InputError, atomic_write, check_file, command, read_lines
 
+READER = 2                                     # in the files; factors of another reader have other units
 FACTORS = ("opening", "width", "lid_left", "lid_right", "yaw", "pitch", "roll", "brow", "corner", "furrow")
-# Usual difference of two frames of a clip (median over clips); what mirroring a picture does to the factors.
-SCALE = (0.023, 0.019, 0.040, 0.040, 0.070, 0.062, 0.039, 0.0104, 0.0088, 0.0053)
+# Usual difference of two frames: root 2 times the standard deviation in a clip, mean over a person's clips,
+# median over a set's persons, mean over sets. Of 1,200 training clips in 4 sets; the lids alike, lips with
+# dlib's points.
+SCALE = (0.023, 0.020, 0.069, 0.069, 0.071, 0.059, 0.038, 0.0101, 0.0088, 0.0063)
 WEIGHT = (2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.6, 0.6, 0.6)           # in the loss of stage 1
-MIRROR, SIGN = (0, 1, 3, 2, 4, 5, 6, 7, 8, 9), (1, 1, 1, 1, -1, 1, -1, 1, 1, 1)
+MIRROR, SIGN = (0, 1, 3, 2, 4, 5, 6, 7, 8, 9), (1, 1, 1, 1, -1, 1, -1, 1, 1, 1)       # of a mirrored picture
 # Ellipses (x, y, half width, half height) of mouth, eyes and face in [-1, 1] of the square: medians of clips.
 USUAL = ((0.0, 0.33, 0.27, 0.17), (-0.25, -0.25, 0.15, 0.095), (0.25, -0.25, 0.15, 0.095),
          (0.0, 0.0, 0.59, 0.78))
+# Crops of the face beside the first: shift x, y by shares of the side, logarithm of the size, turn in
+# radians. The same at every frame: no noise from frame to frame, and a second run gives the same file.
+JITTER = ((-0.04, -0.04, -0.15, -0.1), (0.04, -0.04, 0.05, 0.1), (-0.04, 0.04, 0.05, 0.1),
+          (0.04, 0.04, -0.15, -0.1))
 
 
 def distance(points, a, b):
@@ -66,30 +80,180 @@ def ellipses(points, size):
     return np.stack([np.column_stack(part) for part in (mouth, *eyes, face)], axis=1)
 
 
-def read_clip(path, mesh_class):
-    """Track the mesh through a clip -> points (F, 468, 3) in pixels, nan where no face; size of the clip."""
-    import av
-    points = []
-    mesh = mesh_class(max_num_faces=1, min_detection_confidence=0.4)
-    with mesh, av.open(f"file:{path}") as container:
-        for frame in container.decode(video=0):
-            image = frame.to_ndarray(format="rgb24")
-            faces = mesh.process(image).multi_face_landmarks
-            points.append([(p.x, p.y, p.z) for p in faces[0].landmark[:468]] if faces
-                          else np.full((468, 3), np.nan))
-    return np.array(points) * image.shape[0], image.shape[0]
+# ---- readers -----------------------------------------------------------------------------------------------
+
+def open_network(name):
+    """Open one of MediaPipe's networks -> a function of a picture (S, S, 3) uint8, to its outputs."""
+    import mediapipe
+    from ai_edge_litert.interpreter import Interpreter
+    path = os.path.join(os.path.dirname(mediapipe.__file__), "modules", name, f"{name}.tflite")
+    interpreter = Interpreter(path, num_threads=1)
+    interpreter.allocate_tensors()
+    inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def run(picture):
+        interpreter.set_tensor(inputs[0]["index"], picture[None] / np.float32(255))
+        interpreter.invoke()
+        return [interpreter.get_tensor(output["index"]).ravel() for output in outputs]
+    return run
 
 
-def label(folder, mesh_class):
+def open_predictor(path):
+    """Open the file of dlib's 68 points -> a function of a picture and a box (left, top, right, bottom), to
+    points (68, 2) in pixels. Raises InputError."""
+    wanted = "shape_predictor_68_face_landmarks.dat of dlib.net"
+    check_file(path, wanted)
+    try:
+        import dlib
+        predictor = dlib.shape_predictor(os.fspath(path))
+    except ImportError as error:
+        raise InputError(f"--shape-predictor needs dlib ({error}): pip install dlib-bin") from None
+    except (RuntimeError, MemoryError):
+        raise InputError(f"{path} is no file of dlib; give {wanted}") from None
+
+    def run(image, box):
+        parts = predictor(image, dlib.rectangle(*map(int, box))).parts()
+        return np.array([(part.x, part.y) for part in parts], float)
+    if len(run(np.zeros((64, 64, 3), np.uint8), (8, 8, 56, 56))) != 68:
+        raise InputError(f"{path} predicts other points than dlib's 68; give {wanted}")
+    return run
+
+
+def open_readers(shape_predictor=None):
+    """Open what reads frames -> find, mesh, iris, predict (None without a file). Raises InputError.
+
+    find: a function of a picture (H, W, 3) uint8, to mesh points (468, 3) in pixels of a face anywhere in it,
+    or None. mesh, iris: open_network. predict: open_predictor."""
+    try:
+        from mediapipe.python.solutions.face_mesh import FaceMesh
+        mesh, iris = open_network("face_landmark"), open_network("iris_landmark")
+    except ImportError as error:
+        raise InputError(f"needs mediapipe==0.10.21 and ai-edge-litert ({error}); see "
+                         "requirements-measure.txt") from None
+    predict = open_predictor(shape_predictor) if shape_predictor else None
+    finder = FaceMesh(static_image_mode=True, max_num_faces=1, min_detection_confidence=0.4)
+
+    def find(image):
+        faces, (height, width) = finder.process(image).multi_face_landmarks, image.shape[:2]
+        if faces:
+            return np.array([(p.x, p.y, p.z) for p in faces[0].landmark[:468]]) * (width, height, width)
+    return find, mesh, iris, predict
+
+
+# ---- one frame ---------------------------------------------------------------------------------------------
+
+def cut(image, centre, side, angle, size, mirrored=False):
+    """Cut a turned square out of a picture; beyond the border its outermost pixels are repeated.
+
+    centre (2,) and side in pixels, angle in radians -> (size, size, 3), and the matrix (2, 3) from its pixels
+    to those of the picture."""
+    cos, sin = np.cos(angle) * side / size, np.sin(angle) * side / size
+    turn = np.array([[cos, -sin], [sin, cos]]) * ([-1, 1] if mirrored else [1, 1])
+    matrix = np.column_stack([turn, centre - turn @ [size / 2, size / 2]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE), matrix
+
+
+def face_square(points):
+    """The square that the mesh network expects round points (468, 3) -> centre (2,), side, angle."""
+    x, y = points[263, :2] - points[33, :2]
+    angle = np.arctan2(y, x)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    level = points[:, :2] @ turn
+    low, high = level.min(0), level.max(0)
+    return turn @ (low + high) / 2, 1.5 * (high - low).max(), angle
+
+
+def read_mesh(image, points, mesh):
+    """Read the mesh near known points (468, 3) -> their mean over several crops, or None: no face there."""
+    def read(centre, side, angle):
+        square, matrix = cut(image, centre, side, angle, 192)
+        found, presence = mesh(square)
+        found = found.reshape(468, 3).astype(float)
+        flat, depth = found[:, :2] @ matrix[:, :2].T + matrix[:, 2], found[:, 2:] * side / 192
+        return np.hstack([flat, depth]), presence.item() > 0                   # a logit
+
+    found, present = read(*face_square(points))
+    if not present:
+        return None
+    centre, side, angle = face_square(found)
+    around = [read(centre + side * np.array([x, y]), side * np.exp(grow), angle + turn)[0]
+              for x, y, grow, turn in JITTER]
+    return np.mean([found, *around], axis=0)
+
+
+def read_lids(image, points, iris):
+    """Read the gap between the lids of both eyes of a mesh (468, 3) -> 2 shares of the eye's width.
+
+    The iris network knows one eye, the other is mirrored; its first 16 points go round the lids."""
+    gaps = []
+    for a, b in ((33, 133), (362, 263)):
+        along, middle = points[b, :2] - points[a, :2], points[[a, b], :2].mean(0)
+        side, angle = 2.3 * np.hypot(*along), np.arctan2(along[1], along[0])
+        contour = iris(cut(image, middle, side, angle, 64, mirrored=a == 362)[0])[0].reshape(71, 3)[None, :16]
+        gap = np.mean([distance(contour, k, k + 8) for k in (3, 4, 5)])
+        gaps.append(gap / distance(contour, 0, 8).item())
+    return gaps
+
+
+def read_lips(image, points, predict):
+    """Read opening and width of the lips of a mesh (468, 3) with dlib's points -> 2 shares of the face."""
+    low, high = points[:, :2].min(0), points[:, :2].max(0)
+    side, found = (high - low).max(), []
+    for x, y, grow, _ in JITTER:
+        centre = (low + high) / 2 + side * np.array([0.6 * x, 0.6 * y + 0.025])
+        half = 0.475 * side * np.exp(grow + 0.05)
+        lips = predict(image, (*(centre - half), *(centre + half)))[None]              # (1, 68, 2)
+        gap = np.mean([distance(lips, a, b) for a, b in ((61, 67), (62, 66), (63, 65))])
+        found.append((gap, distance(lips, 48, 54).item()))
+    return np.mean(found, axis=0) / distance(points[None], 10, 152)
+
+
+# ---- clips -------------------------------------------------------------------------------------------------
+
+def read_frames(frames, find, mesh, iris, predict=None):
+    """Track one face through frames (H, W, 3) uint8 -> points (F, 468, 3) in pixels, factors (F, 10).
+
+    nan where no face is seen. The others: open_readers."""
+    all_points, all_factors, points = [], [], None
+    for image in frames:
+        if points is not None:
+            points = read_mesh(image, points, mesh)
+        if points is None and (found := find(image)) is not None:
+            points = read_mesh(image, found, mesh)
+        all_points.append(np.full((468, 3), np.nan) if points is None else points)
+        factors = read_factors(all_points[-1][None])[0]
+        if points is not None:
+            factors[2:4] = read_lids(image, points, iris)
+            if predict:
+                factors[:2] = (factors[:2] + read_lips(image, points, predict)) / 2
+        all_factors.append(factors)
+    return np.array(all_points), np.array(all_factors)
+
+
+def is_current(path, frames):
+    """Tell whether a file of labels is there, whole, of this reader and of so many frames."""
+    try:
+        with np.load(path) as file:
+            counts = {frames, len(file["factors"]), len(file["ellipses"])}
+            return file["reader"].tolist() == READER and counts == {frames}
+    except Exception:                                      # whatever numpy, zipfile and zlib make of damage
+        return False
+
+
+def label(folder, readers):
     """Write landmarks/*.npz for each clip of a prepared folder that lacks it. Raises InputError."""
     records = read_lines(os.path.join(folder, "manifest.jsonl"))
     os.makedirs(os.path.join(folder, "landmarks"), exist_ok=True)
     for number, record in enumerate(records, 1):
         path = os.path.join(folder, landmark_file(record["file"]))
-        if not os.path.exists(path):
-            points, size = read_clip(os.path.join(folder, record["file"]), mesh_class)
+        if not is_current(path, record["frames"]):
+            with av.open(f"file:{os.path.join(folder, record['file'])}") as clip:
+                frames = (frame.to_ndarray(format="rgb24") for frame in clip.decode(video=0))
+                points, factors = read_frames(frames, *readers)
+                size = clip.streams.video[0].width
             with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, factors=read_factors(points).astype(np.float32),
+                np.savez(file, factors=factors.astype(np.float32), reader=READER,
                          ellipses=ellipses(points, size).astype(np.float32))
         print(f"\r{folder}: {number} of {len(records)} clips", end="", flush=True)
     print()
@@ -106,16 +270,14 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, metavar="SET",
                         help="folders made by data.py prepare")
+    parser.add_argument("--shape-predictor", metavar="FILE", help="dlib's 68 points, for the lips too")
     args = parser.parse_args(argv)
-    try:
-        from mediapipe.python.solutions.face_mesh import FaceMesh
-    except ImportError as error:
-        raise InputError(f"needs mediapipe==0.10.21 ({error}); see requirements-measure.txt") from None
     for folder in args.data:
         if not os.path.isfile(os.path.join(folder, "manifest.jsonl")):
             raise InputError(f"{folder} holds no manifest.jsonl; make it with data.py prepare")
+    readers = open_readers(args.shape_predictor)
     for folder in args.data:
-        label(folder, FaceMesh)
+        label(folder, readers)
 
 
 if __name__ == "__main__":

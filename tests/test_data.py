@@ -133,7 +133,7 @@ def labelled(sets, tmp_path):
     factors[5] = np.nan                                                      # no face found
     ellipses = np.tile(np.array(landmarks.USUAL, np.float32), (FRAMES, 1, 1)) * 0.5
     ellipses[5] = np.nan
-    np.savez(tmp_path / "landmarks/0.npz", factors=factors, ellipses=ellipses)
+    np.savez(tmp_path / "landmarks/0.npz", factors=factors, ellipses=ellipses, reader=landmarks.READER)
     return tmp_path
 
 
@@ -154,19 +154,28 @@ def test_landmarks_are_read_where_they_are(sets, labelled):
     assert np.isnan(factors).all()
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "half", "other arrays", "fewer frames"])
-def test_broken_landmarks_are_refused(labelled, damage):
+@pytest.mark.parametrize("damage, words", [
+    ("empty", "cannot be read"), ("text", "cannot be read"), ("half", "cannot be read"),
+    ("other arrays", "cannot be read"), ("fewer frames", f"9 frames, not {FRAMES}"),
+    ("former reader", "made by another reader; label again"),
+    ("later reader", "made by another reader; label again")])
+def test_broken_landmarks_are_refused(labelled, damage, words):
     path = labelled / "landmarks/0.npz"
     whole = path.read_bytes()
     if damage == "other arrays":
         np.savez(path, ellipses=np.zeros((FRAMES, 4, 4)))
     elif damage == "fewer frames":
-        np.savez(path, ellipses=np.zeros((9, 4, 4)), factors=np.zeros((9, len(landmarks.FACTORS))))
+        np.savez(path, ellipses=np.zeros((9, 4, 4)), factors=np.zeros((9, len(landmarks.FACTORS))),
+                 reader=landmarks.READER)
+    elif damage.endswith("reader"):
+        version = {} if damage == "former reader" else {"reader": landmarks.READER + 1}
+        np.savez(path, ellipses=np.zeros((FRAMES, 4, 4)), factors=np.zeros((FRAMES, len(landmarks.FACTORS))),
+                 **version)
     else:
         path.write_bytes({"empty": b"", "text": b"hello", "half": whole[: len(whole) // 2]}[damage])
     with pytest.raises(InputError, match="landmarks/0.npz") as refused:
         data.load_landmarks(clip_of(labelled))
-    assert "\n" not in str(refused.value)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_mined_pairs_have_the_same_pose_and_another_mouth():

@@ -307,7 +307,7 @@ def test_landmarks_survive_damage(cases, prepared, tmp_path):
     wholes = []
     for save in (np.savez, np.savez_compressed):
         save(path, ellipses=rng.random((frames, 4, 4), np.float32),
-             factors=rng.random((frames, len(landmarks.FACTORS)), np.float32))
+             factors=rng.random((frames, len(landmarks.FACTORS)), np.float32), reader=landmarks.READER)
         wholes.append(path.read_bytes())
     for k in cases:
         path.write_bytes(damage("landmarks", k, wholes[k % 2], wholes))
