@@ -37,13 +37,15 @@ class GeneratorConfig:
     lookahead: int = 3          # rows of speech after the window: the mouth prepares the next sound (ours)
     experts: int = 0            # hidden units of each emotion's expert in a block; 0: no experts
     mood_table: bool = False    # ablation: a learned vector per emotion, added to the tokens
+    truncated: int = 0          # directions of the token in which sampling starts without noise (ours)
 
     def __post_init__(self):
         if self.width % self.heads or self.width % 2:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 2")
-        if min(self.window, self.past) < 1 or min(self.lookahead, self.experts) < 0:
-            raise ValueError(f"window {self.window} and past {self.past} must be at least 1, "
-                             f"lookahead {self.lookahead} and experts {self.experts} at least 0")
+        if min(self.window, self.past) < 1 or min(self.lookahead, self.experts, self.truncated) < 0:
+            raise ValueError(f"window {self.window} and past {self.past} must be at least 1, lookahead "
+                             f"{self.lookahead}, experts {self.experts} and truncated {self.truncated} at "
+                             "least 0")
 
     @property
     def rows(self):
@@ -130,7 +132,17 @@ class Generator(nn.Module):
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 2 * c.width))
         self.head = nn.Linear(c.width, motion)
         self.register_buffer("pos_embed", sincos(torch.arange(c.rows), c.width), persistent=False)
+        if c.truncated:                                       # orthonormal, or zero: no direction
+            self.register_buffer("truncated", torch.zeros(motion, c.truncated))
         zero_init(self.modulation, self.head)
+
+    def truncate(self, noise):
+        """Remove what moves the mouth from the noise (..., L*D) that sampling starts from (ours).
+
+        Speech tells the mouth, chance the head and the lids. Like the truncation trick (Brock et al. 2019),
+        but in the few directions that train_gen.py finds for the mouth alone.
+        """
+        return noise - noise @ self.truncated @ self.truncated.T if self.config.truncated else noise
 
     def forward(self, m_t, t, past, reference, audio=None, drop=None, mood=None):
         """Velocity of the noised motion m_t (B, K, L*D) -> (B, K, L*D).
@@ -200,7 +212,7 @@ def generate_motion(generator, m_ref, audio_features, rng, silence_features, ste
             frames = torch.arange(c.past + c.window).clamp(max=len(moods) - 1)
             cond["mood"] = moods[frames][None]                                         # (1, P+K, 7)
             moods = moods[c.window:]
-        noise = torch.randn(1, c.window, m_ref.shape[1], generator=rng).to(device)
+        noise = generator.truncate(torch.randn(1, c.window, m_ref.shape[1], generator=rng).to(device))
         motion = integrate(model, noise, steps, **cond)                                # (1, K, L*D)
         past = torch.cat([past, motion], dim=1)[:, -c.past:]                           # (1, P, L*D)
         pending = pending[c.window:]

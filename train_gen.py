@@ -54,19 +54,20 @@ from world.speech import EMOTIONS, speak
 # past frames are drawn anew for each window, as in the paper; else (ours, faster) once a clip for a whole run
 PRESETS = {
     "nano": dict(
-        generator=GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, lookahead=1, experts=4),
+        generator=GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, lookahead=1, experts=4,
+                                  truncated=2),
         steps=20, windows=4, clips=2, seconds=1, voices=8, balanced=True, augment=True, lr=1e-3,
         muon_lr=0.02),
     "tiny": dict(
-        generator=GeneratorConfig(experts=16),
+        generator=GeneratorConfig(experts=16, truncated=2),
         steps=3000, windows=64, clips=768, seconds=4, voices=3000, balanced=True, augment=True, lr=1e-3,
         muon_lr=0.02),
     "small": dict(
-        generator=GeneratorConfig(width=256, depth=8, heads=8, experts=32),
+        generator=GeneratorConfig(width=256, depth=8, heads=8, experts=32, truncated=2),
         steps=100000, windows=128, clips=4096, seconds=4, voices=20000, balanced=True, augment=True, lr=5e-4,
         muon_lr=0.01),
     "large": dict(
-        generator=GeneratorConfig(width=512, depth=8, heads=8, experts=64), audio="whisper",
+        generator=GeneratorConfig(width=512, depth=8, heads=8, experts=64, truncated=2), audio="whisper",
         steps=200000, windows=128, clips=4096, seconds=4, voices=20000, balanced=True, augment=False, lr=1e-4,
         muon_lr=0.005),
     "paper": dict(
@@ -481,7 +482,8 @@ def train(args, preset) -> int:
                      token_dim=encoder.config.token_dim, audio_dim=len(silence_features))
     if args.reflow and "generator" in models:                       # a student has the experts of its teacher
         taught = models["generator"].config
-        config = replace(config, experts=taught.experts, mood_table=taught.mood_table)
+        config = replace(config, experts=taught.experts, mood_table=taught.mood_table,
+                         truncated=taught.truncated)
     model = Generator(config).to(device)
     teacher = None
     if args.init:
@@ -507,7 +509,11 @@ def train(args, preset) -> int:
     if (config.experts or config.mood_table) and not args.reflow:
         voice = train_voice(args, preset, encoded, rank, device)
     directions = readout_directions(encoded) if preset["balanced"] and not args.reflow else None
-    directions = None if directions is None else directions.to(device)
+    if directions is not None:
+        directions = directions.to(device)
+        if config.truncated:                                            # opening and width of the mouth
+            for network in (model, ema):
+                network.truncated.copy_(torch.linalg.qr(directions[:, :config.truncated]).Q)
     ddp_model = training.ddp_wrap(model, world, device)
     stopper, began = training.Stopper(), time.perf_counter()
     recent = deque(maxlen=100)                                    # losses, to print their mean

@@ -327,7 +327,8 @@ def resume(path, args, configs, model, ema, optimisers):
 def init_from(path, loaded, **models):
     """Start from the models `loaded` from `path`. Raises InputError for other networks.
 
-    What they lack (the temporal blocks of a video model, the experts of a generator) keeps its first values.
+    What they lack (the temporal blocks of a video model, the experts of a generator, the directions that it
+    truncates) keeps its first values.
     """
     for kind, model in models.items():
         if kind not in loaded:
@@ -336,7 +337,8 @@ def init_from(path, loaded, **models):
             missing, unexpected = model.load_state_dict(loaded[kind].state_dict(), strict=False)
         except RuntimeError as error:
             missing, unexpected = [], [str(error)]
-        if unexpected or any(not {"temporal", "experts"} & set(name.split(".")) for name in missing):
+        new = {"temporal", "experts", "truncated"}
+        if unexpected or any(not new & set(name.split(".")) for name in missing):
             raise InputError(f"{path}: its {kind} has another shape; it needs the preset it was trained with")
 
 

@@ -293,6 +293,22 @@ def test_dream_of_nothing_is_nothing():
     assert dreamed(generator(), []) == [] and dreamed(generator(), [speech(0)]) == []
 
 
+# ---- truncation --------------------------------------------------------------------------------------------
+
+def test_truncated_directions_have_no_noise():
+    model, plain, seen = generator(truncated=2), generator(), []
+    plain.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(dreamed(model, [speech(9)]), dreamed(plain, [speech(9)]))  # no direction yet
+    model.truncated.copy_(torch.linalg.qr(torch.randn(6, 2, generator=torch.Generator().manual_seed(8))).Q)
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    dreamed(model, [speech(9)], steps=1)
+    noise = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(4))
+    along = model.truncated @ model.truncated.T                                # a projection: P P = P
+    torch.testing.assert_close(along @ along, along)
+    torch.testing.assert_close(seen[0], noise - noise @ along)
+    assert (seen[0] @ model.truncated).abs().max() < 1e-6 < 0.1 < seen[0].std()
+
+
 # ---- experts -----------------------------------------------------------------------------------------------
 
 MOOD = torch.rand(2, 7, 7, generator=torch.Generator().manual_seed(7)) / 7                       # (B, P+K, 7)

@@ -509,7 +509,8 @@ def test_the_preset_paper_has_none_of_our_changes():
     preset = train_gen.PRESETS["paper"]
     assert preset["fresh_masks"] and not preset["balanced"] and not preset["augment"]
     assert preset["guidance"] == 1 and preset["muon_lr"] is None and preset["lr"] == 1e-4
-    assert preset["generator"].window == 16 and not preset["generator"].experts
+    assert preset["generator"].window == 16
+    assert not preset["generator"].experts and not preset["generator"].truncated
     assert train_gen.parse(["--preset", "paper"]).mask_max == 0.2
 
 
@@ -608,6 +609,11 @@ def test_a_run_writes_its_files(ae, tmp_path):
         assert same(dict(stage1[kind].state_dict()), dict(models[kind].state_dict()))
     for name, value in models["generator"].state_dict().items():
         torch.testing.assert_close(value, ema[name], rtol=1e-3, atol=1e-6, msg=name)
+    kept = torch.load(tmp_path / "clips-0.pt", weights_only=True)
+    encoded = train_gen.Encoded(*(kept[name] for name in train_gen.Encoded._fields))
+    mouth, axes = train_gen.readout_directions(encoded)[:, :2], models["generator"].truncated
+    torch.testing.assert_close(axes.T @ axes, torch.eye(2), rtol=0, atol=2e-3)
+    assert (mouth - axes @ axes.T @ mouth).norm() < 0.01 * mouth.norm() != 0
 
 
 def test_the_preview_is_the_held_out_person_with_their_words(ae, tmp_path):
@@ -755,6 +761,7 @@ def test_a_student_says_in_one_step_what_its_teacher_says_in_many(ae, tmp_path, 
     teacher = Generator(replace(NANO["generator"], token_dim=8, audio_dim=320)).eval()
     for p in teacher.parameters():
         p.data += 0.2 * torch.randn_like(p)
+    teacher.truncated.copy_(torch.eye(8)[:, :2])
     save_weights(tmp_path / "t.safetensors", {**models, "generator": teacher},
                  {**meta, "audio": "mel", "gen_steps": 4, "guidance": 2.0})
     words = ["--preset", "nano", "--reflow", "t.safetensors", "--teacher-steps", "6", "--steps", "80",
@@ -769,7 +776,8 @@ def test_a_student_says_in_one_step_what_its_teacher_says_in_many(ae, tmp_path, 
     draw = torch.Generator().manual_seed(9)
     silence = sample.encode_silence("mel")
     new, past, reference, heard, mood = train_gen.sample_windows(encoded, teacher.config, 32, draw, silence)
-    noise = torch.randn(new.shape, generator=draw)
+    assert torch.equal(student["generator"].truncated, teacher.truncated)
+    noise = teacher.truncate(torch.randn(new.shape, generator=draw))
     cond = {"past": past, "reference": reference, "audio": heard, "mood": mood}
     with torch.no_grad():
         want = flow.integrate(flow.with_cfg(teacher, 2.0, {"audio": None}), noise, 6, **cond)

@@ -31,6 +31,10 @@ export class MotionStream {
     const flat = arrays => Float32Array.from(arrays.flatMap(array => [...array]));
     const past = flat(this.past), audio = flat(rows.slice(0, g.past + g.window + g.ahead));
     let z = Float32Array.from({ length: g.window * width }, this.normal);
+    for (const axis of g.truncated) for (let k = 0; k < z.length; k += width) {
+      const along = axis.reduce((sum, value, n) => sum + value * z[k + n], 0);
+      axis.forEach((value, n) => { z[k + n] -= along * value; });
+    }
     for (let k = 0; k < g.steps; k++) {
       const v = await this.velocity(z, 1 - k / g.steps, past, audio, this.mood);
       z = z.map((value, n) => value + v[n] / g.steps);
