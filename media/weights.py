@@ -6,11 +6,13 @@ of the older format semo-1 are converted at load.
 import json
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from media.files import InputError, atomic_write
 
@@ -75,6 +77,24 @@ def shapes(state):
     return {name: value.shape for name, value in state.items()}
 
 
+@contextmanager
+def limit_size(count):
+    """Raise MemoryError when the networks built within have more than `count` parameters, before the memory
+    is used: a damaged config may ask for any size. (To build on the meta device imports torch._dynamo: 2 s.)
+    """
+    def check(module, name, parameter):
+        nonlocal count
+        count -= 0 if parameter is None else parameter.numel()
+        if count < 0:
+            raise MemoryError
+
+    hook = register_module_parameter_registration_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def load_weights(path, classes, device="cpu"):
     """Read a file -> ({kind: model in eval mode}, meta). Raises InputError if it does not hold sound weights.
 
@@ -107,18 +127,18 @@ def load_weights(path, classes, device="cpu"):
         check_config(path, kind, config, state)
         try:
             model_class, config_class = classes[kind]
-            with torch.device("meta"):                 # shapes alone at first: a damaged config may be huge
-                expected = shapes(model_class(config_class(**config)).state_dict())
-            if differing := shapes(state).items() ^ expected.items():
-                raise InputError(f"{path}: the {kind}'s weights do not fit its config (first "
-                                 f"{min(name for name, _ in differing)}); the file is damaged")
-            models[kind] = model_class(config_class(**config))
-        except InputError:
-            raise
+            with limit_size(sum(value.numel() for value in state.values())):
+                model = model_class(config_class(**config))
+        except MemoryError:
+            raise InputError(f"{path}: the {kind}'s weights do not fit its config; the file is "
+                             "damaged") from None
         except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise InputError(f"{path}: its {kind} was made by another version of SeMo ({error})") from error
-        models[kind].load_state_dict(state)
-        models[kind].to(device).eval()
+        if differing := shapes(state).items() ^ shapes(model.state_dict()).items():
+            raise InputError(f"{path}: the {kind}'s weights do not fit its config (first "
+                             f"{min(name for name, _ in differing)}); the file is damaged")
+        model.load_state_dict(state)
+        models[kind] = model.to(device).eval()
     return models, meta
 
 

@@ -17,7 +17,7 @@ from test_training import META, networks
 
 import sample
 from measure import emotions, metrics, reader
-from measure.checkpoint import decode_clip
+from measure.checkpoint import decode_clip, encode, generate
 from media import audio_features
 from media.latents import Pixel
 from media.weights import save_weights
@@ -98,6 +98,24 @@ def test_speech_moves_the_mouth_and_other_speech_does_not(shipped):
     assert min(own) > 0.85
     assert max(map(abs, other)) < 0.4
     assert 0.7 < min(sharp) <= max(sharp) < 1.2
+
+
+@torch.inference_mode()
+def test_a_video_starts_from_its_photo(shipped):
+    """The first generated frame is at most 1.5 times as far from the photo, in the space of tokens, as true
+    frames are from the next: mean of 12 people, 3 takes each. (Two random frames of a clip: 3 times.)"""
+    models, meta, _, _ = shipped
+    checkpoint = SimpleNamespace(**models, space=Pixel(), meta=meta, device=torch.device("cpu"))
+    first, usual = [], []
+    for k in range(12):
+        c = random_clip(torch.tensor([HELD_OUT + k]), 25)
+        frames = render(c["identity"].expand(25, -1), c["motion"][0], meta["size"])
+        true = encode(checkpoint, frames)
+        usual.append(true.diff(dim=0).norm(dim=1).mean())
+        for take in range(3):
+            tokens = generate(checkpoint, frames[0], c["wave"][:, :16 * 640], 3 * k + take)
+            first.append((tokens[0] - true[0]).norm())
+    assert sum(first) / len(first) < 1.5 * sum(usual) / len(usual)
 
 
 @torch.inference_mode()
