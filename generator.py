@@ -37,6 +37,7 @@ class GeneratorConfig:
     lookahead: int = 3          # rows of speech after the window: the mouth prepares the next sound (ours)
     experts: int = 0            # hidden units of each emotion's expert in a block; 0: no experts
     mood_table: bool = False    # ablation: a learned vector per emotion, added to the tokens
+    learned_gates: bool = False     # ablation: experts gated by the features, as in MoEE; needs mood_table
     truncated: int = 0          # directions of the token in which sampling starts without noise (ours)
 
     def __post_init__(self):
@@ -71,31 +72,38 @@ class CrossAttention(nn.Module):
 
 class Experts(nn.Module):
     """Seven small MLPs, one for each emotion, scaled by its weight at each frame and added up.
-    A mixture of experts whose gates are given (MoEE, arXiv 2501.01808, learns them)."""
+    A mixture of experts whose gates are given. MoEE (arXiv 2501.01808) learns them (learned_gates): a sigmoid
+    of each frame scales what enters an expert, a softmax of the mean frame what leaves it."""
 
-    def __init__(self, width, hidden):
+    def __init__(self, width, hidden, learned_gates=False):
         super().__init__()
         self.up = nn.Linear(width, EMOTIONS * hidden)
         self.down = nn.Linear(EMOTIONS * hidden, width, bias=False)
+        self.gates = nn.Linear(width, 2 * EMOTIONS) if learned_gates else None
         zero_init(self.down)
 
     def forward(self, x, mood):
         """x (B, n, E), mood (B, n, 7) -> (B, n, E); zero where the mood is zero."""
-        h = F.gelu(self.up(x), approximate="tanh").unflatten(-1, (EMOTIONS, -1))       # (B, n, 7, hidden)
-        return self.down((h * mood[..., None].to(h)).flatten(-2))
+        h = self.up(x).unflatten(-1, (EMOTIONS, -1))                                   # (B, n, 7, hidden)
+        if self.gates is not None:
+            local_gate, global_gate = self.gates(x).chunk(2, dim=-1)                   # (B, n, 7)
+            h = h * local_gate.sigmoid()[..., None]
+            mood = global_gate.mean(1, keepdim=True).softmax(-1)                       # (B, 1, 7)
+        h = F.gelu(h, approximate="tanh") * mood[..., None].to(h)
+        return self.down(h.flatten(-2))
 
 
 class GeneratorBlock(nn.Module):
     """DiT block with two cross-attentions between self-attention and MLP: to speech and reference motion."""
 
-    def __init__(self, width, heads, experts=0):
+    def __init__(self, width, heads, experts=0, learned_gates=False):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False, eps=1e-6) for _ in range(4))
         self.attention = Attention(width, heads)
         self.cross_attn_audio = CrossAttention(width, heads)
         self.cross_attn_ref = CrossAttention(width, heads)
         self.mlp = mlp(width)
-        self.experts = Experts(width, experts) if experts else None
+        self.experts = Experts(width, experts, learned_gates) if experts else None
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         zero_init(self.cross_attn_audio.out, self.cross_attn_ref.out, self.modulation)
 
@@ -127,7 +135,8 @@ class Generator(nn.Module):
         self.null_audio = nn.Parameter(0.02 * torch.randn(c.width))    # stands for speech left out (guidance)
         self.time = TimeEmbed(c.width)
         self.mood = nn.Parameter(torch.zeros(EMOTIONS, c.width)) if c.mood_table else None
-        self.blocks = nn.ModuleList(GeneratorBlock(c.width, c.heads, c.experts) for _ in range(c.depth))
+        self.blocks = nn.ModuleList(GeneratorBlock(c.width, c.heads, c.experts, c.learned_gates)
+                                    for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 2 * c.width))
         self.head = nn.Linear(c.width, motion)
@@ -160,6 +169,8 @@ class Generator(nn.Module):
                        self.embed(m_t) + self.segment_embed[1]], dim=1)                # (B, P+K, E)
         pos_embed = self.pos_embed[: x.shape[1]]
         x = x + pos_embed
+        if mood is None and c.learned_gates:
+            mood = x.new_zeros(B, x.shape[1], EMOTIONS)
         if mood is not None and self.mood is not None:
             x = x + mood.to(x) @ self.mood
         null = self.null_audio.expand(B, c.rows, -1)

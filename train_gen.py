@@ -483,7 +483,7 @@ def train(args, preset) -> int:
     if args.reflow and "generator" in models:                       # a student has the experts of its teacher
         taught = models["generator"].config
         config = replace(config, experts=taught.experts, mood_table=taught.mood_table,
-                         truncated=taught.truncated)
+                         truncated=taught.truncated, learned_gates=taught.learned_gates)
     model = Generator(config).to(device)
     teacher = None
     if args.init:

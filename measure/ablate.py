@@ -82,6 +82,8 @@ STAGE_2 = {
     "past": {"none": ({}, 0.0), "0 to 20%": ({}, 0.2)},
     "emotion": {"experts": (EXPERTS, 0.2),
                 "a table of seven vectors": ({"generator": GeneratorConfig(mood_table=True)}, 0.2),
+                "learned gates, as in MoEE": (
+                    {"generator": GeneratorConfig(experts=16, mood_table=True, learned_gates=True)}, 0.2),
                 "experts, moods never disagree": ({**EXPERTS, "agree": True}, 0.2)}}
 TITLES = {"width": "One token, its width (paper: table 5)",
           "count": "64 numbers in 1 to 8 tokens (paper: table 6)",

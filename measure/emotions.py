@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from emotion import FromVoice, Schedule, intensify
+import sample
+from emotion import FromVoice, Schedule, describe, intensify, text_palette
+from flow import integrate, with_cfg
 from measure import landmarks, metrics, reader
 from measure.checkpoint import (
     cell,
@@ -22,12 +24,15 @@ from measure.checkpoint import (
     generate,
     open_checkpoint,
     render_batched,
+    speech_features,
     table,
 )
 from measure.metrics import NAMES, ratio_interval
 from media import audio_features
+from media.device import autocast
 from media.files import InputError
 from media.sound import FPS, SAMPLE_RATE
+from training import step_rng
 from world import speech
 from world.people import EMOTION_FACE, HELD_OUT, UNSEEN_PAIRS, perform, random_clip
 from world.render import MOTION
@@ -46,6 +51,14 @@ EYE = torch.eye(len(EMOTIONS))
 PAIRS = [(a, b) for a in range(1, 7) for b in range(a + 1, 7)]
 PICKS = slice(FPS, None, STRIDE)                                       # frames that are read, of all FRAMES
 SLOW_PICKS = slice(FPS, None, 2 * STRIDE)                              # where only the mean over them counts
+PHRASES = (                                                            # everyday words, and what they mean
+    ("a poker face", "neutral"), ("reading the news", "neutral"), ("grinning from ear to ear", "happy"),
+    ("over the moon", "happy"), ("telling a good joke", "happy"), ("about to cry", "sad"),
+    ("a broken heart", "sad"), ("missing an old friend", "sad"), ("seeing red", "angry"),
+    ("fed up with everything", "angry"), ("slamming the door", "angry"), ("scared to death", "afraid"),
+    ("alone in a dark house", "afraid"), ("a bit nervous", "afraid"), ("this milk is sour", "disgusted"),
+    ("what an awful smell", "disgusted"), ("ugh, gross", "disgusted"), ("her jaw dropped", "surprised"),
+    ("I can't believe my eyes", "surprised"), ("what, really?", "surprised"))
 
 
 # ---- moods -> tokens ---------------------------------------------------------------------------------------
@@ -59,15 +72,30 @@ def open_with_experts(args):
 
 
 def generate_moods(checkpoint, photo, waves, moods, seed):
-    """Generate the motion of one photo (3, H, W) in each of B moods -> (B, n, L*D).
+    """Generate the motion of one photo (3, H, W) in each of B moods, all at once -> (B, n, L*D).
 
-    waves (1 or B, S): the sound; moods (B, 7) or (B, n, 7).
+    waves (1 or B, S): the sound; moods (B, 7) or (B, n, 7). As checkpoint.generate, one after another.
     """
-    motions = []
-    for wave, mood in zip(waves.expand(len(moods), -1), moods, strict=True):
-        motions.append(generate(checkpoint, photo, wave[None], seed,
-                                emotion=lambda rows, mood=mood: mood.expand(len(rows), -1)))
-    return torch.stack(motions)
+    model, meta, rng = checkpoint.generator, checkpoint.meta, step_rng(3, 0, seed)
+    c, m_ref = model.config, encode(checkpoint, photo[None])                           # (1, L*D)
+    features = speech_features(checkpoint, waves).to(m_ref)
+    features = features.expand(len(moods), -1, -1)                                     # (B, n, A)
+    count, silence = features.shape[1], sample.encode_silence(meta["audio"], meta.get("whisper")).to(m_ref)
+    end = -(-count // c.window) * c.window                                             # whole windows
+    around = [silence.expand(len(moods), rows, -1) for rows in (c.past, end - count + c.lookahead)]
+    features = torch.cat([around[0], features, around[1]], dim=1)
+    moods = (moods[:, None].expand(-1, count, -1) if moods.ndim == 2 else moods).to(m_ref)
+    moods = moods[:, torch.arange(-c.past, end).clamp(0, count - 1)]                   # (B, P+end, 7)
+    motion = m_ref[:, None].expand(len(moods), c.past, -1)                             # (B, P, L*D)
+    guided = with_cfg(model, meta["guidance"], null={"audio": None})
+    for start in range(0, end, c.window):
+        noise = model.truncate(torch.randn(1, c.window, m_ref.shape[1], generator=rng).to(m_ref))
+        cond = {"past": motion[:, -c.past:], "reference": m_ref.expand(len(moods), -1),
+                "audio": features[:, start:start + c.rows], "mood": moods[:, start:start + c.past + c.window]}
+        with autocast(checkpoint.device):
+            new = integrate(guided, noise.expand(len(moods), -1, -1), meta["gen_steps"], **cond)
+        motion = torch.cat([motion, new], dim=1)
+    return motion[:, c.past:c.past + count]
 
 
 def time_with_mood(checkpoint, photo, wave, runs=5):
@@ -302,6 +330,26 @@ def voice_ceiling(train=40_000, test=4000, steps=800):
             loss.backward()
             optimiser.step()
         return (network(test_x).argmax(1) == test_which).float().mean().item()
+
+
+# ---- words -------------------------------------------------------------------------------------------------
+
+def words(text_model):
+    """Print what --emotion-text makes of the names of the emotions and of PHRASES.
+
+    text_model: hub id or folder of a text encoder -> names, phrases: the shares whose first emotion is the
+    one that is meant; palettes: {words: weights (7)}.
+    """
+    meant = [*zip(EMOTIONS, EMOTIONS, strict=True), *PHRASES]
+    palettes = [text_palette(text, text_model) for text, _ in meant]
+    right = [EMOTIONS[palette.argmax()] == name for palette, (_, name) in zip(palettes, meant, strict=True)]
+    table(["words", "meant", "", "came out"],
+          [[text, name, "" if hit else "not", describe(palette)]
+           for (text, name), hit, palette in zip(meant, right, palettes, strict=True)])
+    report = {"names": sum(right[:7]) / 7, "phrases": sum(right[7:]) / len(PHRASES)}
+    print("\nfirst emotion as meant: names {names:.2f}, phrases {phrases:.2f}; chance 0.14".format(**report))
+    return {**report, "palettes": {text: palette.tolist()
+                                   for (text, _), palette in zip(meant, palettes, strict=True)}}
 
 
 # ---- real people -------------------------------------------------------------------------------------------

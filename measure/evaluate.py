@@ -7,6 +7,7 @@ world, or real.
     python -m measure.evaluate probe          how much motion, and how much identity, is linear in the token
     python -m measure.evaluate steps          what fewer sampling steps cost, and how straight the paths are
     python -m measure.evaluate emotion        does the face show the wished emotion (emotions.py)?
+    python -m measure.evaluate text           what --emotion-text makes of 7 names and 20 everyday phrases
 
 Tables and figures are the paper's. --data DIR: reconstruct, masked, talk and emotion on real people, of the
 test split of a folder of data.py prepare. Each prints a table; --json FILE also writes its numbers and the
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 import flow
 import sample
+from emotion import TEXT_MODEL
 from measure import emotions, landmarks, metrics, reader
 from measure.checkpoint import (
     cell,
@@ -307,8 +309,13 @@ def emotion(args):
     return report
 
 
+def text(args):
+    """Show what a text encoder makes of words for emotions."""
+    return emotions.words(args.text_model)
+
+
 COMMANDS = {"reconstruct": reconstruct, "masked": masked, "talk": talk, "probe": probe, "steps": steps,
-            "emotion": emotion}
+            "emotion": emotion, "text": text}
 
 
 def parse(argv):
@@ -324,17 +331,19 @@ def parse(argv):
                    help="reconstruct, talk, emotion with --data: read mouth, lids and head pose with "
                         "MediaPipe's face mesh; PYTHON: the interpreter that has it, if not this one "
                         "(requirements-measure.txt)")
+    p.add_argument("--text-model", default=TEXT_MODEL,
+                   help="text: the encoder that reads the words, hub id or folder (default: %(default)s)")
     p.add_argument("--json", help="also write the numbers to this file")
     p.add_argument("--reader", default=str(reader.WEIGHTS), help="weights of the motion reader")
     args = p.parse_args(argv)
-    if args.data and args.command in ("probe", "steps"):
-        p.error(f"--data is not for {args.command}: of real clips the true motion is not known")
+    if args.data and args.command in ("probe", "steps", "text"):
+        p.error(f"--data is not for {args.command}, which needs what is not known of real clips")
     if args.landmarks and (not args.data or args.command not in ("reconstruct", "talk", "emotion")):
         p.error("--landmarks is for reconstruct, talk and emotion with --data")
     if args.command == "emotion" and args.data and not (args.landmarks or args.networks):
         p.error("emotion with --data needs --landmarks, --networks or both: of real clips no mood is known")
     if args.clips is None and not args.data:
-        args.clips = CLIPS[args.command]
+        args.clips = CLIPS.get(args.command)
     least = 10 if args.command == "probe" else 1
     if any(number is not None and number < low for number, low in ((args.clips, least), (args.steps, 1))):
         p.error(f"--clips must be at least {least}, --steps at least 1")

@@ -7,9 +7,12 @@
                       has to do with
     trajectories.png  a speaking clip's tokens along such directions, beside the true motion
     attention.png     where on the face the motion token looks, in each layer of the encoder
+    emotions.png      (of weights with a generator) six emotions at growing intensity; the voice is calm
+    conflict.png      (with --rival) each emotion with a calm voice and with that of another emotion, by these
+                      weights and by those of --rival, such as those of `measure.ablate --only emotion`
 
 --data takes photos and driving frames from the test split of a folder of data.py prepare. What needs the true
-motion (the names of the directions, the trajectories) is of the synthetic world all the same.
+motion (the names of the directions, the trajectories, the emotions) is of the synthetic world all the same.
 """
 import sys
 import time
@@ -20,20 +23,24 @@ import torch
 import torch.nn.functional as F
 
 import data
+from emotion import intensify
 from measure import metrics
 from measure.checkpoint import command_parser, decode_clip, encode, open_checkpoint, render_batched
+from measure.emotions import EYE, Person, generate_moods, open_with_experts
 from measure.metrics import NAMES
 from media.charts import new_figure, save_figure
 from media.files import InputError, command
 from media.image import to_uint8
-from media.sound import FPS
+from media.sound import FPS, SAMPLES_PER_FRAME
 from world.people import HELD_OUT, random_clip, random_motion
 from world.render import random_identity
+from world.speech import EMOTIONS
 
 FRAMES = {"clip": 100, "pca": 2000, "speech": 200}   # of a clip, for the PCA, of the trajectories
 PEOPLE, DIRECTIONS = 5, 8                            # rows of errors and attention, of directions
 STEPS, GAIN = (-2, -1, 0, 1, 2), 4                   # standard deviations along a direction; errors amplified
 SHOWN = ("yaw", "pitch", "jaw", "blink_l")           # factors whose trajectories are drawn
+INTENSITIES, FACE, MOMENT = (0, 0.5, 1, 1.5), 3, 50  # of emotions: intensities, which person, which frame
 
 
 def heat(x):
@@ -224,11 +231,47 @@ def attention(checkpoint, frames):
     return sheet(title, ["frame", *(f"layer {k + 1}" for k in range(maps.shape[1]))], rows)
 
 
+def faces(checkpoint, person, waves, moods):
+    """Draw frame MOMENT of a Person who speaks waves (1 or B, S) in moods (B, 7) -> (B, 3, H, W)."""
+    waves = waves[:, : (MOMENT + FPS) * SAMPLES_PER_FRAME]
+    tokens = generate_moods(checkpoint, person.photo, waves, moods, person.number)[:, MOMENT]
+    return decode_clip(checkpoint, person.photo, tokens, checkpoint.meta["steps"], person.number)
+
+
+def emotions(checkpoint, person):
+    """Draw the person on whom each emotion grows, beside the true face."""
+    true = render_batched(person.identity, person.truth[:, MOMENT], checkpoint.meta["size"])
+    moods = torch.stack([intensify(mood, x) for mood in EYE[1:] for x in INTENSITIES])
+    made = faces(checkpoint, person, person.waves[:1], moods).unflatten(0, (6, -1))
+    title = (f"An unseen person with a calm photo and a calm voice, {MOMENT / FPS:g} s after the start.\n"
+             "Left: the photo and the true face; then by --emotion and --intensity.")
+    rows = [[(x, "") for x in (person.photo, true[1 + k], *made[k])] for k in range(6)]
+    return sheet(title, ["photo", "true", *map(str, INTENSITIES)], rows, EMOTIONS[1:])
+
+
+def conflict(checkpoint, rival, person):
+    """Draw each emotion by two checkpoints, with a calm voice and with the voice of another emotion."""
+    true = render_batched(person.identity, person.truth[:, MOMENT], checkpoint.meta["size"])
+    other = torch.tensor([1 + (e + 2) % 6 for e in range(1, 7)])
+    waves = torch.cat([person.waves[:1].expand(6, -1), person.waves[other]])
+    made = [faces(c, person, waves, EYE[1:].repeat(2, 1)).unflatten(0, (2, 6)) for c in (checkpoint, rival)]
+    rows = []
+    for k in range(6):
+        voices = "", f"{EMOTIONS[other[k]]} voice"
+        pairs = [(x, note) for calm, loud in made for x, note in zip((calm[k], loud[k]), voices, strict=True)]
+        rows.append([(true[1 + k], ""), *pairs])
+    title = ("The same words in a calm voice and in that of another emotion, by two checkpoints.\n"
+             "The label at the left is what is wished.")
+    return sheet(title, ["true", *("these weights\ncalm voice", "other voice"),
+                         *("rival\ncalm voice", "other voice")], rows, EMOTIONS[1:])
+
+
 @command("measure.pictures")
 def main(argv=None):
     parser = command_parser("pictures", __doc__)
     parser.add_argument("--out", default="pictures", help="folder of the PNG files (default: %(default)s)")
     parser.add_argument("--data", help="a folder of data.py prepare (default: the synthetic world)")
+    parser.add_argument("--rival", metavar="F", help="other weights with emotions, for conflict.png")
     args, start = parser.parse_args(argv), time.time()
     new_figure(1, 1)                                            # without matplotlib: refuse before the work
     with torch.inference_mode():
@@ -239,6 +282,13 @@ def main(argv=None):
                    "directions": directions(checkpoint, clips[-2][0][0], pca),
                    "trajectories": trajectories(checkpoint, pca),
                    "attention": attention(checkpoint, torch.stack([frames[-1] for frames, *_ in clips]))}
+        generator = getattr(checkpoint, "generator", None)
+        if args.rival or generator and (generator.config.experts or generator.config.mood_table):
+            person = Person(open_with_experts(args), None, None, FACE)
+            figures["emotions"] = emotions(checkpoint, person)
+        if args.rival:
+            rival = open_with_experts(SimpleNamespace(ckpt=args.rival, device=args.device))
+            figures["conflict"] = conflict(checkpoint, rival, person)
     for name, figure in figures.items():
         save_figure(figure, Path(args.out) / f"{name}.png")
     print(f"{args.out}: {', '.join(f'{name}.png' for name in figures)}; {time.time() - start:.0f} s")

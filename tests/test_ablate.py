@@ -37,7 +37,7 @@ def test_every_variant_differs_from_the_base_in_one_thing_and_can_be_built():
             v = decoder(picture, torch.ones(2), motion, decoder.encode_reference(picture, motion))
             assert v.shape == picture.shape
     names = list(ablate.runs(list(ablate.TITLES)))
-    assert len(names) == len(set(names)) == 1 + 3 + 3 + 2 + 1 + 1 + 1 + 9 + 2 + 3
+    assert len(names) == len(set(names)) == 1 + 3 + 3 + 2 + 1 + 1 + 1 + 9 + 2 + 4
     for change, _ in ablate.STAGE_2["emotion"].values():
         assert Generator(change["generator"]).config.audio_dim == 320
 

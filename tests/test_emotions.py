@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_emotion import bert  # noqa: F401
 from test_evaluate import META, given, refused, run  # noqa: F401
 
 import emotion
@@ -36,7 +37,8 @@ def small(monkeypatch):
         torch.nn.init.normal_(parameter, std=0.2)
     encoder = MotionEncoder(EncoderConfig(image_size=32, patch_size=8, width=32, depth=1, heads=1,
                                           token_dim=8))
-    monkeypatch.setattr(checkpoint, "autocast", lambda device: nullcontext())
+    for module in (checkpoint, emotions):
+        monkeypatch.setattr(module, "autocast", lambda device: nullcontext())
     return SimpleNamespace(encoder=encoder.eval(), generator=generator.eval(), space=Pixel(), meta=META,
                            device=torch.device("cpu"))
 
@@ -185,6 +187,26 @@ def test_emotions_are_read_off_frames(with_experts, tmp_path, monkeypatch, capsy
     assert report["compounds_true_size"] == pytest.approx(0.64, abs=0.1)
     assert report["voice_ceiling"] == 0.7
     assert "voice of another emotion" in capsys.readouterr().out
+
+
+def test_names_and_phrases_are_listed_with_what_came_out(bert, tmp_path, capsys):      # noqa: F811
+    """By a random encoder: names are prompts, so they are right; phrases are whatever it makes of them."""
+    out = tmp_path / "t.json"
+    assert evaluate.main(["text", "--text-model", str(bert), "--json", str(out)]) == 0
+    report, said = json.loads(out.read_text()), capsys.readouterr().out
+    assert report["names"] == 1 and len(emotions.PHRASES) == 20 and len(report["palettes"]) == 27
+    right = 0
+    for text, meant in emotions.PHRASES:
+        palette = torch.tensor(report["palettes"][text])
+        torch.testing.assert_close(palette, emotion.text_palette(text, bert), atol=1e-5, rtol=1e-4)
+        right += EMOTIONS[palette.argmax()] == meant
+        line, = (line for line in said.splitlines() if line.startswith(text + " "))
+        assert meant in line and emotion.describe(palette) in line
+    assert report["phrases"] == pytest.approx(right / 20)
+
+
+def test_a_text_model_that_is_not_there_is_refused(tmp_path, capsys):
+    refused(capsys, evaluate.main(["text", "--text-model", str(tmp_path / "none")]), "cannot load the text")
 
 
 def test_the_exact_voice_tells_the_emotion():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import flow
-from generator import CrossAttention, Generator, GeneratorBlock, GeneratorConfig, generate_motion
+from generator import CrossAttention, Experts, Generator, GeneratorBlock, GeneratorConfig, generate_motion
 
 torch.set_num_threads(1)
 SMALL = {"token_dim": 6, "audio_dim": 5, "width": 24, "depth": 2, "heads": 2, "window": 4, "past": 3,
@@ -363,6 +363,25 @@ def test_a_mood_is_felt_at_its_frame_first():
 
 def test_a_table_of_moods():
     model = generator(mood_table=True)
+    assert torch.equal(model(*inputs()), model(*inputs(), mood=torch.zeros(2, 7, 7)))
+    assert differ(model(*inputs(), mood=MOOD), model(*inputs()))
+
+
+def test_learned_gates_come_from_the_features():
+    """A sigmoid of each frame scales what enters an expert, a softmax of their mean what leaves it (MoEE)."""
+    torch.manual_seed(0)
+    experts, x = Experts(24, 3, learned_gates=True), torch.randn(2, 5, 24)
+    torch.nn.init.normal_(experts.down.weight)
+    local_gate, global_gate = experts.gates(x).split(7, dim=2)
+    share = experts.gates(x.mean(1))[:, 7:].softmax(1)                                             # (2, 7)
+    torch.testing.assert_close(share, global_gate.mean(1).softmax(1))
+    up, down = experts.up(x).unflatten(2, (7, 3)), experts.down.weight.unflatten(1, (7, 3))
+    want = 0
+    for e in range(7):
+        seen = local_gate[..., e, None].sigmoid() * up[:, :, e]                                    # (2, 5, 3)
+        want += share[:, None, e, None] * F.gelu(seen, approximate="tanh") @ down[:, e].T
+    torch.testing.assert_close(experts(x, MOOD[:, :5]), want)
+    model = generator(experts=3, mood_table=True, learned_gates=True)
     assert torch.equal(model(*inputs()), model(*inputs(), mood=torch.zeros(2, 7, 7)))
     assert differ(model(*inputs(), mood=MOOD), model(*inputs()))
 

@@ -9,12 +9,14 @@ from PIL import Image
 
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder
+from generator import Generator, GeneratorConfig
 from measure import pictures
 from measure.pictures import NAMES, SHOWN
 from media.charts import to_image
 from media.files import write_lines
 from media.video import VideoWriter
 from media.weights import save_weights
+from sample import load_models
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -34,6 +36,15 @@ def given(tmp_path_factory):
     save_weights(folder / "w.safetensors", models, META)
     save_weights(folder / "e.safetensors", {"encoder": models["encoder"]}, META)
     return folder
+
+
+@pytest.fixture(scope="module")
+def with_moods(given):
+    """The release with a generator that has experts, m.safetensors."""
+    models, meta = load_models(given / "w.safetensors")
+    models["generator"] = Generator(GeneratorConfig(token_dim=12, width=16, depth=1, heads=1, experts=2))
+    save_weights(given / "m.safetensors", models, {**META, "gen_steps": 1, "guidance": 1.0})
+    return given
 
 
 @pytest.fixture(autouse=True)
@@ -206,17 +217,19 @@ def test_no_label_is_cut_off():
     assert axes.get_ylabel() == "a label at its left" and axes.texts[0].get_text() == "20 dB"
 
 
-def test_the_command_draws_four_pictures(given, tmp_path, capsys, sheets):
+def test_the_command_draws_six_pictures(with_moods, tmp_path, capsys, sheets, monkeypatch):
     pytest.importorskip("matplotlib")
-    assert pictures.main(["--ckpt", str(given / "w.safetensors"), "--out", str(tmp_path / "out"), "--device",
+    monkeypatch.setattr(pictures, "MOMENT", 2)
+    weights = str(with_moods / "m.safetensors")
+    assert pictures.main(["--ckpt", weights, "--rival", weights, "--out", str(tmp_path / "out"), "--device",
                           "cpu"]) == 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["attention.png", "directions.png", "errors.png",
-                                                    "trajectories.png"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["attention.png", "conflict.png", "directions.png",
+                                                    "emotions.png", "errors.png", "trajectories.png"]
     sizes = {name[:-4]: Image.open(tmp_path / "out" / name).size for name in os.listdir(tmp_path / "out")}
     assert sizes["trajectories"] == (1200, 640)
     assert len(Image.open(tmp_path / "out" / "trajectories.png").getcolors(10**6)) > 10
-    names = "errors", "directions", "attention"
-    for name, asked, columns, rows in zip(names, sheets, (8, 6, 3), (5, 8, 5), strict=True):
+    names = "errors", "directions", "attention", "emotions", "conflict"
+    for name, asked, columns, rows in zip(names, sheets, (8, 6, 3, 6, 5), (5, 8, 5, 6, 6), strict=True):
         assert len(asked[1]) == columns and len(asked[2]) == rows
         assert sizes[name][0] >= 130 * columns and 0 < sizes[name][1] - 130 * rows < 150
     assert "errors.png" in capsys.readouterr().out
@@ -265,3 +278,32 @@ def test_what_cannot_be_used_is_refused_and_leaves_nothing(given, tmp_path, caps
     (tmp_path / "out").write_text("a file")
     refused(capsys, pictures.main([*good, "--device", "cpu"]), "out")
     assert sorted(os.listdir(tmp_path)) == ["bad", "out"]
+
+
+def test_emotions_are_drawn_by_intensity_and_beside_those_of_a_rival(with_moods, monkeypatch, sheets):
+    """Of a generator that makes each face as bright as its mood is strong, and darker by the voice."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(pictures, "MOMENT", 2)
+    release = pictures.open_with_experts(SimpleNamespace(ckpt=with_moods / "m.safetensors", device="cpu"))
+    person = pictures.Person(release, None, None, pictures.FACE)
+
+    def generated(release, photo, waves, moods, seed, frames=27):
+        assert waves.shape[1] == frames * 640
+        loud = torch.stack([(wave - person.waves[0, :frames * 640]).abs().mean() > 0 for wave in waves])
+        strength = moods[:, 1:].sum(1) / release.fade - loud.expand(len(moods)).float()
+        return strength[:, None, None].expand(-1, frames, 1)
+
+    release.fade, rival = 1, SimpleNamespace(meta=META, fade=2)
+    monkeypatch.setattr(pictures, "generate_moods", generated)
+    monkeypatch.setattr(pictures, "decode_clip", lambda release, photo, tokens, steps, seed:
+                        tokens[:, :, None, None].expand(-1, 3, 32, 32) / 2)
+    pictures.emotions(release, person)
+    pictures.conflict(release, rival, person)
+    (_, head, grown, labels), (_, _, disputed, _) = sheets
+    assert labels == pictures.EMOTIONS[1:] and len(head) == 6 and len(grown) == len(disputed) == 6
+    for k in range(6):
+        assert torch.equal(grown[k][0][0], person.photo) and torch.equal(grown[k][1][0], disputed[k][0][0])
+        assert [x.mean().item() for x, _ in grown[k][2:]] == pytest.approx([0, 0.25, 0.5, 0.75])
+        assert [x.mean().item() for x, _ in disputed[k][1:]] == pytest.approx([0.5, 0, 0.25, -0.25])
+        voice = disputed[k][2][1].removesuffix(" voice")
+        assert voice in pictures.EMOTIONS[1:] and voice != labels[k] and disputed[k][1][1] == ""
