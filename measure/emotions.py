@@ -358,9 +358,10 @@ def real_people(args, checkpoint, clips, read_faces, nets):
     """Show each emotion on the first frame of real clips, with their sound, and compare with `neutral`.
 
     clips: iterator of test clips with images and wave; read_faces(args, [frames]) -> [{factor: (n,)}], or
-    None; nets: networks of perceptual.load, of which CSIM is used. Prints and returns {emotion: {measure}}:
-    changes of lip corners, lip width and lids from neutral, in heights of the face (lids: widths of the eye);
-    correlation of the opening of the mouth with neutral's; csim with the photo. Medians over people.
+    None; nets: networks of perceptual.load, of which CSIM and expression are used. Prints and returns
+    {emotion: {measure}}: changes of lip corners, lip width and lids from neutral, in heights of the face
+    (lids: widths of the eye); correlation of the opening of the mouth with neutral's; csim with the photo;
+    recognised: the share of frames that show the wished expression. Medians over people.
     """
     steps, by_emotion, people = args.steps or checkpoint.meta["steps"], {name: [] for name in EMOTIONS}, []
     for c in clips:
@@ -377,6 +378,9 @@ def real_people(args, checkpoint, clips, read_faces, nets):
                 measured["opening"] = landmarks.correlation(curves[0]["opening"], read["opening"])
             if "csim" in nets:
                 measured["csim"] = nets["csim"](c.images[:1], shown, c.face).mean().item()
+            if "expression" in nets:
+                recognised = nets["expression"](shown, c.face).argmax(1) == EMOTIONS.index(name)
+                measured["recognised"] = recognised.float().mean().item()
             by_emotion[name].append(measured)
     rows = {name: landmarks.summary(measured, people) for name, measured in by_emotion.items()}
     measures = list(by_emotion["neutral"][0])

@@ -326,7 +326,7 @@ def parse(argv):
     p.add_argument("--data", help="reconstruct, masked, talk, emotion: the test split of a folder of data.py "
                                   "prepare (default: synthetic)")
     p.add_argument("--networks", help="folder of published networks, for LPIPS, FID, FVD, Sync-C, Sync-D, "
-                                      "CSIM (perceptual.py)")
+                                      "CSIM, expressions (perceptual.py)")
     p.add_argument("--landmarks", nargs="?", const=sys.executable, metavar="PYTHON",
                    help="reconstruct, talk, emotion with --data: read mouth, lids and head pose with "
                         "MediaPipe's face mesh; PYTHON: the interpreter that has it, if not this one "

@@ -234,14 +234,15 @@ def test_real_photos_are_compared_with_their_own_neutral_face(monkeypatch, capsy
 
     clips = [SimpleNamespace(number=k, person=name, images=torch.zeros(2, 3, 4, 4), wave=None, face=None)
              for k, name in enumerate("ab")]
-    nets = {"csim": lambda photo, frames, face: 1 - frames.mean((1, 2, 3))}
+    nets = {"csim": lambda photo, frames, face: 1 - frames.mean((1, 2, 3)),         # below: neutral is happy
+            "expression": lambda frames, face: EYE[(10 * frames.mean((1, 2, 3))).round().long().clamp(min=1)]}
     args = SimpleNamespace(steps=1, data="a folder")
     rows = emotions.real_people(args, SimpleNamespace(meta=META), iter(clips), read_faces, nets)["rows"]
     for k, name in enumerate(EMOTIONS):
         medians = {measure: x["value"] for measure, x in rows[name].items()}
         assert medians == pytest.approx({"corners": 1.1 * k, "width": 0.1 * k, "lids": -0.1 * k, "opening": 1,
-                                       "csim": 1 - 0.1 * k}, abs=1e-6)
+                                       "csim": 1 - 0.1 * k, "recognised": float(k > 0)}, abs=1e-6)
     assert "2 clips of 2 unseen people of a folder" in capsys.readouterr().out
     alone = emotions.real_people(args, SimpleNamespace(meta=META), iter(clips), None, nets)["rows"]
-    assert list(alone["happy"]) == ["csim"]
+    assert list(alone["happy"]) == ["csim", "recognised"]
     assert evaluate.COMMANDS["emotion"] is evaluate.emotion

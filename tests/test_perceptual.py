@@ -81,6 +81,9 @@ def field(number, value):
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
+EXPRESSION = "facial_expression_recognition_mobilefacenet_2022july.onnx"
+
+
 def save_onnx(path):
     """An ONNX network 1 x 3 x 112 x 112 -> 1 x 3: the mean of each colour."""
     def tensor(name, *shape):
@@ -117,7 +120,8 @@ def nets(tmp_path_factory):
     weights = scatter(perceptual.SyncNet()).state_dict()
     torch.save({name: x for name, x in weights.items() if "num_batches" not in name},
                folder / "syncnet_v2.model")
-    save_onnx(folder / "MobileFaceNet.onnx")
+    for file in ("MobileFaceNet.onnx", EXPRESSION):
+        save_onnx(folder / file)
     return folder
 
 
@@ -127,7 +131,7 @@ def measures(nets):
     with warnings.catch_warnings():
         warnings.simplefilter("error")                           # TorchScript's deprecation is not the user's
         found, absent = perceptual.load(nets)
-    assert list(found) == ["lpips", "inception", "i3d", "syncnet", "csim"] and not absent
+    assert list(found) == ["lpips", "inception", "i3d", "syncnet", "csim", "expression"] and not absent
     return found
 
 
@@ -141,7 +145,8 @@ def test_other_ranges_and_shapes_are_refused_by_every_measure(x, word):
     for call in (perceptual.check, lambda x: perceptual.inception(None, x), lambda x: perceptual.i3d(None, x),
                  lambda x: perceptual.lpips(None, x, x), lambda x: perceptual.lpips(None, pictures(), x),
                  lambda x: perceptual.syncnet(None, x, torch.zeros(1, 9600)),
-                 lambda x: perceptual.csim(None, x, x), lambda x: perceptual.csim(None, pictures(), x)):
+                 lambda x: perceptual.csim(None, x, x), lambda x: perceptual.csim(None, pictures(), x),
+                 lambda x: perceptual.expression(None, x)):
         with pytest.raises(ValueError) as error:
             call(x)
         assert word in str(error.value) and "give" in str(error.value) and "\n" not in str(error.value)
@@ -446,15 +451,31 @@ def test_csim_is_the_cosine_of_embeddings(measures):
     assert torch.allclose(measures["csim"](a, a), torch.ones(4), atol=1e-5)
 
 
+def test_expressions_come_in_our_order(measures, monkeypatch):
+    """Of save_onnx's network, made seven wide, on pictures whose upper part is above the face box."""
+    seen = []
+
+    def classify(net, x, face, mean, std):
+        seen.append(perceptual.crop(x, face, 112))
+        return 5 * torch.eye(7)                              # angry, disgust, fearful, happy, neutral, ...
+
+    x = pictures(7, 112)
+    monkeypatch.setattr(perceptual, "embed", classify)
+    found = measures["expression"](x, (0.2, 0.3, 0.8, 0.8))
+    assert found.argmax(0).tolist() == [4, 3, 5, 0, 2, 1, 6] and torch.allclose(found.sum(1), torch.ones(7))
+    torch.testing.assert_close(seen[0], perceptual.crop(x, (0.2, 0.265, 0.8, 0.765), 112))
+
+
 # -------------------------------------------------------------------------------------------------- the files
 def test_every_absent_network_has_its_sentence(tmp_path, nets):
     found, absent = perceptual.load(tmp_path / "nowhere")
-    assert found == {} and len(absent) == 5
+    assert found == {} and len(absent) == 6
     for text, measure, file, site in zip(
-            absent, ("LPIPS", "FID", "FVD", "Sync-C", "CSIM"),
+            absent, ("LPIPS", "FID", "FVD", "Sync-C", "CSIM", "expression"),
             ("alex.pth", "inception-2015-12-05.pt", "i3d_torchscript.pt", "syncnet_v2.model",
-             "MobileFaceNet.onnx"),
-            ("PerceptualSimilarity", "nvlabs", "dropbox", "robots.ox.ac.uk", "foamliu"), strict=True):
+             "MobileFaceNet.onnx", EXPRESSION),
+            ("PerceptualSimilarity", "nvlabs", "dropbox", "robots.ox.ac.uk", "foamliu", "opencv_zoo"),
+            strict=True):
         assert all(word in text for word in (measure, file, site, "nowhere")) and "\n" not in text
     (tmp_path / "alex.pth").write_bytes((nets / "alex.pth").read_bytes())
     _, absent = perceptual.load(tmp_path)
