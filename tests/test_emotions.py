@@ -32,9 +32,10 @@ def small(monkeypatch):
     """A checkpoint of small random networks with experts that act, without autocast."""
     torch.manual_seed(0)
     generator = Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1, window=8, past=4,
-                                          lookahead=1, experts=2))
+                                          lookahead=1, experts=2, truncated=1))
     for parameter in generator.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    generator.truncated[0] = 1
     encoder = MotionEncoder(EncoderConfig(image_size=32, patch_size=8, width=32, depth=1, heads=1,
                                           token_dim=8))
     for module in (checkpoint, emotions):
@@ -244,5 +245,5 @@ def test_real_photos_are_compared_with_their_own_neutral_face(monkeypatch, capsy
                                        "csim": 1 - 0.1 * k, "recognised": float(k > 0)}, abs=1e-6)
     assert "2 clips of 2 unseen people of a folder" in capsys.readouterr().out
     alone = emotions.real_people(args, SimpleNamespace(meta=META), iter(clips), None, nets)["rows"]
-    assert list(alone["happy"]) == ["csim", "recognised"]
+    assert set(alone["happy"]) == {"csim", "recognised"}
     assert evaluate.COMMANDS["emotion"] is evaluate.emotion
