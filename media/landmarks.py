@@ -21,7 +21,7 @@ import av
 import cv2
 import numpy as np
 
-from media.files import InputError, atomic_write, check_file, command, read_lines
+from media.files import VIDEO_WANTED, InputError, atomic_write, check_file, command, open_media, read_lines
 
 READER = 2                                     # in the files; factors of another reader have other units
 FACTORS = ("opening", "width", "lid_left", "lid_right", "yaw", "pitch", "roll", "brow", "corner", "furrow")
@@ -246,12 +246,18 @@ def label(folder, readers):
     records = read_lines(os.path.join(folder, "manifest.jsonl"))
     os.makedirs(os.path.join(folder, "landmarks"), exist_ok=True)
     for number, record in enumerate(records, 1):
-        path = os.path.join(folder, landmark_file(record["file"]))
+        video, path = (os.path.join(folder, name) for name in (record["file"], landmark_file(record["file"])))
         if not is_current(path, record["frames"]):
-            with av.open(f"file:{os.path.join(folder, record['file'])}") as clip:
-                frames = (frame.to_ndarray(format="rgb24") for frame in clip.decode(video=0))
-                points, factors = read_frames(frames, *readers)
-                size = clip.streams.video[0].width
+            try:
+                with open_media(video, VIDEO_WANTED) as clip:
+                    size = clip.streams.video[0].width
+                    frames = (frame.to_ndarray(format="rgb24") for frame in clip.decode(video=0))
+                    points, factors = read_frames(frames, *readers)
+            except av.FFmpegError as error:
+                raise InputError(f"{video} is damaged ({error.strerror}); prepare the set again") from None
+            if len(points) != record["frames"]:
+                raise InputError(f"{video} is damaged: {len(points)} frames, not {record['frames']}; prepare "
+                                 "the set again")
             with atomic_write(path) as temporary, open(temporary, "wb") as file:
                 np.savez(file, factors=factors.astype(np.float32), reader=READER,
                          ellipses=ellipses(points, size).astype(np.float32))

@@ -3,6 +3,7 @@
 #
 #     recipes/tiny.sh VIDEOS [VIDEOS ...]          from the root of the repository; each VIDEOS is a folder of videos
 #     MESH=mesh/bin/python recipes/tiny.sh ...     with labels: MESH is a Python that has requirements-measure.txt
+#     POINTS=FILE MESH=... recipes/tiny.sh ...     lips also by dlib's 68 points (pip install dlib-bin in MESH; docs/data.md)
 #     STEPS=200 GEN_STEPS=200 recipes/tiny.sh ...  a short trial of the whole chain
 #
 # Put videos of one kind into one folder (news presenters, interviews, ...): folders are drawn equally, then persons, then
@@ -13,7 +14,7 @@
 # The embedded weights were trained in several sittings with an earlier form of this code, starting from older 64 px weights.
 # This is the same method in one run from random weights: expect similar numbers, not the same file.
 set -euo pipefail
-[ $# -gt 0 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
 OUT=${OUT:-runs/tiny}
 
 # 1. Videos -> clips of one face at 25 fps with 16 kHz sound. dropped.jsonl says what was left out and why.
@@ -27,7 +28,7 @@ done
 # 2. Optional labels: place of mouth and eyes, opening, lids, head pose. Without them pairs are chosen by time alone, the usual
 #    place of mouth and eyes is weighted, and real clips have no auxiliary loss.
 if [ -n "${MESH:-}" ]; then
-    "$MESH" -m media.landmarks --data "${sets[@]}"
+    "$MESH" -m media.landmarks --data "${sets[@]}" ${POINTS:+--shape-predictor "$POINTS"}
 fi
 
 # 3. Stage 1, motion encoder and decoder. The synthetic world is one of the sets. Look at OUT/ae/step*.png now and then:

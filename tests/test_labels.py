@@ -173,6 +173,16 @@ def test_labels_are_what_training_reads_and_are_made_once(prepared):
     assert path.read_bytes() == first
 
 
+def test_a_damaged_clip_is_refused_and_leaves_nothing(prepared):
+    folder, readers = prepared
+    whole = (folder / "clips/a.mp4").read_bytes()
+    for content in (b"junk", whole[: len(whole) // 2]):
+        (folder / "clips/a.mp4").write_bytes(content)
+        with pytest.raises(InputError, match="clips/a.mp4 is"):
+            landmarks.label(str(folder), readers)
+        assert list((folder / "landmarks").iterdir()) == []
+
+
 @pytest.mark.parametrize("package", ["mediapipe", "ai_edge_litert"])
 def test_missing_packages_are_one_sentence(prepared, package, monkeypatch, capsys):
     for name in ("mediapipe", "mediapipe.python.solutions.face_mesh"):
