@@ -7,8 +7,8 @@
                       has to do with
     trajectories.png  a speaking clip's tokens along such directions, beside the true motion
     attention.png     where on the face the motion token looks, in each layer of the encoder
-    emotions.png      (of weights with a generator) six emotions at growing intensity; the voice is calm
-    conflict.png      (with --rival) each emotion with a calm voice and with that of another emotion, by these
+    emotions.webp     (of weights with emotions) six emotions at growing intensity; photo and voice are calm
+    conflict.webp     (with --rival) each emotion with a calm voice and with that of another emotion, by these
                       weights and by those of --rival, such as those of `measure.ablate --only emotion`
 
 --data takes photos and driving frames from the test split of a folder of data.py prepare. What needs the true
@@ -40,7 +40,7 @@ FRAMES = {"clip": 100, "pca": 2000, "speech": 200}   # of a clip, for the PCA, o
 PEOPLE, DIRECTIONS = 5, 8                            # rows of errors and attention, of directions
 STEPS, GAIN = (-2, -1, 0, 1, 2), 4                   # standard deviations along a direction; errors amplified
 SHOWN = ("yaw", "pitch", "jaw", "blink_l")           # factors whose trajectories are drawn
-INTENSITIES, FACE, MOMENT = (0, 0.5, 1, 1.5), 3, 50  # of emotions: intensities, which person, which frame
+INTENSITIES, FACE, MOMENT = (0, 0.5, 1, 1.5), 8, 50  # of emotions: intensities, which person, which frame
 
 
 def heat(x):
@@ -244,9 +244,9 @@ def emotions(checkpoint, person):
     moods = torch.stack([intensify(mood, x) for mood in EYE[1:] for x in INTENSITIES])
     made = faces(checkpoint, person, person.waves[:1], moods).unflatten(0, (6, -1))
     title = (f"An unseen person with a calm photo and a calm voice, {MOMENT / FPS:g} s after the start.\n"
-             "Left: the photo and the true face; then by --emotion and --intensity.")
-    rows = [[(x, "") for x in (person.photo, true[1 + k], *made[k])] for k in range(6)]
-    return sheet(title, ["photo", "true", *map(str, INTENSITIES)], rows, EMOTIONS[1:])
+             "Left: the true face; then by --emotion and --intensity.")
+    rows = [[(x, "") for x in (true[1 + k], *made[k])] for k in range(6)]
+    return sheet(title, ["true", *map(str, INTENSITIES)], rows, EMOTIONS[1:])
 
 
 def conflict(checkpoint, rival, person):
@@ -269,29 +269,30 @@ def conflict(checkpoint, rival, person):
 @command("measure.pictures")
 def main(argv=None):
     parser = command_parser("pictures", __doc__)
-    parser.add_argument("--out", default="pictures", help="folder of the PNG files (default: %(default)s)")
+    parser.add_argument("--out", default="pictures", help="folder of the pictures (default: %(default)s)")
     parser.add_argument("--data", help="a folder of data.py prepare (default: the synthetic world)")
-    parser.add_argument("--rival", metavar="F", help="other weights with emotions, for conflict.png")
+    parser.add_argument("--rival", metavar="F", help="other weights with emotions, for conflict.webp")
     args, start = parser.parse_args(argv), time.time()
     new_figure(1, 1)                                            # without matplotlib: refuse before the work
     with torch.inference_mode():
         checkpoint = open_checkpoint(args, "encoder", "decoder")
+        rival = SimpleNamespace(ckpt=args.rival, device=args.device)
+        rival = open_with_experts(rival) if args.rival else None
         clips = test_clips(args, checkpoint.meta["size"])
         pca = token_pca(checkpoint)
-        figures = {"errors": errors(checkpoint, clips),
-                   "directions": directions(checkpoint, clips[-2][0][0], pca),
-                   "trajectories": trajectories(checkpoint, pca),
-                   "attention": attention(checkpoint, torch.stack([frames[-1] for frames, *_ in clips]))}
+        figures = {"errors.png": errors(checkpoint, clips),
+                   "directions.png": directions(checkpoint, clips[-2][0][0], pca),
+                   "trajectories.png": trajectories(checkpoint, pca),
+                   "attention.png": attention(checkpoint, torch.stack([frames[-1] for frames, *_ in clips]))}
         generator = getattr(checkpoint, "generator", None)
-        if args.rival or generator and (generator.config.experts or generator.config.mood_table):
+        if rival or generator and (generator.config.experts or generator.config.mood_table):
             person = Person(open_with_experts(args), None, None, FACE)
-            figures["emotions"] = emotions(checkpoint, person)
-        if args.rival:
-            rival = open_with_experts(SimpleNamespace(ckpt=args.rival, device=args.device))
-            figures["conflict"] = conflict(checkpoint, rival, person)
+            figures["emotions.webp"] = emotions(checkpoint, person)
+        if rival:
+            figures["conflict.webp"] = conflict(checkpoint, rival, person)
     for name, figure in figures.items():
-        save_figure(figure, Path(args.out) / f"{name}.png")
-    print(f"{args.out}: {', '.join(f'{name}.png' for name in figures)}; {time.time() - start:.0f} s")
+        save_figure(figure, Path(args.out) / name)
+    print(f"{args.out}: {', '.join(figures)}; {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ def to_image(figure):
 
 
 def save_figure(figure, path):
-    """Write a figure to a PNG file, and make its folder."""
+    """Write a figure to a PNG or WebP file, and make its folder."""
     with atomic_write(path, make_folder=True) as temporary:
-        to_image(figure).save(temporary, format="PNG", optimize=True)
+        to_image(figure).save(temporary, format=Path(path).suffix[1:], optimize=True)
 
 
 def read_log(path):

@@ -223,13 +223,13 @@ def test_the_command_draws_six_pictures(with_moods, tmp_path, capsys, sheets, mo
     weights = str(with_moods / "m.safetensors")
     assert pictures.main(["--ckpt", weights, "--rival", weights, "--out", str(tmp_path / "out"), "--device",
                           "cpu"]) == 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["attention.png", "conflict.png", "directions.png",
-                                                    "emotions.png", "errors.png", "trajectories.png"]
-    sizes = {name[:-4]: Image.open(tmp_path / "out" / name).size for name in os.listdir(tmp_path / "out")}
+    assert sorted(os.listdir(tmp_path / "out")) == ["attention.png", "conflict.webp", "directions.png",
+                                                    "emotions.webp", "errors.png", "trajectories.png"]
+    sizes = {path.stem: Image.open(path).size for path in (tmp_path / "out").iterdir()}
     assert sizes["trajectories"] == (1200, 640)
     assert len(Image.open(tmp_path / "out" / "trajectories.png").getcolors(10**6)) > 10
     names = "errors", "directions", "attention", "emotions", "conflict"
-    for name, asked, columns, rows in zip(names, sheets, (8, 6, 3, 6, 5), (5, 8, 5, 6, 6), strict=True):
+    for name, asked, columns, rows in zip(names, sheets, (8, 6, 3, 5, 5), (5, 8, 5, 6, 6), strict=True):
         assert len(asked[1]) == columns and len(asked[2]) == rows
         assert sizes[name][0] >= 130 * columns and 0 < sizes[name][1] - 130 * rows < 150
     assert "errors.png" in capsys.readouterr().out
@@ -273,6 +273,7 @@ def test_what_cannot_be_used_is_refused_and_leaves_nothing(given, tmp_path, caps
     refused(capsys, pictures.main(["--ckpt", str(tmp_path / "bad"), *out]), "bad", "not a readable")
     refused(capsys, pictures.main(["--ckpt", str(given / "e.safetensors"), *out]), "no decoder")
     refused(capsys, pictures.main([*good, "--device", "abacus"]), "abacus")
+    refused(capsys, pictures.main([*good, "--rival", str(given / "w.safetensors")]), "no generator")
     refused(capsys, pictures.main([*good, "--data", str(tmp_path)]), "manifest.jsonl")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").write_text("a file")
@@ -300,10 +301,10 @@ def test_emotions_are_drawn_by_intensity_and_beside_those_of_a_rival(with_moods,
     pictures.emotions(release, person)
     pictures.conflict(release, rival, person)
     (_, head, grown, labels), (_, _, disputed, _) = sheets
-    assert labels == pictures.EMOTIONS[1:] and len(head) == 6 and len(grown) == len(disputed) == 6
+    assert labels == pictures.EMOTIONS[1:] and len(head) == 5 and len(grown) == len(disputed) == 6
     for k in range(6):
-        assert torch.equal(grown[k][0][0], person.photo) and torch.equal(grown[k][1][0], disputed[k][0][0])
-        assert [x.mean().item() for x, _ in grown[k][2:]] == pytest.approx([0, 0.25, 0.5, 0.75])
+        assert torch.equal(grown[k][0][0], disputed[k][0][0])
+        assert [x.mean().item() for x, _ in grown[k][1:]] == pytest.approx([0, 0.25, 0.5, 0.75])
         assert [x.mean().item() for x, _ in disputed[k][1:]] == pytest.approx([0.5, 0, 0.25, -0.25])
         voice = disputed[k][2][1].removesuffix(" voice")
         assert voice in pictures.EMOTIONS[1:] and voice != labels[k] and disputed[k][1][1] == ""
