@@ -22,6 +22,7 @@ from PIL import Image
 from test_image import load_image
 
 import sample
+import web.controls
 from decoder import Decoder, DecoderConfig, Picture, decode_frames
 from encoder import EncoderConfig, MotionEncoder
 from flow import with_cfg
@@ -35,8 +36,9 @@ from media.image import from_uint8, open_image, to_uint8
 from media.sound import SAMPLES_PER_FRAME, audio_chunks
 from media.weights import save_weights
 from sample import DEFAULT, load_models
-from web.controls import fit_directions
 from web.export import Edit, graphs
+from world.people import random_motion
+from world.render import MOTION
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
@@ -48,7 +50,7 @@ FLAGS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-backgrou
          "--use-fake-ui-for-media-stream"]
 SECONDS, SEED = 2.0, 3
 READY = "() => !document.getElementById('play').disabled"
-APP = "async () => (await import('./page.js')).app"
+PRESSED = "([id, state]) => document.getElementById(id).getAttribute('aria-pressed') === state"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -356,10 +358,61 @@ def test_talk_plays_in_step_and_downloads_a_video_with_sound(page, tmp_path):
     assert np.mean(np.array(changes) > 0.02) > 0.9                               # no picture is shown twice
     assert abs(len(sound) / rate - 1.6) < 0.05 and np.abs(sound).max() > 0.05
     p.click("#play")
-    for text in ("Stop", "Play"):
-        p.wait_for_function(f"() => document.getElementById('play').textContent === '{text}'")
+    for pressed in ("true", "false"):
+        p.wait_for_function(PRESSED, arg=["play", pressed])
     assert p.evaluate("document.getElementById('progress').value") > 0.9 and p.inner_text("#error") == ""
     assert np.abs(frames[0][1] - np.asarray(open_image(str(ROOT / "examples" / "portrait.png")))).mean() < 12
+
+
+def test_a_button_is_pressed_only_while_its_work_goes_on(page, tmp_path):
+    p = page.page
+
+    def pressed():
+        return p.evaluate("[...document.querySelectorAll('.panel [aria-pressed=true]')].map(b => b.id)")
+
+    p.click("#play")
+    p.wait_for_function("async before => (await import('./page.js')).app.shown.at(-1) > before",
+                        arg=page.app("app.shown.at(-1)"))
+    assert pressed() == ["play"]
+    p.click("#take")                                                      # stops it and starts another
+    assert pressed() == ["play"] and page.app("app.takes") == 1
+    p.wait_for_timeout(300)
+    assert pressed() == ["play"]
+    for field, file in (("#sound", sound_file(tmp_path / "short.wav", 1.2)),
+                        ("#photo", str(ROOT / "examples" / "portrait.png"))):
+        p.set_input_files(field, file)
+        p.wait_for_function(PRESSED, arg=["play", "false"])
+        p.wait_for_timeout(300)
+        p.click("#play")
+        assert pressed() == ["play"] and p.inner_text("#play") == "Play"
+    p.click("#play")
+    p.wait_for_function(PRESSED, arg=["play", "false"])
+    p.click("#example")
+    assert pressed() == [] and p.inner_text("#error") == ""
+
+
+def test_a_browser_without_webcodecs_records_what_it_plays(tab, site, tmp_path):
+    one = tab()
+    one.page.add_init_script("delete window.VideoEncoder")
+    one.open(site)
+    p = one.page
+    p.set_input_files("#sound", sound_file(tmp_path / "short.wav", 1.6))
+    p.wait_for_function("() => document.getElementById('sound-name').textContent.includes('1.6 s')")
+    with p.expect_download() as waiting:
+        p.click("#download")
+    path = tmp_path / waiting.value.suggested_filename
+    waiting.value.save_as(path)
+    assert path.suffix == ".webm" and p.inner_text("#error") == ""
+    with av.open(str(path)) as video:
+        frames = [(frame.time, frame.to_ndarray(format="rgb24").astype(float)) for frame in video.decode(video=0)]
+    with av.open(str(path)) as video:
+        sound = np.concatenate([frame.to_ndarray().mean(0) for frame in video.decode(audio=0)])
+        rate = video.streams.audio[0].rate
+    print(f"\n{len(frames)} pictures of 40, to {frames[-1][0]:.2f} s; {len(sound) / rate:.2f} s of sound")
+    assert len(frames) > 5 and abs(frames[-1][0] - 1.6) < 0.4
+    assert abs(len(sound) / rate - 1.6) < 0.3 and np.abs(sound).max() > 0.05
+    assert max(np.abs(b - frames[0][1]).mean() for _, b in frames) > 0.3             # the face moved
+    assert one.complaints == []
 
 
 def test_hostile_files_get_one_sentence_and_the_page_goes_on(page, tmp_path):
@@ -473,8 +526,7 @@ def test_microphone_makes_the_face_speak(tab, site):
     one.page.wait_for_function("async before => (await import('./page.js')).app.shown.filter(t => t > "
                                "before).length > 2", arg=before)
     one.page.click("#microphone")
-    one.page.wait_for_function("() => document.getElementById('microphone').getAttribute('aria-pressed') === "
-                               "'false'")
+    one.page.wait_for_function(PRESSED, arg=["microphone", "false"])
     one.page.click("#webcam")
     one.page.wait_for_function("() => document.querySelector('#camera video').videoWidth > 0")
     one.page.click("#shoot")
@@ -626,8 +678,6 @@ def test_sample_follows_controls(tmp_path, capsys):
 
 def test_directions_of_a_linear_token_are_found():
     """An encoder whose token is linear in what changes and adds the person: the fit finds its columns."""
-    from world.people import random_motion
-    from world.render import MOTION
     calls = []
 
     class Linear(torch.nn.Module):
@@ -637,5 +687,27 @@ def test_directions_of_a_linear_token_are_found():
             return (random_motion(7 + torch.arange(6 * k, 6 * k + 6)) @ weight + 5 * k)[:, None]
 
     weight = torch.randn(len(MOTION), 32, generator=torch.Generator().manual_seed(0))
-    found = fit_directions({"encoder": Linear()}, 16, people=60, start=7)
+    found = web.controls.fit_directions(*web.controls.draw_changes(Linear(), 16, people=60, start=7))
     assert len(calls) == 60 and F.cosine_similarity(found, weight).min() > 0.99
+
+
+def test_directions_are_refined_by_what_is_decoded(monkeypatch):
+    """A decoder whose picture is linear in a mixture of the factors: the fit finds its inverse."""
+    random, m = torch.Generator().manual_seed(0), len(MOTION)
+    pictures, mixture = torch.randn(m, 48, generator=random), torch.randn(m, m, generator=random)
+    monkeypatch.setattr(web.controls, "render", lambda who, motion, size: (motion @ pictures).view(-1, 3, 4, 4))
+
+    class Mixed(torch.nn.Module):
+        config = DecoderConfig(token_dim=m)
+
+        def encode_reference(self, photo, still):
+            return photo
+
+        def forward(self, z, t, m_t, cache):
+            return cache + (m_t[:, 0] @ mixture @ pictures).view(-1, 3, 4, 4) - z
+
+    models = {"encoder": lambda photo: torch.zeros(1, 1, m), "decoder": Mixed()}
+    true, tokens = mixture.inverse(), torch.randn(400, m, generator=random)
+    before = true + 0.3 * torch.randn(m, m, generator=random)
+    found = web.controls.refine_directions(models, {"size": 4, "steps": 1}, before, tokens, steps=60)
+    assert (found - true).square().mean() < 0.3 * (before - true).square().mean()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sample
 from media.files import InputError, atomic_write, command
-from media.weights import HUB_FILE
+from media.weights import HUB_FILE, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = """---
@@ -48,8 +48,8 @@ def card(models, meta):
 
 def write_folder(ckpt, out):
     """The folder to upload: weights, card, preview. Raises InputError."""
+    ckpt, out = resolve(ckpt), Path(out)
     models, meta = sample.load_models(ckpt)
-    out = Path(out)
     with atomic_write(out / HUB_FILE, make_folder=True) as temporary:
         shutil.copyfile(ckpt, temporary)
     with atomic_write(out / "README.md") as temporary:

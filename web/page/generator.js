@@ -1,15 +1,7 @@
 // Rows of speech -> motion tokens, a window at a time; the last are the past of the next. As generator.py.
 
-export function gaussian(seed) {                             // -> a source of noise (xorshift, Box-Muller)
-  let state = Math.imul(seed + 1, 0x9E3779B1);
-  const uniform = () => {
-    state ^= state << 13;
-    state ^= state >>> 17;
-    state ^= state << 5;
-    return (state >>> 0) / 2 ** 32;
-  };
-  return () => Math.sqrt(-2 * Math.log(1 - uniform())) * Math.cos(2 * Math.PI * uniform());
-}
+export const gaussian = () =>                                // Box-Muller
+  Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
 
 export class MotionStream {
   // velocity: of Networks; g: "generator" of model.json; still: the photo's token; silence: a row without

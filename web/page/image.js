@@ -44,12 +44,11 @@ export function facePixels({ data, width, height }, { cx, cy, size: side, angle 
       const u = i - middle, v = j - middle;
       const x = cx - 0.5 + cos * u - sin * v, y = cy - 0.5 + sin * u + cos * v;
       const left = Math.floor(x), top = Math.floor(y), right = x - left, down = y - top;
-      const a = pixel(left, top), b = pixel(left + 1, top);
-      const c = pixel(left, top + 1), d = pixel(left + 1, top + 1);
+      const corners = [0, 1, 2, 3].map(n => pixel(left + n % 2, top + (n >> 1)));
       for (let k = 0; k < 3; k++) {
-        const above = data[a + k] * (1 - right) + data[b + k] * right;
-        const below = data[c + k] * (1 - right) + data[d + k] * right;
-        out[(k * size + Math.floor(j / n)) * size + Math.floor(i / n)] += above * (1 - down) + below * down;
+        const [a, b, c, d] = corners.map(at => data[at + k]), above = a + right * (b - a);
+        const value = above + down * (c + right * (d - c) - above);
+        out[(k * size + Math.floor(j / n)) * size + Math.floor(i / n)] += value;
       }
     }
   }

@@ -1,13 +1,7 @@
 // Sound -> rows of log-mel features, 25 a second, streaming; and loudness. As Python's audio_features.
 
 const roundHalfEven = x => Math.abs(x % 1) === 0.5 ? 2 * Math.round(x / 2) : Math.round(x);
-
-function join(a, b) {
-  const joined = new Float32Array(a.length + b.length);
-  joined.set(a);
-  joined.set(b, a.length);
-  return joined;
-}
+const join = (a, b) => Float32Array.from([...a, ...b]);
 
 export class MelStream {
   // push(samples) -> rows, end() -> the last ones. compute(samples of a frame and its context) -> its row.

@@ -2,17 +2,15 @@
 
 export class Networks {
   static async load(ort, base, options) {
-    const get = async name => {
+    const get = async (name, kind = "arrayBuffer") => {
       const answer = await fetch(new URL(name, base));
-      if (answer.ok) return answer;
+      if (answer.ok) return answer[kind]();
       throw new Error(`The model file ${name} is not there (${answer.status}); run python -m web.`);
     };
-    const bytes = async name => new Uint8Array(await (await get(name)).arrayBuffer());
-    const net = Object.assign(new Networks(), { ort, model: await (await get("model.json")).json() });
-    const externalData = [{ path: "weights.bin", data: await bytes("weights.bin") }];
+    const net = Object.assign(new Networks(), { ort, model: await get("model.json", "json") });
+    const externalData = [{ path: "weights.bin", data: new Uint8Array(await get("weights.bin")) }];
     for (const name of ["encoder", "reference", "target", "mel", "generator"]) {
-      const graph = await bytes(`${name}.onnx`);
-      net[name] = await ort.InferenceSession.create(graph, { ...options, externalData });
+      net[name] = await ort.InferenceSession.create(await get(`${name}.onnx`), { ...options, externalData });
     }
     return net;
   }

@@ -9,12 +9,14 @@ const $ = id => document.getElementById(id);
 const canvas = $("picture"), view = $("view"), camera = $("camera-video");
 const worker = new Worker("worker.js", { type: "module" });
 const player = new Player(worker, show, share => { $("progress").value = share; });
-const app = { worker, player, sliders: {}, values: {}, seed: 0, path: [], shown: [], following: false };
-let frame, wanted = null, later, clock, adjusting = false;   // wanted: the token after the pending one
+const app = { worker, player, sliders: {}, values: {}, takes: 0, path: [], shown: [], following: false };
+let frame, wanted = null, later, clock;   // wanted: the token after the pending one
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const tell = text => { $("status").textContent = text; };
 const fail = error => { $("error").textContent = error.message; };
 const press = (button, pressed) => button.setAttribute("aria-pressed", pressed);
+const pressed = button => button.getAttribute("aria-pressed") === "true";
+const adjusting = () => pressed($("adjust"));
 const enable = (...ids) => { for (const id of ids) $(id).disabled = false; };
 
 function on(target, kind, job) {                             // one sentence for whatever goes wrong
@@ -40,8 +42,7 @@ function setSquare({ cx, cy, size, angle }) {
   placeSquare($("square"), app.square, app.image);
   clearTimeout(later);
   later = setTimeout(() => {
-    const pixels = facePixels(app.image, app.square, app.model.size);
-    worker.postMessage({ kind: "photo", pixels });
+    worker.postMessage({ kind: "photo", pixels: facePixels(app.image, app.square, app.model.size) });
   }, 60);
 }
 
@@ -50,13 +51,11 @@ function point({ clientX, clientY }) {                       // of an event -> [
   return [(clientX - left) * scale, (clientY - top) * scale];
 }
 
-adjustable(view, point, () => adjusting ? app.square : null, setSquare);
+adjustable(view, point, () => adjusting() ? app.square : null, setSquare);
 onClick("adjust", () => {
   player.stop();
-  adjusting = !adjusting;
-  press($("adjust"), adjusting);
-  view.classList.toggle("adjusting", adjusting);
-  if (adjusting) view.focus();
+  press($("adjust"), !adjusting());
+  view.focus();
 });
 
 async function receive(event, [file]) {                      // a photo, chosen, dropped or pasted
@@ -86,56 +85,53 @@ async function useSound(file, name = file.name || "Sound") {
   $("sound-name").textContent = `${name}, ${app.speech.sound.duration.toFixed(1)} s`;
 }
 
-async function play(button, job) {                           // the button stops what it started
-  const text = button.textContent;
-  if (player.now && text === "Stop") return player.stop();
-  button.textContent = "Stop";
-  try { await player.play(job); } finally { button.textContent = text; }
+let release = () => {};                                      // of the button whose work goes on
+
+async function start(button, job) {                          // the button is pressed until the job ends
+  const own = () => press(button, false);
+  release();
+  release = own;
+  press(button, true);
+  try { await job(); } finally { if (release === own) own(); }
 }
+const toggle = (id, job) => onClick(id, () => pressed($(id)) ? player.stop() : start($(id), job));
 
 async function download(name, job) {
   tell("Writing the video …");
-  const video = await player.write(canvas, job);
+  const codecs = globalThis.VideoEncoder && globalThis.AudioEncoder;
+  const video = await (codecs ? player.write(canvas, job) : player.record(canvas, job));
   tell(video ? "The video is in your downloads." : "No video was written.");
   if (!video) return;
-  const href = URL.createObjectURL(video);
-  Object.assign(document.createElement("a"), { href, download: `${name}.webm` }).click();
+  const href = URL.createObjectURL(video), ending = video.type.match(/mp4|webm/);
+  Object.assign(document.createElement("a"), { href, download: `${name}.${ending}` }).click();
   setTimeout(() => URL.revokeObjectURL(href), 60000);
 }
 
-const speech = () => ({ ...app.speech, seed: app.seed });
-onClick("play", () => play($("play"), speech()));
+const speech = () => ({ ...app.speech, take: app.takes }), talk = () => player.play(speech());
+toggle("play", talk);
+onClick("take", () => { app.takes++; return start($("play"), talk); });
 onClick("download", () => download("talking", speech()));
-onClick("take", () => { player.stop(); app.seed++; return play($("play"), speech()); });
-onClick("microphone", async ({ currentTarget: button }) => {
-  if (button.getAttribute("aria-pressed") === "true") return player.stop();
-  press(button, true);
-  const started = () => tell("Listening; the face follows 0.8 seconds later.");
-  try { await player.listen(app.model.mel.rate, started); } finally { press(button, false); }
-});
+const listening = () => tell("Listening; the face follows 0.8 seconds later.");
+toggle("microphone", () => player.listen(app.model.mel.rate, listening));
 
 // ---- puppet
 function addSlider(box, id, { label, low, high, unit }, changed) {       // -> a function that sets it
-  const row = document.createElement("div");
-  row.className = "slider";
-  row.innerHTML = `<label for="slider-${id}">${label}</label>
+  $(box).insertAdjacentHTML("beforeend", `<div class="slider"><label for="slider-${id}">${label}</label>
     <input id="slider-${id}" type="range" min="${low}" max="${high}" step="${(high - low) / 200}">
-    <output for="slider-${id}"></output>`;
-  const [, input, output] = row.children, set = value => {
+    <output for="slider-${id}"></output></div>`);
+  const [, input, output] = $(box).lastElementChild.children, set = value => {
     input.value = value;
     output.textContent = unit === "degrees" ? `${value.toFixed(0)}°` : value.toFixed(2);
     changed(value);
   };
   on(input, "input", () => set(+input.value));
-  $(box).append(row);
   set(0);
   return set;
 }
 
 function makeSliders({ controls, generator: { moods } }) {
   for (const [name, control] of Object.entries(controls)) {
-    const changed = value => { app.values[name] = value; pose(); };
-    app.sliders[name] = addSlider("sliders", name, control, changed);
+    app.sliders[name] = addSlider("sliders", name, control, value => { app.values[name] = value; pose(); });
   }
   const weights = moods.map(() => 0);
   moods.forEach((name, k) => {
@@ -167,7 +163,7 @@ async function follow() {                                    // meanwhile, only 
 }
 
 view.addEventListener("pointermove", event => {              // the pointer leads gaze and head
-  if (adjusting || !$("lead").checked || !$("puppet").open) return;
+  if (adjusting() || !$("lead").checked || !$("puppet").open) return;
   const { cx, cy, size } = app.square, [x, y] = point(event);
   const right = (x - cx) / size, down = (y - cy) / size;
   const shares = { gaze_x: 2 * right, gaze_y: 2 * down, yaw: 1.5 * right, pitch: 1.5 * down };
@@ -177,7 +173,7 @@ view.addEventListener("pointermove", event => {              // the pointer lead
 });
 onClick("reset", () => { for (const set of Object.values(app.sliders)) set(0); });
 onClick("record", ({ currentTarget: button }) => {           // keeps the token, 25 times a second
-  const recording = button.getAttribute("aria-pressed") !== "true";
+  const recording = !pressed(button);
   press(button, recording);
   clearInterval(clock);
   if (!recording) return enable("replay", "save-path");
@@ -185,7 +181,7 @@ onClick("record", ({ currentTarget: button }) => {           // keeps the token,
   clock = setInterval(() => app.path.push(app.token), 1000 / FPS);
 });
 const recorded = () => ({ tokens: app.path, total: app.path.length });
-onClick("replay", () => play($("replay"), recorded()));
+toggle("replay", () => player.play(recorded()));
 onClick("save-path", () => download("puppet", recorded()));
 for (const mode of ["talk", "puppet"]) on($(mode), "toggle", pose);
 
@@ -207,8 +203,9 @@ function lookInside(drawing) {
     bars.fillRect(k * step + 1, height / 2, step - 2, clamp(-value / 3, -1, 1) * height / 2);
   });
   const { mel, generator, decoder } = frame.ms;
-  const values = [mel, generator, decoder, drawing, app.shown.length];
-  values.forEach((value, k) => { $("times").rows[k].cells[1].textContent = value.toFixed(1); });
+  [mel, generator, decoder, drawing, app.shown.length].forEach((value, k) => {
+    $("times").rows[k].cells[1].textContent = value.toFixed(1);
+  });
 }
 
 const replies = {
@@ -234,7 +231,7 @@ async function useExample() {
 on($("layers"), "change", ({ target }) => { app.composer.view = +target.value; show(frame); });
 on($("inside"), "toggle", () => frame && show(frame));
 worker.onmessage = async ({ data }) => {
-  try { await replies[data.kind](data); } catch (error) { fail(error); }
+  try { await replies[data.kind](data); } catch (error) { tell(""); fail(error); }
 };
 worker.onerror = ({ message }) => fail(new Error(`The page's worker stopped: ${message || "not loaded"}.`));
 const backend = new URLSearchParams(location.search).get("backend") || "wasm";

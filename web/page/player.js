@@ -1,6 +1,6 @@
 // Sound files -> samples; frames in step with the sound, or written to a video.
 import { checkBytes } from "./image.js";
-import { FPS, VideoWriter } from "./video.js";
+import { FPS, liveRecorder, VideoWriter } from "./video.js";
 
 const MAX_BYTES = 100e6, AHEAD = 24;                         // frames that are computed before they are shown
 
@@ -36,16 +36,14 @@ export class Player {
   }
 
   stop() {
-    if (!this.now) return;
-    this.now.wake();
+    this.now?.wake();
     this.now = null;
     this.worker.postMessage({ kind: "stop" });
   }
 
   receive(frame) {
-    if (!this.now || frame.id !== this.id) return;
-    this.frames.push(frame);
-    this.now.wake();
+    if (frame.id === this.id) this.frames.push(frame);
+    this.now?.wake();
   }
 
   async take(now, enough) {                                  // -> the next frame when so many are there
@@ -57,13 +55,14 @@ export class Player {
     return this.frames.shift();
   }
 
-  async play({ sound, total = Infinity, ...job }) {
-    // until the end or stop(); live sound has no total, and each of its frames is shown as soon as it can be
-    const now = this.begin(job), context = this.context ||= new AudioContext();
+  async play({ sound, total = Infinity, listeners = [], ...job }, now = this.begin(job)) {
+    // -> whether it went on to the end, without stop(). Live sound has no total, and each of its frames is
+    // shown as soon as it can be. listeners: nodes that hear the sound, too
+    const context = this.context ||= new AudioContext();
     const source = new AudioBufferSourceNode(context, { buffer: sound });
     const buffered = total === Infinity ? 1 : AHEAD / 2;
     await context.suspend();
-    source.connect(context.destination);
+    for (const node of [context.destination, ...listeners]) source.connect(node);
     source.start();
     const start = context.currentTime, due = () => (context.currentTime - start) * FPS;
     const until = async number => {
@@ -81,7 +80,15 @@ export class Player {
     }
     await until(total);
     source.stop();
-    if (this.now === now) this.stop();
+    const whole = this.now === now;
+    if (whole) this.stop();
+    return whole;
+  }
+
+  async record(canvas, job) {                                // as write(), by playing it
+    const context = this.context ||= new AudioContext(), video = liveRecorder(canvas, context);
+    const whole = await this.play({ ...job, listeners: [video.sound] }), made = await video.end();
+    return whole ? made : null;
   }
 
   async write(canvas, { sound, total, ...job }) {
@@ -100,7 +107,7 @@ export class Player {
 
   async listen(rate, started) {
     // the microphone, until stop()
-    this.stop();
+    const job = { wave: null }, now = this.begin(job);
     const audio = { channelCount: 1, autoGainControl: false };
     const media = await navigator.mediaDevices.getUserMedia({ audio });
     const context = new AudioContext({ sampleRate: rate });
@@ -108,8 +115,8 @@ export class Player {
     const node = new AudioWorkletNode(context, "microphone");
     node.port.onmessage = ({ data }) => this.worker.postMessage({ kind: "hear", samples: data });
     context.createMediaStreamSource(media).connect(node);
-    started();
-    await this.play({ wave: null, seed: this.id });
+    if (this.now === now) started();
+    await this.play(job, now);
     media.getTracks().forEach(track => track.stop());
     await context.close();
   }

@@ -13,8 +13,7 @@ export function middleSquare({ width, height }) {
 
 export function placeSquare(element, { cx, cy, size, angle }, { width, height }) {
   const left = 100 * (cx - size / 2) / width, top = 100 * (cy - size / 2) / height;
-  const style = `left: ${left}%; top: ${top}%; width: ${100 * size / width}%; rotate: ${angle}rad`;
-  element.style.cssText = style;
+  element.style = `left: ${left}%; top: ${top}%; width: ${100 * size / width}%; rotate: ${angle}rad`;
 }
 
 export function adjustable(view, point, square, change) {

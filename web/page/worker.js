@@ -4,6 +4,7 @@ import { levelGain, MelStream, RunningLevel } from "./mel.js";
 import { Networks } from "./networks.js";
 
 const inbox = [], ms = { mel: 0, generator: 0, decoder: 0 };           // ms: of the last of each stage
+const draws = {};                                            // of each take, so that it can be made again
 let net, mood, talk = null, wake = () => {};
 
 async function load({ base, backend, threads }) {
@@ -17,13 +18,14 @@ async function load({ base, backend, threads }) {
   postMessage({ kind: "ready", model: net.model, threads: ort.env.wasm.numThreads });
 }
 
-function begin({ id, wanted, wave, tokens, seed, noise }) {
+function begin({ id, wanted, wave, tokens, take, noise }) {
   // wave: a whole recording, or null for live sound, which comes by "hear"; or the tokens themselves
   const { mel, generator: g } = net.model;
-  talk = { id, wanted, wave, at: 0, tokens: tokens || [] };
+  talk = { id, wanted, wave, at: 0, drawn: 0, tokens: tokens || [] };
   if (tokens) return;
-  const still = net.still.data, silence = new Float32Array(g.audio).fill(g.silence), values = noise?.values();
-  const normal = values ? () => values.next().value : gaussian(seed);
+  const still = net.still.data, silence = new Float32Array(g.audio).fill(g.silence);
+  const drawn = noise || (draws[take] ||= []);
+  const normal = wave ? () => drawn[talk.drawn++] ??= gaussian() : gaussian;
   talk.stream = new MotionStream({ velocity: net.velocity, g, still, silence, normal });
   talk.mel = new MelStream(net.row, mel);
   talk.level = new RunningLevel(mel.frame);
