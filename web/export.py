@@ -47,7 +47,7 @@ LABELS = {"jaw": "Jaw", "lip_width": "Lip width", "lip_corner": "Lip corners", "
           "brow_raise": "Brows raised", "brow_furrow": "Brows drawn", "yaw": "Turn (yaw)",
           "pitch": "Nod (pitch)", "roll": "Tilt (roll)", "light_x": "Light from", "light": "Light strength",
           "shift_x": "Move sideways", "shift_y": "Move up, down", "scale": "Nearer"}     # in this order
-MIN_CORRELATION = 0.5                                             # of a value with what is read back
+MIN_CORRELATION, MIN_GAIN = 0.5, 0.1                              # of a value with what is read back
 LIMIT = 20_000_000                                                # bytes of all graphs together
 OPSET = 20
 
@@ -248,8 +248,8 @@ def graphs(models, steps=1):
 
 def labelled(controls):
     """The controls that are read back well enough for a slider, each with its label."""
-    return {name: {**controls[name], "label": label} for name, label in LABELS.items()
-            if controls.get(name, {}).get("correlation", 0) >= MIN_CORRELATION}
+    return {name: {**controls[name], "label": label} for name, label in LABELS.items() if name in controls
+            and controls[name]["correlation"] >= MIN_CORRELATION and controls[name]["gain"] >= MIN_GAIN}
 
 
 def fingerprint(ckpt):

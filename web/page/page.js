@@ -88,9 +88,8 @@ async function useSound(file, name = file.name || "Sound") {
 let release = () => {};                                      // of the button whose work goes on
 
 async function start(button, job) {                          // the button is pressed until the job ends
-  const own = () => press(button, false);
   release();
-  release = own;
+  const own = release = () => press(button, false);
   press(button, true);
   try { await job(); } finally { if (release === own) own(); }
 }
@@ -202,8 +201,7 @@ function lookInside(drawing) {
     bars.fillStyle = value < 0 ? "#d2691e" : "#2a7fd4";
     bars.fillRect(k * step + 1, height / 2, step - 2, clamp(-value / 3, -1, 1) * height / 2);
   });
-  const { mel, generator, decoder } = frame.ms;
-  [mel, generator, decoder, drawing, app.shown.length].forEach((value, k) => {
+  [...Object.values(frame.ms), drawing, app.shown.length].forEach((value, k) => {
     $("times").rows[k].cells[1].textContent = value.toFixed(1);
   });
 }
@@ -215,7 +213,7 @@ const replies = {
     makeSliders(model);
     tell(`Ready: ${model.release}, ${model.size} x ${model.size} pixels inside, threads: ${threads}.`);
     await useExample();
-    enable("play", "download", "take");
+    enable("photo", "webcam", "example", "adjust", "sound", "microphone", "play", "download", "take");
   },
   photo({ token }) { player.stop(); app.still = token; return pose(); },
   frame(received) { player.receive(received); },

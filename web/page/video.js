@@ -1,6 +1,5 @@
-// Pictures and sound -> a video. VideoWriter makes a WebM file (VP8, Opus) with each picture at its own time,
-// however long it took to make. It is a tree of EBML elements (RFC 8794, RFC 9559); sizes take 5 bytes here,
-// whole numbers 4. liveRecorder is for browsers without WebCodecs.
+// Pictures and sound -> a WebM file (VP8, Opus), each picture at its own time, however long it took to make.
+// The file is a tree of EBML elements (RFC 8794, RFC 9559); sizes take 5 bytes here, whole numbers 4.
 
 export const FPS = 25;
 
@@ -74,7 +73,7 @@ export class VideoWriter {
 }
 
 export function liveRecorder(canvas, context) {
-  // Keeps what the canvas shows and `sound`, a node, hears while the context runs; end() -> the video.
+  // Without WebCodecs: keeps what the canvas shows and `sound`, a node, hears while the context runs.
   const sound = context.createMediaStreamDestination(), parts = [];
   const stream = new MediaStream([...canvas.captureStream(FPS).getTracks(), ...sound.stream.getTracks()]);
   const mimeType = ["video/webm", "video/mp4"].find(type => MediaRecorder.isTypeSupported(type));
@@ -83,10 +82,9 @@ export function liveRecorder(canvas, context) {
   recorder.start();
   recorder.pause();
   context.onstatechange = () => context.state === "running" ? recorder.resume() : recorder.pause();
-  const end = () => new Promise(resolve => {
+  return { sound, end: () => new Promise(resolve => {
     context.onstatechange = null;
     recorder.onstop = () => resolve(new Blob(parts, { type: mimeType }));
     recorder.stop();
-  });
-  return { sound, end };
+  }) };
 }
