@@ -79,6 +79,7 @@ FACTORS = ("opening", "width", "lids", "yaw", "pitch", "roll")          # what m
 MIRRORED = torch.tensor(SIGN)[[0, 1, 2, 4, 5, 6]]                       # sign of each in a mirrored picture
 SHARES = (0.4, 0.2, 0.2, 0.07, 0.07, 0.06)
 LEVELS = {1: 0.4, 2: 0.7, 3: 1.0}         # strength of MEAD's levels
+HELD_OUT_CLIPS = 32                       # of each set, for the loss on clips that are never trained on
 OTHERS = 4                                # pictures of the same person in other moods kept beside each clip
 WORLD = sorted(Path(__file__).with_name("world").glob("*.py"))         # changed code draws other clips
 TEMPI = 1.0, 0.87, 1.15                   # real clips are few: augment keeps each at these speeds
@@ -131,21 +132,23 @@ class Encoded(NamedTuple):
 
 
 @torch.no_grad()
-def encode_clip(encoder, space, parts, mask_max, rng, device):
+def encode_clip(encoder, space, parts, mask_max, rng, device, keep_frames=False):
     """Encode pictures of a speaker, iterable of (n, 3, H, W), eqs. (5) and (4).
 
-    -> motion (F, L*D), motion through a mask of one ratio, frames (F, C, H, W) in half precision as encoded.
+    -> motion (F, L*D), motion through a mask of one ratio, with keep_frames the frames (F, C, H, W) as
+    encoded in half precision, else None.
     """
     clear, masked, frames, patches = [], [], [], len(encoder.pos_embed)
     ratio = mask_max * torch.rand((), generator=rng).item()
     for images in parts:
         images = space.encode(images.to(device))
-        frames.append(images.half().cpu())
+        if keep_frames:
+            frames.append(images.half().cpu())
         with autocast(device):
             clear.append(encoder(images).flatten(1).cpu())                             # (n, L*D)   eq. (5)
             ids_keep = random_masking(len(images), patches, ratio, rng).to(device)
             masked.append(encoder(images, ids_keep).flatten(1).cpu())                  # (n, L*D)   eq. (4)
-    return torch.cat(clear), torch.cat(masked), torch.cat(frames)
+    return torch.cat(clear), torch.cat(masked), torch.cat(frames) if keep_frames else None
 
 
 @torch.no_grad()
@@ -161,13 +164,14 @@ def encode_masked(encoder, frames, mask_max, device, index, rng):
     return torch.stack(motion)
 
 
-def synthetic_clips(args, preset, size, rank, world, device="cpu"):
+def synthetic_clips(args, preset, size, rank, world, device="cpu", split="train"):
     """Draw clips of the synthetic world on a device, one by one. The pictures of each must be taken before
     the next."""
     render_fn = torch.compile(render, dynamic=False) if args.compile else render
     frames, lips = round(preset["seconds"] * FPS), [list(MOTION).index(name) for name in ("jaw", "lip_width")]
     for number in range(args.clips):
-        seed = torch.tensor([((args.seed * 100_000 + number) * world + rank) % HELD_OUT], device=device)
+        seed = ((args.seed * 100_000 + number) * world + rank) % HELD_OUT + HELD_OUT * (split == "test")
+        seed = torch.tensor([seed], device=device)
         voice, face, change = random_moods(seed, frames)
         if preset.get("agree"):                                       # ablation: one mood a clip, the voice's
             face, change = voice[:, None].expand(-1, frames, -1), torch.tensor([frames])
@@ -198,10 +202,10 @@ def mood_label(record):
     return mood
 
 
-def real_clips(args, preset, folder, size, rank, world):
-    """Clips with sound of a prepared folder, its train split; with augment each once more, mirrored.
+def real_clips(args, preset, folder, size, rank, world, split="train"):
+    """Clips with sound of a prepared folder; with augment each once more, mirrored.
     Others of a labelled clip are middle frames of the person's neutral clips, or else of any."""
-    people, = data.load_sets([folder], "train", sound=True)
+    people, = data.load_sets([folder], split, sound=True)
     records = [record for identity in sorted(people) for record in people[identity]]
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(args.seed)).tolist()
     for record in [records[k] for k in order[rank::world][:args.clips]]:
@@ -238,14 +242,14 @@ def read_cache(path):
         return None
 
 
-def encode_dataset(args, preset, encoder, space, size, rank, world, device):
+def encode_dataset(args, preset, encoder, space, size, rank, world, device, split="train"):
     """This process's clips, encoded. Kept in --out, for the next start."""
     kind, fresh_masks = preset.get("audio", "mel"), preset.get("fresh_masks", False)
     inputs = [args.ae, *(os.path.join(name, "manifest.jsonl") for name in args.data if name != "synthetic")]
     key = [*fingerprints(inputs + WORLD), args.clips, args.seed, args.mask_max, preset["seconds"], world,
            args.whisper, kind, size, preset.get("agree", False), preset["augment"], fresh_masks,
            *Encoded._fields, *args.data]
-    path = os.path.join(args.out, f"clips-{rank}.pt")
+    path = os.path.join(args.out, f"clips-{rank}.pt" if split == "train" else "held-out.pt")
     cached = read_cache(path)
     if cached:
         if cached["key"][0] != key[0] and os.path.exists(os.path.join(args.out, "state.pt")):
@@ -255,12 +259,12 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device):
             return Encoded(*(cached[name] for name in Encoded._fields))
     parts, kept, clip_index, voices, number, first = [], [], [], [], 0, 0
     for k, name in enumerate(args.data):
-        clips = synthetic_clips(args, preset, size, rank, world, device)
+        clips = synthetic_clips(args, preset, size, rank, world, device, split)
         if name != "synthetic":
-            clips = real_clips(args, preset, name, size, rank, world)
+            clips = real_clips(args, preset, name, size, rank, world, split)
         for clip in tqdm(clips, desc=f"encoding {name}", unit="clip", disable=rank > 0):
             how = args.mask_max, training.step_rng(args.seed, rank, number), device
-            motion, masked, images = encode_clip(encoder, space, clip.parts, *how)
+            motion, masked, images = encode_clip(encoder, space, clip.parts, *how, fresh_masks)
             wave = audio_features.normalise_loudness(clip.wave.to(device))
             features = audio_features.extract_features(wave, kind, args.whisper)[0].cpu()       # (F, A)
             frames = min(len(motion), len(features))
@@ -286,6 +290,17 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device):
                       torch.stack(voices), torch.cat(kept) if fresh_masks else None)
     training.atomic_save(path, key=key, **encoded._asdict())
     return encoded
+
+
+def encode_held_out(args, preset, *given):
+    """A few clips that are never trained on: of the test split of --data, or synthetic where it has none."""
+    args = argparse.Namespace(**{**vars(args), "clips": min(args.clips, HELD_OUT_CLIPS)})
+    preset = {**preset, "augment": False, "fresh_masks": False}
+    try:
+        return encode_dataset(args, preset, *given, split="test")
+    except InputError:
+        args.data = ["synthetic"]
+        return encode_dataset(args, preset, *given, split="test")
 
 
 # ---- windows and loss --------------------------------------------------------------------------------------
@@ -392,6 +407,23 @@ def motion_loss(model, motion, noise, t, directions=None, **cond):
         read = (error @ directions).square().mean((0, 1))                              # (6,)
         loss = loss + 0.5 * (read * read.new_tensor(SHARES)).sum() + 0.25 * error.diff(dim=1).square().mean()
     return loss
+
+
+def loss_inputs(windows, rng, args, guidance, teacher, device):
+    """Draw noise and times for windows -> motion, noise, t of motion_loss, and its conditions by name.
+    With a teacher the motion is what the noise becomes with guidance (reflow)."""
+    new, past, reference, audio, mood = (x.to(device) for x in windows)
+    cond = {"past": past, "reference": reference, "audio": audio, "mood": mood}
+    noise = torch.randn(new.shape, generator=rng).to(device)
+    t, drop = torch.rand(len(new), generator=rng), None                                # the paper's
+    if teacher:
+        t = flow.sample_timesteps(len(new), rng, p_pure_noise=1.0 if args.one_step else 0.5)
+        with torch.no_grad(), autocast(device):
+            new = flow.integrate(teacher, noise, args.teacher_steps, **cond)
+    elif guidance != 1:
+        t = flow.sample_timesteps(len(new), rng, p_pure_noise=0, mean=0.0, std=1.0)
+        drop = (torch.rand(len(new), generator=rng) < 0.1).to(device)
+    return (new, noise, t.to(device)), {"drop": drop, **cond}
 
 
 # ---- the emotion of a voice --------------------------------------------------------------------------------
@@ -502,6 +534,8 @@ def train(args, preset) -> int:
         training.print_settings(args, model, step)
 
     encoded = encode_dataset(args, preset, encoder, space, meta["size"], rank, world, device)
+    if rank == 0:
+        held_out = encode_held_out(args, preset, encoder, space, meta["size"], 0, 1, device)
     encode_past = None
     if preset.get("fresh_masks"):
         encode_past = partial(encode_masked, encoder, encoded.frames, args.mask_max, device)
@@ -523,19 +557,9 @@ def train(args, preset) -> int:
         rng = training.step_rng(args.seed, rank, step)
         windows = sample_windows(encoded, config, args.windows, rng, silence_features,
                                  preset["augment"] and kind == "mel", encode_past)
-        new, past, reference, audio, mood = (x.to(device) for x in windows)
-        cond = {"past": past, "reference": reference, "audio": audio, "mood": mood}
-        noise = torch.randn(new.shape, generator=rng).to(device)
-        t, drop = torch.rand(len(new), generator=rng), None                            # the paper's
-        if teacher:                                         # pairs of noise and what it becomes with guidance
-            t = flow.sample_timesteps(len(new), rng, p_pure_noise=1.0 if args.one_step else 0.5)
-            with torch.no_grad(), autocast(device):
-                new = flow.integrate(teacher, noise, args.teacher_steps, **cond)
-        elif guidance != 1:
-            t = flow.sample_timesteps(len(new), rng, p_pure_noise=0, mean=0.0, std=1.0)
-            drop = (torch.rand(len(new), generator=rng) < 0.1).to(device)
+        inputs, cond = loss_inputs(windows, rng, args, guidance, teacher, device)
         with autocast(device):
-            loss = motion_loss(ddp_model, new, noise, t.to(device), directions, drop=drop, **cond)
+            loss = motion_loss(ddp_model, *inputs, directions, **cond)
         loss.backward()
         training.clip_and_step(model, optimisers, loss.item(), step, state, device)
         training.update_ema(ema, model, step, training.ema_decay(args.steps))
@@ -553,8 +577,13 @@ def train(args, preset) -> int:
             save_weights(os.path.join(args.out, "semo.safetensors"), networks, meta)
             preview(os.path.join(args.out, f"step{step:06d}.mp4"), networks, meta, args)
             training.save_checkpoint(state, step, args, configs, model, ema, optimisers)
+            rng = training.step_rng(args.seed, 0, 0)                # the same windows, noise and t each time
+            windows = sample_windows(held_out, config, args.windows, rng, silence_features)
+            inputs, cond = loss_inputs(windows, rng, args, guidance, teacher, device)
+            with torch.no_grad(), autocast(device):
+                held_out_loss = motion_loss(ema, *inputs, directions, **cond).item()
             total = (step - first) * world * args.windows
-            training.log(args.out, step=step, loss=mean_loss,
+            training.log(args.out, step=step, loss=mean_loss, loss_held_out=held_out_loss,
                          windows_per_second=total / (time.perf_counter() - began))
         if stop:
             break

@@ -3,6 +3,7 @@
     python -m measure.bench                      all of the following
     python -m measure.bench sample               photo and sound to mp4: each stage, then end to end, and the
                                                  peak memory of the process (--seconds: of longer sound)
+    python -m measure.bench beside               sample.py alone, then two of them at the same time
     python -m measure.bench train                presets: parameters, FLOPs, memory, speed of a step
 
 FLOPs are those of forward and backward pass, as torch counts them: two for a multiplication and its addition.
@@ -12,8 +13,10 @@ for the backward. MFU is their rate as a share of what the machine itself reache
 """
 import copy
 import os
+import re
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -143,6 +146,28 @@ def bench_sample(args, device):
             "first_frame": first, "memory_mb": memory}
 
 
+def bench_beside(args, device):
+    """Time sample.py alone and beside another of itself, in processes of their own: the share of the speed
+    that each keeps. On two free cores it should be 40% or more."""
+    with tempfile.TemporaryDirectory() as folder:
+        wav = os.path.join(folder, "in.wav")
+        speech = audio_features.normalise_loudness(speak(torch.arange(1), round(args.seconds * FPS))["wave"])
+        soundfile.write(wav, speech[0].numpy(), SAMPLE_RATE)
+        words = [sys.executable, str(ROOT / "sample.py"), "--img", args.img, "--wav", wav,
+                 "--ckpt", args.ckpt, "--device", str(device), "--out"]
+
+        def speeds(count):
+            jobs = [subprocess.Popen([*words, os.path.join(folder, f"{k}.mp4")], stdout=subprocess.PIPE,
+                                     stderr=subprocess.DEVNULL, text=True) for k in range(count)]
+            return [float(re.search(r"made at ([\d.]+) fps", job.communicate()[0])[1]) for job in jobs]
+
+        (alone,), both = speeds(1), speeds(2)
+    shares = [speed / alone for speed in both]
+    print(f"frames/s of sample.py alone {alone:.1f}; of two at the same time "
+          f"{' and '.join(f'{speed:.1f} ({share:.0%})' for speed, share in zip(both, shares, strict=True))}")
+    return {"alone": alone, "both": both, "shares": shares}
+
+
 # ---- training ----------------------------------------------------------------------------------------------
 
 def stage_1(name, persons, device):
@@ -232,15 +257,15 @@ def bench_train(args, device):
     return {"peak_flops": peak_flops, "presets": results}
 
 
-PARTS = {"sample": bench_sample, "train": bench_train}
+PARTS = {"sample": bench_sample, "beside": bench_beside, "train": bench_train}
 
 
 def parse(argv):
     parser = command_parser("bench", __doc__)
-    parser.add_argument("parts", nargs="*", metavar="part", help="sample, train (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)} (default: all)")
     parser.add_argument("--img", default=str(ROOT / "examples" / "portrait.png"))
     parser.add_argument("--seconds", type=float, default=20,
-                        help="sample: length of the sound (default: %(default)s)")
+                        help="sample, beside: length of the sound (default: %(default)s)")
     parser.add_argument("--presets", nargs="+", choices=train_ae.PRESETS, default=["tiny", "small", "paper"])
     parser.add_argument("--rounds", type=int, default=5,
                         help="measurements of each figure (default: %(default)s)")

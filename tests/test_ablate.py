@@ -18,8 +18,6 @@ from sample import load_models
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-torch.set_num_threads(1)
-
 
 def test_every_variant_differs_from_the_base_in_one_thing_and_can_be_built():
     for table, variants in ablate.TABLES.items():

@@ -12,7 +12,6 @@ from generator import Generator, GeneratorConfig
 from measure import bench
 from media.weights import save_weights
 
-torch.set_num_threads(1)
 CPU = torch.device("cpu")
 
 
@@ -84,6 +83,26 @@ def test_stages_of_sampling(release, tmp_path, capsys):
     assert "frames/s, real-time factor" in capsys.readouterr().out
 
 
+def test_two_at_once_are_compared_with_one(release, tmp_path, monkeypatch, capsys):
+    """In place of sample.py: 30 fps, shared by those that run."""
+    (tmp_path / "sample.py").write_text("""
+import os, sys, time
+out = sys.argv[-1]
+open(out, "w")
+time.sleep(0.5)
+running = sum(name.endswith(".mp4") for name in os.listdir(os.path.dirname(out)))
+print(f"o.mp4: 9 frames, made at {30 / running} fps")
+time.sleep(0.5)
+os.remove(out)
+""")
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    words = ["--ckpt", release, "--seconds", "0.2", "--device", "cpu", "--json", str(tmp_path / "out.json")]
+    assert bench.main(["beside", *words]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["beside"]
+    assert found == {"alone": 30, "both": [15, 15], "shares": [0.5, 0.5]}
+    assert "alone 30.0; of two at the same time 15.0 (50%) and 15.0 (50%)" in capsys.readouterr().out
+
+
 def test_a_length_that_is_no_number_is_refused():
     with pytest.raises(SystemExit) as end:
         bench.main(["sample", "--seconds", "nan"])
@@ -93,7 +112,7 @@ def test_a_length_that_is_no_number_is_refused():
 def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench.main(["trian"])
-    assert "sample, train" in capsys.readouterr().err
+    assert "sample, beside, train" in capsys.readouterr().err
 
 
 def test_real_presets_are_measured_as_they_train():

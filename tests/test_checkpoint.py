@@ -13,7 +13,6 @@ from media.weights import save_weights
 from world.people import random_motion
 from world.render import random_identity, render
 
-torch.set_num_threads(1)
 SHAPE = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 1, "token_dim": 8}
 
 

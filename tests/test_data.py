@@ -15,7 +15,6 @@ from media.image import from_uint8
 from media.prepare import KEYFRAMES, MARGIN
 from media.video import VideoWriter
 
-torch.set_num_threads(1)
 FRAMES, WIDE = 60, 40                                                     # 40 pixels: the tight square has 32
 
 

@@ -18,8 +18,6 @@ from decoder import (
 from encoder import patchify, unpatchify
 from flow import integrate
 
-torch.set_num_threads(1)
-
 SMALL = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 2, "heads": 2, "token_dim": 5,
          "tokens_per_motion": 3}
 

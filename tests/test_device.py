@@ -8,7 +8,6 @@ import torch
 from media import device
 from media.files import InputError
 
-torch.set_num_threads(1)
 CPU = torch.device("cpu")
 
 

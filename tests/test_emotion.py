@@ -12,8 +12,6 @@ from media.files import InputError
 from media.sound import FPS
 from world.speech import EMOTIONS
 
-torch.set_num_threads(1)
-
 
 def weights(**given):
     return torch.tensor([given.get(name, 0.0) for name in EMOTIONS])

@@ -22,9 +22,6 @@ from world.people import EMOTION_FACE
 from world.render import MOTION
 from world.speech import EMOTIONS
 
-torch.set_num_threads(1)
-
-
 # ---- moods -> tokens ---------------------------------------------------------------------------------------
 
 @pytest.fixture

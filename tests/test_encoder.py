@@ -22,7 +22,6 @@ from encoder import (
     unpatchify,
 )
 
-torch.set_num_threads(1)
 SMALL = {"image_size": 16, "patch_size": 4, "width": 24, "depth": 2, "heads": 2, "token_dim": 6}
 N = 16                                                                       # patches of SMALL
 

@@ -18,7 +18,6 @@ from media.weights import save_weights
 from world.people import HELD_OUT, random_clip
 from world.render import MOTION
 
-torch.set_num_threads(1)
 META = {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2, "guidance": 1.5}
 NAMES = list(MOTION)
 

@@ -31,8 +31,6 @@ from media.video import VideoWriter
 from media.weights import save_weights
 from world import people
 
-torch.set_num_threads(1)
-
 COMMANDS = [  # module, what of it is made to fail, arguments
     (sample, "run", ["--img", "x.png", "--wav", "y.wav"]), (evaluate.COMMANDS, "talk", ["talk"]),
     (bench.PARTS, "train", ["train"]),

@@ -9,9 +9,6 @@ from safetensors.torch import save_file
 
 from media.files import atomic_write, decode_stream, remove_unfinished
 
-torch.set_num_threads(1)
-
-
 # ---- state -------------------------------------------------------------------------------------------------
 
 def write(path, text, error=None):

@@ -6,8 +6,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import flow
 
-torch.set_num_threads(1)
-
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -32,7 +32,6 @@ from media.files import InputError, write_lines
 from media.video import VideoWriter
 from media.weights import save_weights
 
-torch.set_num_threads(1)
 FEW, MANY = int(os.environ.get("FUZZ", 12)), 1000                            # cases of a kind
 SECONDS, MEGABYTES = 60, 1500
 ABSURD = [0, -1, 1, 2, 3, 7, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64, 10**30, 1e308,

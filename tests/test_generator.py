@@ -8,7 +8,6 @@ import torch.nn.functional as F
 import flow
 from generator import CrossAttention, Experts, Generator, GeneratorBlock, GeneratorConfig, generate_motion
 
-torch.set_num_threads(1)
 SMALL = {"token_dim": 6, "audio_dim": 5, "width": 24, "depth": 2, "heads": 2, "window": 4, "past": 3,
          "lookahead": 2}
 ROWS = 3 + 4 + 2                                                             # of speech in one pass of SMALL

@@ -13,7 +13,6 @@ from media.files import InputError
 from media.image import BACKDROP, from_uint8, open_image
 from media.video import read_frames
 
-torch.set_num_threads(1)
 ORANGE, BLUE = (230, 120, 40), (30, 60, 200)
 
 

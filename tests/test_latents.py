@@ -5,7 +5,6 @@ from diffusers import AutoencoderKL
 
 from media.latents import load_latents
 
-torch.set_num_threads(1)
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 

@@ -9,7 +9,6 @@ from measure import metrics
 from world.people import random_motion
 from world.render import IDENTITY, MOTION, random_identity
 
-torch.set_num_threads(1)
 NAMES = list(MOTION)
 
 

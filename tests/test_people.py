@@ -13,7 +13,6 @@ from world.people import HELD_OUT, consecutive_frames, random_clip, random_motio
 from world.render import IDENTITY, MOTION, POSE, random_identity, render
 from world.speech import EMOTIONS, speak
 
-torch.set_num_threads(1)
 LOW, HIGH = torch.tensor(list(MOTION.values())).unbind(1)
 
 

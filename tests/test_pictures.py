@@ -20,7 +20,6 @@ from sample import load_models
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-torch.set_num_threads(1)
 META = {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1}
 SHAPE = {"image_size": 32, "patch_size": 8, "width": 32, "heads": 2, "token_dim": 12}
 RELEASE = SimpleNamespace(meta=META, device=torch.device("cpu"))

@@ -24,8 +24,6 @@ from media.files import read_lines
 from media.image import from_uint8
 from media.prepare import TEST_SHARE, clip_square, parse_identity, split_of, split_scenes
 
-torch.set_num_threads(1)
-
 ROOT = Path(__file__).parent.parent
 NOISE = np.random.default_rng(0)
 

@@ -7,8 +7,6 @@ from measure import reader
 from world.people import HELD_OUT, random_motion
 from world.render import IDENTITY, random_identity, render
 
-torch.set_num_threads(1)
-
 
 def pictures(n=3, size=24, seed=0):
     return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1

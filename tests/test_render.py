@@ -7,7 +7,6 @@ from measure.metrics import NAMES
 from world.people import HELD_OUT, random_motion
 from world.render import IDENTITY, MOTION, face_box, random_identity, region_ellipses, render
 
-torch.set_num_threads(1)
 LOW, HIGH = torch.tensor(list(MOTION.values())).unbind(1)
 PEOPLE = random_identity(torch.arange(8))
 

@@ -36,7 +36,6 @@ from media.weights import save_weights
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PORTRAIT = os.path.join(ROOT, "examples", "portrait.png")
 
-torch.set_num_threads(1)
 META = {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2, "guidance": 1.0}
 
 

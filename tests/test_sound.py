@@ -12,8 +12,6 @@ from test_image import picture_bytes, refused
 
 from media.sound import audio_chunks, load_audio, pcm_chunks
 
-torch.set_num_threads(1)
-
 
 # ------------------------------------------------------------------------------------------------------ sound
 def sine(rate, seconds, channels, frequency=440.0):

@@ -25,6 +25,7 @@ import training
 from generator import Generator, GeneratorConfig
 from media import audio_features, prepare
 from media.device import autocast
+from media.files import InputError
 from media.latents import Pixel
 from media.sound import load_audio
 from media.weights import save_weights
@@ -33,7 +34,6 @@ from world.people import HELD_OUT, random_clip, random_moods
 from world.render import render
 from world.speech import EMOTIONS, speak
 
-torch.set_num_threads(1)
 NANO = train_gen.PRESETS["nano"]
 CPU = torch.device("cpu")
 
@@ -287,7 +287,7 @@ def test_a_clip_is_encoded_frame_by_frame(ae, fp32):
     draw, args = torch.Generator().manual_seed(0), train_gen.parse(command("ae", "out", "--clips", "4"))
     clip = list(train_gen.synthetic_clips(args, {"seconds": 1.2}, 32, 0, 1))[3]
     parts = list(clip.parts)
-    clear, masked, frames = train_gen.encode_clip(encoder, Pixel(), parts, 0.6, draw, CPU)
+    clear, masked, frames = train_gen.encode_clip(encoder, Pixel(), parts, 0.6, draw, CPU, True)
     voice, face, change = random_moods(torch.tensor([3]), 30)
     made = random_clip(torch.tensor([3]), 30, face, voice)
     with torch.no_grad():
@@ -296,7 +296,8 @@ def test_a_clip_is_encoded_frame_by_frame(ae, fp32):
     assert torch.equal(clip.wave, made["wave"]) and torch.equal(clip.mood, face[0]) and clip.change == change
     assert masked.shape == clear.shape == (30, 8) and not torch.isclose(masked, clear).all(1).any()
     torch.testing.assert_close(frames.float(), torch.cat(parts), atol=1e-3, rtol=0)
-    clear, masked, _ = train_gen.encode_clip(encoder, Pixel(), parts, 0.0, draw, CPU)
+    clear, masked, frames = train_gen.encode_clip(encoder, Pixel(), parts, 0.0, draw, CPU)
+    assert frames is None                                                    # not asked for
     torch.testing.assert_close(masked, clear)                                # no mask
 
 
@@ -344,6 +345,27 @@ def test_processes_encode_different_clips_none_held_out(monkeypatch):
     assert len(set(seen)) == 18 and 0 <= min(seen) and max(seen) < HELD_OUT
     list(train_gen.synthetic_clips(train_gen.parse(command("ae", "out", "--seed", "12345")), NANO, 32, 0, 1))
     assert max(seen) < HELD_OUT
+
+
+def test_held_out_clips_are_of_the_test_split_or_else_synthetic(ae, tmp_path, monkeypatch):
+    asked, seeds, make = [], [], random_clip
+
+    def real_clips(args, preset, folder, size, rank, world, split):
+        asked.append((folder, split, preset["augment"]))
+        if folder == "without a test split":
+            raise InputError(folder)
+        return train_gen.synthetic_clips(args, preset, size, rank, world, split="train")
+
+    monkeypatch.setattr(train_gen, "real_clips", real_clips)
+    monkeypatch.setattr(train_gen, "fingerprints", lambda paths: ["x"])
+    monkeypatch.setattr(train_gen, "random_clip",
+                        lambda seed, *more: seeds.append(seed.item()) or make(seed, *more))
+    encoder = load_models(ae)[0]["encoder"]
+    for folder, want in (("any", 0), ("without a test split", HELD_OUT)):
+        args = train_gen.parse(command(ae, tmp_path, "--clips", "1", "--data", folder))
+        encoded = train_gen.encode_held_out(args, NANO, encoder, Pixel(), 32, 0, 1, CPU)
+        assert asked.pop() == (folder, "test", False) and seeds.pop() == want and seeds == []
+        assert len(encoded.clip_index) == 1 and args.data == [folder]
 
 
 def test_the_synthetic_world_is_drawn_on_the_training_device(monkeypatch):
@@ -524,6 +546,8 @@ def test_the_preset_paper_trains_with_smaller_networks(
         return seen[-1]
 
     def same_windows(encoded, config, count, rng, *more):
+        if encoded.frames is None:                                           # held out
+            return choose(encoded, config, count, rng, *more)
         *more, encode_past = more
         return choose(encoded, config, count, torch.Generator().manual_seed(1), *more,
                       lambda index, _: encode_past(index, rng))
@@ -595,10 +619,12 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 def test_a_run_writes_its_files(ae, tmp_path):
     before = hashlib.sha256(ae.read_bytes()).digest()
     assert train(ae, tmp_path, "--save-every", "3") == 0
-    assert sorted(os.listdir(tmp_path)) == ["clips-0.pt", "log.jsonl", "progress.png", "semo.safetensors",
-                                            "state.pt", "step000003.mp4", "step000004.mp4", "voices-0.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["clips-0.pt", "held-out.pt", "log.jsonl", "progress.png",
+                                            "semo.safetensors", "state.pt", "step000003.mp4",
+                                            "step000004.mp4", "voices-0.pt"]
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
-    assert [row["step"] for row in rows] == [3, 4] and all(0 < row["loss"] < 100 for row in rows)
+    assert [row["step"] for row in rows] == [3, 4]
+    assert all(0 < row[name] < 100 for row in rows for name in ("loss", "loss_held_out"))
     assert hashlib.sha256(ae.read_bytes()).digest() == before
     models, meta = load_models(tmp_path / "semo.safetensors")
     assert list(models) == ["encoder", "decoder", "generator", "voice"]
@@ -669,8 +695,10 @@ def test_one_set_of_windows_is_learnt(ae, tmp_path, monkeypatch, no_preview):
                             choose(given, config, count, draw.manual_seed(1), *more)))
     monkeypatch.setattr(train_gen, "motion_loss", recorded)
     assert train(ae, tmp_path, steps=110) == 0
+    *losses, held_out = losses
     assert losses[-1] < losses[0] / 5
     told = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert told["loss_held_out"] == pytest.approx(held_out.item(), rel=1e-3)
     assert told["loss"] == pytest.approx(torch.stack(losses[-100:]).mean().item(), rel=1e-3)
 
 
@@ -680,7 +708,7 @@ def test_nan_stops_the_run_and_spares_the_state(ae, tmp_path, monkeypatch, no_pr
     def spoilt(*given):
         calls.append(1)
         new, *rest = choose(*given)
-        return new * (float("nan") if len(calls) == 4 else 1), *rest
+        return new * (float("nan") if len(calls) == 5 else 1), *rest                # the third: held out
 
     monkeypatch.setattr(train_gen, "sample_windows", spoilt)
     with pytest.raises(SystemExit) as end:

@@ -23,7 +23,6 @@ from media.files import InputError
 from media.weights import save_weights
 from sample import load_models
 
-torch.set_num_threads(1)
 SHAPE = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 1, "token_dim": 8}
 META = {"latents": "pixel", "size": 32, "steps": 1, "trained_steps": 20, "audio": "mel", "gen_steps": 4,
         "guidance": 1.5}

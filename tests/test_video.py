@@ -20,8 +20,6 @@ from test_sound import check_sine, sine
 from media.sound import has_audio, load_audio
 from media.video import VideoWriter
 
-torch.set_num_threads(1)
-
 
 def save_video(path, ticks, rate=1000, shape=(64, 64), paint=None, colorspace=1):
     """An mp4 whose frame k is shown from ticks[k] / rate seconds on and is a grey of 3 k + 20."""

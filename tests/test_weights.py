@@ -25,7 +25,6 @@ from sample import load_models
 from world.people import HELD_OUT, random_clip
 from world.render import MOTION, render
 
-torch.set_num_threads(1)
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 NAMES, CLIPS, FRAMES = list(MOTION), 2, 75
 
