@@ -9,7 +9,8 @@ paints keeps the model's resolution:
     out = up(low) + (moved_hi - up(moved)) * (1 - up(alpha))
 
 Whatever alpha is, the picture at the model's resolution is low: alpha decides only how much of the photo's
-finer detail stays. So it is lowered where the model hardly changes what it has moved.
+finer detail stays. So it is lowered where the model hardly changes what it has moved, and raised where it
+paints something else: the detail of an open eye would open the lids that close over it.
 """
 import cv2
 import numpy as np
@@ -20,7 +21,8 @@ from media.image import from_uint8, open_image
 
 MAX_ENLARGE, MIN_FACE = 2.0, 256    # a photo is enlarged until its square has MIN_FACE pixels a side
 FINE = 3                            # linear sampling of a copy this much finer keeps a moved photo sharp
-CHANGED = 24                        # of 255: where the model changes less, the photo keeps more of its detail
+CHANGED = 24                        # of 255: where the model changes less, alpha counts less
+REPAINTED = 5, 15                   # of 255: a change from which the detail of the photo goes, and is gone
 BORDER = 0.18                       # share of the square's side in which change fades out; narrower: the hair
                                     # of a turning head is bent into waves; wider: the chin stands still
 MARGIN = 0.25                       # pixels up to so many sides outside the square may be moved into it
@@ -105,7 +107,9 @@ class Composer:
         """
         window = self.window(len(low), 2)
         change = cv2.dilate(cv2.absdiff(low, moved).max(-1), np.ones((3, 3), np.uint8))        # (s, s)
-        alpha = alpha.clip(0, 1) * np.minimum(1, change.astype(np.float32) / CHANGED)
+        change, (begin, end) = change.astype(np.float32), REPAINTED
+        alpha = np.maximum(alpha.clip(0, 1) * np.minimum(1, change / CHANGED),
+                           ((change - begin) / (end - begin)).clip(0, 1))
         fade = np.rint(255 * alpha[..., None] * window).astype(np.uint8)
         low = np.rint(moved + (low.astype(np.float32) - moved) * window).astype(np.uint8)
         low = self.enlarge_smoothly(low)                                                       # (h, w, 3)

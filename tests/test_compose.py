@@ -94,10 +94,10 @@ def test_half_a_pixel_of_motion_keeps_the_photo_sharp():
 def test_what_is_painted_is_added_to_the_moved_photo():
     square = SQUARES[1]
     moved = crop_square(PHOTO, square, 48)
-    low = np.clip(moved.astype(int) + 15, 0, 255).astype(np.uint8)
+    low = np.clip(moved.astype(int) + 5, 0, 255).astype(np.uint8)
     out = Composer(PHOTO, square).frame(low, moved, SOLID, STILL).astype(int)
     middle = inside(square, PHOTO.shape, INNER) & (PHOTO.max(-1) < 230)
-    assert np.abs(out[middle] - PHOTO[middle] - 15).max() <= 2
+    assert np.abs(out[middle] - PHOTO[middle] - 5).max() <= 2
 
 
 def test_where_alpha_is_one_the_models_picture_stands():
@@ -107,14 +107,16 @@ def test_where_alpha_is_one_the_models_picture_stands():
     assert np.abs(out[inside(square, PHOTO.shape, INNER)].astype(int) - (200, 100, 50)).max() <= 1
 
 
-def test_half_an_alpha_keeps_half_of_the_photos_detail():
-    """out = up(low) + (photo - up(moved)) (1 - alpha), against the formula in floats."""
+@pytest.mark.parametrize(("paint", "alpha", "gone"), [(5, 0.48, 0.1), (10, 0.0, 0.5), (10, 1.0, 0.5),
+                                                     (100, 0.0, 1.0)])
+def test_detail_goes_where_the_model_fades_or_paints(paint, alpha, gone):
+    """out = up(low) + (photo - up(moved)) (1 - gone), against the formula in floats."""
     square, photo = Square(120, 120, 192), rng.integers(0, 255, (240, 240, 3), np.uint8)
     moved = crop_square(photo, square, 48)
-    low = np.where(moved < 128, moved + 100, moved - 100).astype(np.uint8)
-    out = Composer(photo, square).frame(low, moved, SOLID + 0.5, STILL)
+    low = np.where(moved < 128, moved + paint, moved - paint).astype(np.uint8)
+    out = Composer(photo, square).frame(low, moved, SOLID + alpha, STILL)
     up = [cv2.resize(x.astype(np.float32), (192, 192), interpolation=cv2.INTER_CUBIC) for x in (low, moved)]
-    expected = np.clip(up[0] + (photo[24:216, 24:216] - up[1]) * 0.5, 0, 255)
+    expected = np.clip(up[0] + (photo[24:216, 24:216] - up[1]) * (1 - gone), 0, 255)
     assert np.abs(out[24:216, 24:216] - expected)[40:-40, 40:-40].mean() < 2
 
 
