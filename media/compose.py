@@ -22,7 +22,7 @@ from media.image import from_uint8, open_image
 MAX_ENLARGE, MIN_FACE = 2.0, 256    # a photo is enlarged until its square has MIN_FACE pixels a side
 FINE = 3                            # linear sampling of a copy this much finer keeps a moved photo sharp
 CHANGED = 24                        # of 255: where the model changes less, alpha counts less
-REPAINTED = 5, 15                   # of 255: a change from which the detail of the photo goes, and is gone
+REPAINTED = 10, 30                  # of 255: a change from which the detail of the photo goes, and is gone
 BORDER = 0.18                       # share of the square's side in which change fades out; narrower: the hair
                                     # of a turning head is bent into waves; wider: the chin stands still
 MARGIN = 0.25                       # pixels up to so many sides outside the square may be moved into it

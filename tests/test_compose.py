@@ -107,7 +107,7 @@ def test_where_alpha_is_one_the_models_picture_stands():
     assert np.abs(out[inside(square, PHOTO.shape, INNER)].astype(int) - (200, 100, 50)).max() <= 1
 
 
-@pytest.mark.parametrize(("paint", "alpha", "gone"), [(5, 0.48, 0.1), (10, 0.0, 0.5), (10, 1.0, 0.5),
+@pytest.mark.parametrize(("paint", "alpha", "gone"), [(6, 0.4, 0.1), (20, 0.0, 0.5), (20, 0.5, 0.5),
                                                      (100, 0.0, 1.0)])
 def test_detail_goes_where_the_model_fades_or_paints(paint, alpha, gone):
     """out = up(low) + (photo - up(moved)) (1 - gone), against the formula in floats."""
