@@ -242,10 +242,10 @@ def emotions(checkpoint, person):
     """Draw the person on whom each emotion grows, beside the true face."""
     true = render_batched(person.identity, person.truth[:, MOMENT], checkpoint.meta["size"])
     moods = torch.stack([intensify(mood, x) for mood in EYE[1:] for x in INTENSITIES])
-    made = faces(checkpoint, person, person.waves[:1], moods).unflatten(0, (6, -1))
+    drawn = faces(checkpoint, person, person.waves[:1], moods).unflatten(0, (6, -1))
     title = (f"An unseen person with a calm photo and a calm voice, {MOMENT / FPS:g} s after the start.\n"
              "Left: the true face; then by --emotion and --intensity.")
-    rows = [[(x, "") for x in (true[1 + k], *made[k])] for k in range(6)]
+    rows = [[(x, "") for x in (true[1 + k], *drawn[k])] for k in range(6)]
     return sheet(title, ["true", *map(str, INTENSITIES)], rows, EMOTIONS[1:])
 
 
@@ -254,11 +254,11 @@ def conflict(checkpoint, rival, person):
     true = render_batched(person.identity, person.truth[:, MOMENT], checkpoint.meta["size"])
     other = torch.tensor([1 + (e + 2) % 6 for e in range(1, 7)])
     waves = torch.cat([person.waves[:1].expand(6, -1), person.waves[other]])
-    made = [faces(c, person, waves, EYE[1:].repeat(2, 1)).unflatten(0, (2, 6)) for c in (checkpoint, rival)]
+    drawn = [faces(c, person, waves, EYE[1:].repeat(2, 1)).unflatten(0, (2, 6)) for c in (checkpoint, rival)]
     rows = []
     for k in range(6):
         voices = "", f"{EMOTIONS[other[k]]} voice"
-        pairs = [(x, note) for calm, loud in made for x, note in zip((calm[k], loud[k]), voices, strict=True)]
+        pairs = [(x, note) for pair in drawn for x, note in zip(pair[:, k], voices, strict=True)]
         rows.append([(true[1 + k], ""), *pairs])
     title = ("The same words in a calm voice and in that of another emotion, by two checkpoints.\n"
              "The label at the left is what is wished.")

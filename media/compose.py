@@ -107,9 +107,9 @@ class Composer:
         """
         window = self.window(len(low), 2)
         change = cv2.dilate(cv2.absdiff(low, moved).max(-1), np.ones((3, 3), np.uint8))        # (s, s)
-        change, (begin, end) = change.astype(np.float32), REPAINTED
+        change, (start, end) = change.astype(np.float32), REPAINTED
         alpha = np.maximum(alpha.clip(0, 1) * np.minimum(1, change / CHANGED),
-                           ((change - begin) / (end - begin)).clip(0, 1))
+                           ((change - start) / (end - start)).clip(0, 1))
         fade = np.rint(255 * alpha[..., None] * window).astype(np.uint8)
         low = np.rint(moved + (low.astype(np.float32) - moved) * window).astype(np.uint8)
         low = self.enlarge_smoothly(low)                                                       # (h, w, 3)

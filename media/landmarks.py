@@ -34,7 +34,7 @@ MIRROR, SIGN = (0, 1, 3, 2, 4, 5, 6, 7, 8, 9), (1, 1, 1, 1, -1, 1, -1, 1, 1, 1) 
 # Ellipses (x, y, half width, half height) of mouth, eyes and face in [-1, 1] of the square: medians of clips.
 USUAL = ((0.0, 0.33, 0.27, 0.17), (-0.25, -0.25, 0.15, 0.095), (0.25, -0.25, 0.15, 0.095),
          (0.0, 0.0, 0.59, 0.78))
-# Crops of the face beside the first: shift x, y by shares of the side, logarithm of the size, turn in
+# Crops of the face beside the first: shift x, y by shares of the square, logarithm of the size, turn in
 # radians. The same at every frame: no noise from frame to frame, and a second run gives the same file.
 JITTER = ((-0.04, -0.04, -0.15, -0.1), (0.04, -0.04, 0.05, 0.1), (-0.04, 0.04, 0.05, 0.1),
           (0.04, 0.04, -0.15, -0.1))
@@ -142,12 +142,12 @@ def open_readers(shape_predictor=None):
 
 # ---- one frame ---------------------------------------------------------------------------------------------
 
-def cut(image, centre, side, angle, size, mirrored=False):
+def cut(image, centre, span, angle, size, mirrored=False):
     """Cut a turned square out of a picture; beyond the border its outermost pixels are repeated.
 
-    centre (2,) and side in pixels, angle in radians -> (size, size, 3), and the matrix (2, 3) from its pixels
+    centre (2,) and span in pixels, angle in radians -> (size, size, 3), and the matrix (2, 3) from its pixels
     to those of the picture."""
-    cos, sin = np.cos(angle) * side / size, np.sin(angle) * side / size
+    cos, sin = np.cos(angle) * span / size, np.sin(angle) * span / size
     turn = np.array([[cos, -sin], [sin, cos]]) * ([-1, 1] if mirrored else [1, 1])
     matrix = np.column_stack([turn, centre - turn @ [size / 2, size / 2]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
@@ -155,7 +155,7 @@ def cut(image, centre, side, angle, size, mirrored=False):
 
 
 def face_square(points):
-    """The square that the mesh network expects round points (468, 3) -> centre (2,), side, angle."""
+    """The square that the mesh network expects round points (468, 3) -> centre (2,), span, angle."""
     x, y = points[263, :2] - points[33, :2]
     angle = np.arctan2(y, x)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -166,20 +166,20 @@ def face_square(points):
 
 def read_mesh(image, points, mesh):
     """Read the mesh near known points (468, 3) -> their mean over several crops, or None: no face there."""
-    def read(centre, side, angle):
-        square, matrix = cut(image, centre, side, angle, 192)
-        found, presence = mesh(square)
-        found = found.reshape(468, 3).astype(float)
-        flat, depth = found[:, :2] @ matrix[:, :2].T + matrix[:, 2], found[:, 2:] * side / 192
+    def read(centre, span, angle):
+        square, matrix = cut(image, centre, span, angle, 192)
+        located, presence = mesh(square)
+        located = located.reshape(468, 3).astype(float)
+        flat, depth = located[:, :2] @ matrix[:, :2].T + matrix[:, 2], located[:, 2:] * span / 192
         return np.hstack([flat, depth]), presence.item() > 0                   # a logit
 
-    found, present = read(*face_square(points))
+    located, present = read(*face_square(points))
     if not present:
         return None
-    centre, side, angle = face_square(found)
-    around = [read(centre + side * np.array([x, y]), side * np.exp(grow), angle + turn)[0]
+    centre, span, angle = face_square(located)
+    around = [read(centre + span * np.array([x, y]), span * np.exp(grow), angle + turn)[0]
               for x, y, grow, turn in JITTER]
-    return np.mean([found, *around], axis=0)
+    return np.mean([located, *around], axis=0)
 
 
 def read_lids(image, points, iris):
@@ -189,8 +189,8 @@ def read_lids(image, points, iris):
     gaps = []
     for a, b in ((33, 133), (362, 263)):
         along, middle = points[b, :2] - points[a, :2], points[[a, b], :2].mean(0)
-        side, angle = 2.3 * np.hypot(*along), np.arctan2(along[1], along[0])
-        contour = iris(cut(image, middle, side, angle, 64, mirrored=a == 362)[0])[0].reshape(71, 3)[None, :16]
+        span, angle = 2.3 * np.hypot(*along), np.arctan2(along[1], along[0])
+        contour = iris(cut(image, middle, span, angle, 64, mirrored=a == 362)[0])[0].reshape(71, 3)[None, :16]
         gap = np.mean([distance(contour, k, k + 8) for k in (3, 4, 5)])
         gaps.append(gap / distance(contour, 0, 8).item())
     return gaps
@@ -199,14 +199,14 @@ def read_lids(image, points, iris):
 def read_lips(image, points, predict):
     """Read opening and width of the lips of a mesh (468, 3) with dlib's points -> 2 shares of the face."""
     low, high = points[:, :2].min(0), points[:, :2].max(0)
-    side, found = (high - low).max(), []
+    span, readings = (high - low).max(), []
     for x, y, grow, _ in JITTER:
-        centre = (low + high) / 2 + side * np.array([0.6 * x, 0.6 * y + 0.025])
-        half = 0.475 * side * np.exp(grow + 0.05)
+        centre = (low + high) / 2 + span * np.array([0.6 * x, 0.6 * y + 0.025])
+        half = 0.475 * span * np.exp(grow + 0.05)
         lips = predict(image, (*(centre - half), *(centre + half)))[None]              # (1, 68, 2)
         gap = np.mean([distance(lips, a, b) for a, b in ((61, 67), (62, 66), (63, 65))])
-        found.append((gap, distance(lips, 48, 54).item()))
-    return np.mean(found, axis=0) / distance(points[None], 10, 152)
+        readings.append((gap, distance(lips, 48, 54).item()))
+    return np.mean(readings, axis=0) / distance(points[None], 10, 152)
 
 
 # ---- clips -------------------------------------------------------------------------------------------------
@@ -219,8 +219,8 @@ def read_frames(frames, find, mesh, iris, predict=None):
     for image in frames:
         if points is not None:
             points = read_mesh(image, points, mesh)
-        if points is None and (found := find(image)) is not None:
-            points = read_mesh(image, found, mesh)
+        if points is None and (searched := find(image)) is not None:
+            points = read_mesh(image, searched, mesh)
         all_points.append(np.full((468, 3), np.nan) if points is None else points)
         factors = read_factors(all_points[-1][None])[0]
         if points is not None:

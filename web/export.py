@@ -103,9 +103,9 @@ class Edit(nn.Module):
     def forward(self, x, moved, alpha, field):
         change = (x.clamp(-1, 1) - moved) / 2                                             # (1, 3, s, s)
         largest = 255 * F.max_pool2d(change.abs().amax(1, keepdim=True), 3, stride=1, padding=1)
-        begin, end = REPAINTED
+        start, end = REPAINTED
         fade = torch.maximum(alpha.clamp(0, 1) * (largest / CHANGED).clamp(max=1),
-                             ((largest - begin) / (end - begin)).clamp(0, 1)) * self.edit_window
+                             ((largest - start) / (end - start)).clamp(0, 1)) * self.edit_window
         residual = (moved + 1) / 2 * fade + change * self.edit_window
         edit = double(double(torch.cat([residual, 1 - fade], dim=1)).mT).mT               # (1, 4, 2s-1, 2s-1)
         return edit[0].permute(1, 2, 0), field[0] * self.field_window[..., None]
