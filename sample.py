@@ -22,6 +22,8 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # waiting threads leave their core to others
+
 import torch
 from tqdm import tqdm
 
