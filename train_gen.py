@@ -409,15 +409,16 @@ def motion_loss(model, motion, noise, t, directions=None, **cond):
     return loss
 
 
-def loss_inputs(windows, rng, args, guidance, teacher, device):
+def loss_inputs(windows, rng, args, guidance, teacher, truncate, device):
     """Draw noise and times for windows -> motion, noise, t of motion_loss, and its conditions by name.
-    With a teacher the motion is what the noise becomes with guidance (reflow)."""
+    With a teacher the motion is what the noise, truncated as in use, becomes with guidance (reflow)."""
     new, past, reference, audio, mood = (x.to(device) for x in windows)
     cond = {"past": past, "reference": reference, "audio": audio, "mood": mood}
     noise = torch.randn(new.shape, generator=rng).to(device)
     t, drop = torch.rand(len(new), generator=rng), None                                # the paper's
     if teacher:
         t = flow.sample_timesteps(len(new), rng, p_pure_noise=1.0 if args.one_step else 0.5)
+        noise = truncate(noise)
         with torch.no_grad(), autocast(device):
             new = flow.integrate(teacher, noise, args.teacher_steps, **cond)
     elif guidance != 1:
@@ -557,7 +558,7 @@ def train(args, preset) -> int:
         rng = training.step_rng(args.seed, rank, step)
         windows = sample_windows(encoded, config, args.windows, rng, silence_features,
                                  preset["augment"] and kind == "mel", encode_past)
-        inputs, cond = loss_inputs(windows, rng, args, guidance, teacher, device)
+        inputs, cond = loss_inputs(windows, rng, args, guidance, teacher, model.truncate, device)
         with autocast(device):
             loss = motion_loss(ddp_model, *inputs, directions, **cond)
         loss.backward()
@@ -579,7 +580,7 @@ def train(args, preset) -> int:
             training.save_checkpoint(state, step, args, configs, model, ema, optimisers)
             rng = training.step_rng(args.seed, 0, 0)                # the same windows, noise and t each time
             windows = sample_windows(held_out, config, args.windows, rng, silence_features)
-            inputs, cond = loss_inputs(windows, rng, args, guidance, teacher, device)
+            inputs, cond = loss_inputs(windows, rng, args, guidance, teacher, model.truncate, device)
             with torch.no_grad(), autocast(device):
                 held_out_loss = motion_loss(ema, *inputs, directions, **cond).item()
             total = (step - first) * world * args.windows
