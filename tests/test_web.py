@@ -338,14 +338,20 @@ def sound_file(path, seconds, rate=16000):
     return str(path)
 
 
-def test_talk_plays_in_step_and_downloads_a_video_with_sound(page, tmp_path):
-    p = page.page
-    p.set_input_files("#sound", sound_file(tmp_path / "short.wav", 1.6))
+def download_talk(p, folder):
+    """Give the page 1.6 s of sound and save the video that it makes -> its path."""
+    p.set_input_files("#sound", sound_file(folder / "short.wav", 1.6))
     p.wait_for_function("() => document.getElementById('sound-name').textContent.includes('1.6 s')")
     with p.expect_download() as waiting:
         p.click("#download")
-    path = tmp_path / waiting.value.suggested_filename
+    path = folder / waiting.value.suggested_filename
     waiting.value.save_as(path)
+    return path
+
+
+def test_talk_plays_in_step_and_downloads_a_video_with_sound(page, tmp_path):
+    p = page.page
+    path = download_talk(p, tmp_path)
     assert p.inner_text("#error") == ""
     with av.open(str(path)) as video:
         assert video.metadata["title"].startswith("Generated")
@@ -396,12 +402,7 @@ def test_a_browser_without_webcodecs_records_what_it_plays(tab, site, tmp_path):
     one.page.add_init_script("delete window.VideoEncoder")
     one.open(site)
     p = one.page
-    p.set_input_files("#sound", sound_file(tmp_path / "short.wav", 1.6))
-    p.wait_for_function("() => document.getElementById('sound-name').textContent.includes('1.6 s')")
-    with p.expect_download() as waiting:
-        p.click("#download")
-    path = tmp_path / waiting.value.suggested_filename
-    waiting.value.save_as(path)
+    path = download_talk(p, tmp_path)
     assert path.suffix == ".webm" and p.inner_text("#error") == ""
     with av.open(str(path)) as video:
         frames = [(frame.time, frame.to_ndarray(format="rgb24").astype(float)) for frame in video.decode(video=0)]
