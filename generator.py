@@ -191,40 +191,42 @@ def generate_motion(generator, m_ref, audio_features, rng, silence_features, ste
                     emotion=None):
     """Generate motion for speech of any length; memory does not grow.
 
-    m_ref (1, L*D): the photo's motion; audio_features: iterator of (n, A) speech features, any n -> iterator
-    of (n', L*D), in all one row for every row of speech. rng: torch.Generator of the noise; silence_features
-    (A,): features of no sound, for what comes before the first row and after the last. emotion: called with
-    each part of audio_features in turn, (n, A) -> mood (n, 7) of its frames (emotion.py); None: no opinion.
+    m_ref (B, L*D): the photo's motion; audio_features: iterator of (n, A) or (B, n, A) speech features, any n
+    -> iterator of (B, n', L*D), or (n', L*D) where B = 1, in all one row for every row of speech. rng:
+    torch.Generator of the noise, which is the same for all B; silence_features (A,): features of no sound,
+    for what comes before the first row and after the last. emotion: called with each part of audio_features
+    in turn -> mood (n, 7) or (B, n, 7) of its frames (emotion.py); None: no opinion.
     """
-    c, device = generator.config, m_ref.device
+    c, device, B = generator.config, m_ref.device, len(m_ref)
     model = with_cfg(generator, guidance, null={"audio": None})
     silence_features = silence_features.to(device)
-    past = m_ref[:, None].expand(1, c.past, -1)                                        # (1, P, L*D)
-    pending = silence_features.expand(c.past, -1)                              # (P.., A) what is still needed
-    moods = None                                                               # (P.., 7) in step with pending
+    past = m_ref[:, None].expand(B, c.past, -1)                                        # (B, P, L*D)
+    pending = silence_features.expand(B, c.past, -1)                       # (B, P.., A) what is still needed
+    moods = None                                                           # (B, P.., 7) in step with pending
     audio_features, ended = iter(audio_features), False
     while True:
-        while not ended and len(pending) < c.rows:
+        while not ended and pending.shape[1] < c.rows:
             new = next(audio_features, None)
             ended = new is None
-            if ended or not len(new):
+            if ended or not new.shape[-2]:
                 continue
-            pending = torch.cat([pending, new.to(device)])
+            pending = torch.cat([pending, new.to(device).expand(B, -1, -1)], dim=1)
             if emotion is not None:                                         # before the first frame: as in it
-                mood = emotion(new).to(device)
-                moods = torch.cat([mood[:1].expand(c.past, -1) if moods is None else moods, mood])
-        count = min(c.window, len(pending) - c.past)                           # new frames to hand out
+                mood = emotion(new).to(device).expand(B, -1, -1)
+                before = mood[:, :1].expand(B, c.past, -1) if moods is None else moods
+                moods = torch.cat([before, mood], dim=1)
+        count = min(c.window, pending.shape[1] - c.past)                       # new frames to hand out
         if count <= 0:
             return
-        padding = silence_features.expand(max(0, c.rows - len(pending)), -1)
-        audio = torch.cat([pending[:c.rows], padding])[None]                           # (1, P+K+lookahead, A)
+        padding = silence_features.expand(B, max(0, c.rows - pending.shape[1]), -1)
+        audio = torch.cat([pending[:, :c.rows], padding], dim=1)                       # (B, P+K+lookahead, A)
         cond = {"past": past, "reference": m_ref, "audio": audio}
         if emotion is not None:                                             # after the last frame: as in it
-            frames = torch.arange(c.past + c.window).clamp(max=len(moods) - 1)
-            cond["mood"] = moods[frames][None]                                         # (1, P+K, 7)
-            moods = moods[c.window:]
+            frames = torch.arange(c.past + c.window).clamp(max=moods.shape[1] - 1)
+            cond["mood"] = moods[:, frames]                                            # (B, P+K, 7)
+            moods = moods[:, c.window:]
         noise = generator.truncate(torch.randn(1, c.window, m_ref.shape[1], generator=rng).to(device))
-        motion = integrate(model, noise, steps, **cond)                                # (1, K, L*D)
-        past = torch.cat([past, motion], dim=1)[:, -c.past:]                           # (1, P, L*D)
-        pending = pending[c.window:]
-        yield motion[0, :count]
+        motion = integrate(model, noise.expand(B, -1, -1), steps, **cond)              # (B, K, L*D)
+        past = torch.cat([past, motion], dim=1)[:, -c.past:]                           # (B, P, L*D)
+        pending = pending[:, c.window:]
+        yield motion[:, :count].squeeze(0)

@@ -69,18 +69,18 @@ def speech_features(checkpoint, waves):
     return audio_features.extract_features(waves, meta["audio"], meta.get("whisper"))
 
 
-def generate(checkpoint, photo, wave, seed, gen_steps=None, emotion=None):
-    """Generate motion for photo (3, H, W) and sound (1, S) -> (n, L*D).
+def generate(checkpoint, photo, waves, seed, gen_steps=None, emotion=None, batch=1):
+    """Generate motion for photo (3, H, W) and sound (1 or B, S) -> (B, n, L*D), or (n, L*D) where B = 1.
 
-    gen_steps: sampling steps, as released where None; emotion: see generator.generate_motion.
+    gen_steps: sampling steps, as released where None; emotion: see generator.generate_motion; batch: B.
     """
-    meta, m_ref = checkpoint.meta, encode(checkpoint, photo[None])
-    features = speech_features(checkpoint, wave)
+    meta, m_ref = checkpoint.meta, encode(checkpoint, photo[None]).expand(batch, -1)
+    features = speech_features(checkpoint, waves).squeeze(0)                           # (n, A) or (B, n, A)
     silence = sample.encode_silence(meta["audio"], meta.get("whisper"))
     with autocast(checkpoint.device):
-        windows = list(generate_motion(checkpoint.generator, m_ref, iter(features), step_rng(3, 0, seed),
+        windows = list(generate_motion(checkpoint.generator, m_ref, iter([features]), step_rng(3, 0, seed),
                                        silence, gen_steps or meta["gen_steps"], meta["guidance"], emotion))
-    return torch.cat(windows)
+    return torch.cat(windows, dim=-2)
 
 
 def decode_clip(checkpoint, photo, motions, steps, seed, m_ref=None):

@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import sample
 from emotion import FromVoice, Schedule, describe, intensify, text_palette
-from flow import integrate, with_cfg
 from measure import landmarks, metrics, reader
 from measure.checkpoint import (
     cell,
@@ -24,15 +22,12 @@ from measure.checkpoint import (
     generate,
     open_checkpoint,
     render_batched,
-    speech_features,
     table,
 )
 from measure.metrics import NAMES, ratio_interval
 from media import audio_features
-from media.device import autocast
 from media.files import InputError
 from media.sound import FPS, SAMPLE_RATE
-from training import step_rng
 from world import speech
 from world.people import EMOTION_FACE, HELD_OUT, UNSEEN_PAIRS, perform, random_clip
 from world.render import MOTION
@@ -72,30 +67,14 @@ def open_with_experts(args):
 
 
 def generate_moods(checkpoint, photo, waves, moods, seed):
-    """Generate the motion of one photo (3, H, W) in each of B moods, all at once -> (B, n, L*D).
+    """Generate the motion of one photo (3, H, W) in each of B moods, with the same noise -> (B, n, L*D).
 
-    waves (1 or B, S): the sound; moods (B, 7) or (B, n, 7). As checkpoint.generate, one after another.
+    waves (1 or B, S): the sound; moods (B, 7) or (B, n, 7).
     """
-    model, meta, rng = checkpoint.generator, checkpoint.meta, step_rng(3, 0, seed)
-    c, m_ref = model.config, encode(checkpoint, photo[None])                           # (1, L*D)
-    features = speech_features(checkpoint, waves).to(m_ref)
-    features = features.expand(len(moods), -1, -1)                                     # (B, n, A)
-    count, silence = features.shape[1], sample.encode_silence(meta["audio"], meta.get("whisper")).to(m_ref)
-    end = -(-count // c.window) * c.window                                             # whole windows
-    around = [silence.expand(len(moods), rows, -1) for rows in (c.past, end - count + c.lookahead)]
-    features = torch.cat([around[0], features, around[1]], dim=1)
-    moods = (moods[:, None].expand(-1, count, -1) if moods.ndim == 2 else moods).to(m_ref)
-    moods = moods[:, torch.arange(-c.past, end).clamp(0, count - 1)]                   # (B, P+end, 7)
-    motion = m_ref[:, None].expand(len(moods), c.past, -1)                             # (B, P, L*D)
-    guided = with_cfg(model, meta["guidance"], null={"audio": None})
-    for start in range(0, end, c.window):
-        noise = model.truncate(torch.randn(1, c.window, m_ref.shape[1], generator=rng).to(m_ref))
-        cond = {"past": motion[:, -c.past:], "reference": m_ref.expand(len(moods), -1),
-                "audio": features[:, start:start + c.rows], "mood": moods[:, start:start + c.past + c.window]}
-        with autocast(checkpoint.device):
-            new = integrate(guided, noise.expand(len(moods), -1, -1), meta["gen_steps"], **cond)
-        motion = torch.cat([motion, new], dim=1)
-    return motion[:, c.past:c.past + count]
+    moods = moods[:, None] if moods.ndim == 2 else moods                               # (B, 1 or n, 7)
+    tokens = generate(checkpoint, photo, waves, seed, batch=len(moods),
+                      emotion=lambda features: moods.expand(-1, features.shape[-2], -1))
+    return tokens.view(len(moods), -1, tokens.shape[-1])
 
 
 def time_with_mood(checkpoint, photo, wave, runs=5):

@@ -35,8 +35,7 @@ def small(monkeypatch):
     generator.truncated[0] = 1
     encoder = MotionEncoder(EncoderConfig(image_size=32, patch_size=8, width=32, depth=1, heads=1,
                                           token_dim=8))
-    for module in (checkpoint, emotions):
-        monkeypatch.setattr(module, "autocast", lambda device: nullcontext())
+    monkeypatch.setattr(checkpoint, "autocast", lambda device: nullcontext())
     return SimpleNamespace(encoder=encoder.eval(), generator=generator.eval(), space=Pixel(), meta=META,
                            device=torch.device("cpu"))
 
@@ -51,6 +50,10 @@ def test_each_mood_is_generated_as_by_its_schedule(small):
             want = checkpoint.generate(small, photo, waves[k:k + 1], 5, emotion=emotion.Schedule(stops))
             torch.testing.assert_close(tokens[k], want, atol=1e-4, rtol=1e-4)
         plain = checkpoint.generate(small, photo, waves[:1], 5)
+        one_voice = emotions.generate_moods(small, photo, waves[:1], EYE[[1, 3]], 5)
+        alone = emotions.generate_moods(small, photo, waves[:1], EYE[3:4], 5)
+    torch.testing.assert_close(one_voice[1], tokens[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(alone, one_voice[1:], atol=1e-4, rtol=1e-4)
     assert (tokens[0] - tokens[1]).abs().max() > 0.05 < (tokens[0] - plain).abs().max()
 
 

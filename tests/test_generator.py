@@ -288,6 +288,26 @@ def test_dream_starts_from_the_photo():
     assert torch.equal(seen[1][0], motion[1:4]) and torch.equal(seen[2][0], motion[5:8])
 
 
+@pytest.mark.parametrize("split", [9, 2])
+def test_dreams_of_several_photos_and_voices_at_once(split):
+    """As one after the other; each has the same noise, its own photo, voice and mood."""
+    model = generator(experts=2)
+    photos, voices, moods = torch.randn(2, 6), torch.randn(2, 9, 5), torch.rand(2, 9, 7)
+
+    def dreams(photos, voices, moods):
+        mood = iter(moods.split(split, dim=-2))
+        windows = generate_motion(model, photos, voices.split(split, dim=-2),
+                                  torch.Generator().manual_seed(4), SILENCE, emotion=lambda rows: next(mood))
+        return torch.cat(list(windows), dim=-2)
+
+    both = dreams(photos, voices, moods)
+    one_voice = dreams(photos, voices[0], moods)
+    assert both.shape == (2, 9, 6) and dreams(photos[:1], voices[0], moods[0]).shape == (9, 6)
+    for k in range(2):
+        torch.testing.assert_close(both[k], dreams(photos[k:k + 1], voices[k], moods[k]))
+        torch.testing.assert_close(one_voice[k], dreams(photos[k:k + 1], voices[0], moods[k]))
+
+
 def test_dream_of_nothing_is_nothing():
     assert dreamed(generator(), []) == [] and dreamed(generator(), [speech(0)]) == []
 
