@@ -30,9 +30,9 @@ import flow
 import training
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder, random_masking
-from media import latents
+from media import latents, prepared
 from media.device import autocast
-from media.files import InputError, command
+from media.files import command
 from media.landmarks import FACTORS, WEIGHT
 from media.weights import save_weights
 from sample import load_models
@@ -308,8 +308,10 @@ def synthetic_batch(args, preset, number: int, render_fn, device="cpu", held_out
 
 
 def real_clips(args, preset, split: str):
-    """The folders of --data as data.Clips, or None where there are none. Raises InputError."""
-    folders = [name for name in args.data if name != "synthetic"]
+    """The folders of --data as data.Clips, of the test split those that have one; None where there are none.
+    Raises InputError."""
+    folders = [name for name in args.data
+               if name != "synthetic" and (split == "train" or prepared.find_clips(name, split))]
     if not folders:
         return None
     targets = args.frames if args.frames > 1 else preset["targets"]
@@ -331,11 +333,8 @@ def batches(args, preset, real, numbers, render_fn, device):
 
 def held_out_batch(args, preset) -> tuple[data.Batch, str]:
     """The persons of the sample pictures, of the folders' test split or else synthetic; and which of them."""
-    if set(args.data) != {"synthetic"}:
-        try:
-            return real_clips(args, preset, "test")[0], "test"
-        except InputError:                                                    # the folders have no test split
-            pass
+    if real := real_clips(args, preset, "test"):
+        return real[0], "test"
     return synthetic_batch(args, preset, 0, render, held_out=True), "synthetic"
 
 
@@ -368,15 +367,16 @@ def reflow_pairs(teacher: dict, batch: data.Batch, noise, steps: int) -> Tensor:
 
 
 @torch.no_grad()
-def save_samples(path, model, space, args, preset, device) -> dict:
-    """Write held-out persons, reference, target, 1 step, 4 steps -> PSNR in dB of 1 step and of copying."""
+def save_samples(path, model, space, held_out, seed: int, device) -> dict:
+    """Write the persons of held_out_batch, reference, target, 1 step, 4 steps -> PSNR in dB of 1 step and of
+    copying."""
     training_mode = model.training
     model.eval()
-    batch, split = held_out_batch(args, preset)
+    batch, split = held_out
     batch = batch.to(device).encode(space)
     m_r, m_t = model.encoder(batch.reference), model.encoder(batch.target)
     cache = model.decoder.encode_reference(batch.reference, m_r)
-    noise = torch.randn(batch.target.shape, generator=training.step_rng(args.seed, 0, 0)).to(device)
+    noise = torch.randn(batch.target.shape, generator=training.step_rng(seed, 0, 0)).to(device)
     outputs = [flow.integrate(model.decoder, noise, n, m_t=m_t, cache=cache) for n in (1, 4)]
     copies = batch.reference.repeat_interleave(len(batch.target) // len(batch.reference), 0)
     copies, target, *outputs = (space.decode(x) for x in (copies, batch.target, *outputs))
@@ -441,6 +441,7 @@ def train(args, preset: dict) -> int:
     state = os.path.join(args.out, "state.pt")
     step = first = training.resume(state, args, configs, model, ema, optimisers)
     if rank == 0:
+        held_out = held_out_batch(args, preset)
         training.print_settings(args, model, step,
                                 **{f"schedule at {p:.0%}": schedule(args, p) for p in (0, 0.5, 1)})
 
@@ -484,7 +485,7 @@ def train(args, preset: dict) -> int:
         stop = training.any_rank(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             path = os.path.join(args.out, f"step{step:06d}.png")
-            samples = save_samples(path, ema, space, args, preset, device)
+            samples = save_samples(path, ema, space, held_out, args.seed, device)
             meta |= {"latents": kind, "vae": args.vae, "size": image_px(preset), "steps": 1,
                      "trained_steps": step}
             save_weights(os.path.join(args.out, "semo.safetensors"),

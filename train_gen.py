@@ -27,14 +27,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
 import flow
 import sample
 import training
 from emotion import VoiceConfig, VoiceEmotion
 from encoder import random_masking
 from generator import Generator, GeneratorConfig
-from media import audio_features
+from media import audio_features, prepared
 from media.device import autocast
 from media.files import InputError, command
 from media.image import from_uint8
@@ -205,20 +204,20 @@ def mood_label(record):
 def real_clips(args, preset, folder, size, rank, world, split="train"):
     """Clips with sound of a prepared folder; with augment each once more, mirrored.
     Others of a labelled clip are middle frames of the person's neutral clips, or else of any."""
-    people, = data.load_sets([folder], split, sound=True)
+    people = prepared.load_set(folder, split, sound=True)
     records = [record for identity in sorted(people) for record in people[identity]]
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(args.seed)).tolist()
     for record in [records[k] for k in order[rank::world][:args.clips]]:
-        frames, wave = data.read_clip(record["path"], size)
+        frames, wave = prepared.read_clip(record["path"], size)
         mood, others = mood_label(record), None
         clips = people[record["identity"]] if mood.any() else []
         clips = [x for x in clips if x["path"] != record["path"]]
         clips = [x for x in clips if x.get("emotion") == "neutral"] or clips
         if clips:
             chosen = [clips[k * len(clips) // OTHERS] for k in range(OTHERS)]
-            pictures = [data.read_at(x["path"], [x["frames"] // 2], size) for x in chosen]
+            pictures = [prepared.read_at(x["path"], [x["frames"] // 2], size) for x in chosen]
             others = from_uint8(np.concatenate(pictures))
-        known = torch.from_numpy(data.load_landmarks(record)[1])[: len(frames)]        # (F, 10)
+        known = torch.from_numpy(prepared.load_landmarks(record)[1])[: len(frames)]        # (F, 10)
         factors = torch.stack([known[:, 0], known[:, 1], known[:, 2:4].mean(1), *known[:, 4:7].unbind(1)], 1)
         moods = mood.expand(len(frames), -1)
         clip = Clip(frames.split(25), wave[None], moods, len(frames), mood, others, factors)
@@ -293,14 +292,13 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, spli
 
 
 def encode_held_out(args, preset, *given):
-    """A few clips that are never trained on: of the test split of --data, or synthetic where it has none."""
-    args = argparse.Namespace(**{**vars(args), "clips": min(args.clips, HELD_OUT_CLIPS)})
+    """A few clips that are never trained on: of the test splits of --data, synthetic if none has one."""
+    tested = [name for name in args.data
+              if name == "synthetic" or prepared.find_clips(name, "test", sound=True)]
+    args = argparse.Namespace(**{**vars(args), "clips": min(args.clips, HELD_OUT_CLIPS),
+                                 "data": tested or ["synthetic"]})
     preset = {**preset, "augment": False, "fresh_masks": False}
-    try:
-        return encode_dataset(args, preset, *given, split="test")
-    except InputError:
-        args.data = ["synthetic"]
-        return encode_dataset(args, preset, *given, split="test")
+    return encode_dataset(args, preset, *given, split="test")
 
 
 # ---- windows and loss --------------------------------------------------------------------------------------
@@ -508,7 +506,7 @@ def train(args, preset) -> int:
     silence_features = sample.encode_silence(kind, args.whisper)
     for name in args.data:
         if name != "synthetic":
-            data.load_sets([name], "train", sound=True)                 # refuse now what cannot be read later
+            prepared.load_set(name, "train", sound=True)                # refuse now what cannot be read later
     training.make_run_folder(args.out)
     encoder = models["encoder"].requires_grad_(False)
     config = replace(preset["generator"], num_tokens=encoder.config.num_tokens,

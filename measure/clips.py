@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
 from measure import landmarks, metrics, perceptual, reader
 from measure.checkpoint import cell, render_batched, summary, table
 from measure.metrics import NAMES
+from media import prepared
 from media.files import InputError
 from media.image import to_uint8
 from media.sound import SAMPLES_PER_FRAME
@@ -44,13 +44,13 @@ def test_clips(args, size, sound=False):
                                   images=render_batched(identity, motion, size), wave=factors["wave"],
                                   box=face_box(identity, motion, size), face=perceptual.FACE)
         return
-    people, = data.load_sets([args.data], "test", sound=sound)
+    people = prepared.load_set(args.data, "test", sound=sound)
     each = 1 if args.command == "emotion" else None                                    # clips of a person
     manifest = [entry for person in sorted(people) for entry in people[person][:each]]
     drawn = torch.randperm(len(manifest), generator=torch.Generator().manual_seed(0))[:args.clips]
     manifest = [manifest[k] for k in sorted(drawn.tolist())]
     for number, entry in enumerate(tqdm(manifest, unit="clip", disable=None)):
-        images, wave = data.read_clip(entry["path"], size)
+        images, wave = prepared.read_clip(entry["path"], size)
         images = images[:length]
         face = entry.get("face", perceptual.FACE)
         left, top, right, bottom = (round(size * share) for share in face)
@@ -60,8 +60,8 @@ def test_clips(args, size, sound=False):
                                wave=wave[None, : len(images) * SAMPLES_PER_FRAME] if sound else None,
                                box=box, face=face, motion=None)
         if args.landmarks:
-            clip.large = data.read_clip(entry["path"], landmarks.SIZE)[0][:length]
-            clip.wide = data.read_at(entry["path"], [0], landmarks.SIZE, margin=True)[0]
+            clip.large = prepared.read_clip(entry["path"], landmarks.SIZE)[0][:length]
+            clip.wide = prepared.read_at(entry["path"], [0], landmarks.SIZE, margin=True)[0]
         yield clip
 
 

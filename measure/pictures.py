@@ -22,12 +22,12 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-import data
 from emotion import intensify
 from measure import metrics
 from measure.checkpoint import command_parser, decode_clip, encode, open_checkpoint, render_batched
 from measure.emotions import EYE, Person, generate_moods, open_with_experts
 from measure.metrics import NAMES
+from media import prepared
 from media.charts import new_figure, save_figure
 from media.files import InputError, command
 from media.image import to_uint8
@@ -77,10 +77,10 @@ def sheet(title, head, rows, labels=None):
 def test_clips(args, size):
     """People of the test split -> [(frames (F, 3, H, W), true motion (F, M) and identity (I,), or None)]."""
     if args.data:
-        (people,) = data.load_sets([args.data], "test")
+        people = prepared.load_set(args.data, "test")
         if len(people) < 2:
             raise InputError(f"{args.data}: one person in the test split; re-enactment needs two")
-        return [(data.read_clip(people[name][0]["path"], size)[0][: FRAMES["clip"]], None, None)
+        return [(prepared.read_clip(people[name][0]["path"], size)[0][: FRAMES["clip"]], None, None)
                 for name in sorted(people)[:PEOPLE]]
     clips = random_clip(HELD_OUT + torch.arange(PEOPLE), FRAMES["clip"])
     return [(render_batched(person, motion, size), motion, person)

@@ -21,8 +21,8 @@ def real(monkeypatch):
     """A set of three people with 2, 1 and 1 clips; pictures of clip k are k / 10, its sound is k."""
     people = {name: [{"path": k, "file": f"clips/{k}.mp4", "identity": name} for k in numbers]
               for name, numbers in (("b", (0, 1)), ("a", (2,)), ("c", (3,)))}
-    monkeypatch.setattr(clips.data, "load_sets", lambda folders, split, sound: [people])
-    monkeypatch.setattr(clips.data, "read_clip", lambda path, size: (
+    monkeypatch.setattr(clips.prepared, "load_set", lambda folder, split, sound: people)
+    monkeypatch.setattr(clips.prepared, "read_clip", lambda path, size: (
         torch.full((9, 3, size, size), path / 10), torch.full((9 * 640,), float(path))))
     return people
 

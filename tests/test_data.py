@@ -1,180 +1,17 @@
-"""data.py: prepared clips, pairs of frames, augmentation; batches are functions of their number."""
-import json
-import shutil
-
+"""data.py: pairs of frames, augmentation; batches are functions of their number."""
 import numpy as np
 import pytest
-import soundfile
+import test_prepared
 import torch
+from test_prepared import FRAMES, WIDE, numbers_of
 from torch.utils.data import DataLoader
 
 import data
-from media import landmarks
-from media.files import InputError, write_lines
+from media import landmarks, prepared
 from media.image import from_uint8
-from media.prepare import KEYFRAMES, MARGIN
-from media.video import VideoWriter
+from media.prepare import MARGIN
 
-FRAMES, WIDE = 60, 40                                                     # 40 pixels: the tight square has 32
-
-
-# ---- files -------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    """Two prepared folders: the upper half's grey tells the frame, the lower half's green the clip; its left
-    side is blue in set b."""
-    made = []
-    for name, clips in (("a", 3), ("b", 1)):
-        folder = tmp_path_factory.mktemp(name)
-        (folder / "clips").mkdir()
-        lines = []
-        for clip in range(clips):
-            picture = np.zeros((WIDE, WIDE, 3), np.uint8)
-            with VideoWriter(folder / f"clips/{clip}.mp4", WIDE, keyframes=KEYFRAMES) as out:
-                for k in range(FRAMES):
-                    picture[:20], picture[20:, :, 1] = 10 + 4 * k, 50 * clip
-                    picture[20:, :20, 2] = 200 * (name == "b")
-                    out.write(picture)
-            lines.append({"file": f"clips/{clip}.mp4", "identity": f"{name}{clip}", "frames": FRAMES,
-                          "sound": False, "split": "test" if clip == 2 else "train", "margin": MARGIN})
-        write_lines(folder / "manifest.jsonl", lines)
-        made.append(str(folder))
-    return made
-
-
-def numbers_of(pictures):
-    """Which frame of its clip each picture (n, 3, H, W) is."""
-    return ((pictures[:, :, 2:14].mean((1, 2, 3)) + 1) * 127.5).sub(10).div(4).round().int().tolist()
-
-
-def test_frames_by_number_are_those_of_the_whole(sets):
-    path = f"{sets[0]}/clips/1.mp4"
-    whole, _ = data.read_clip(path, 32)
-    asked = [7, 59, 0, 31, 30, 7]
-    torch.testing.assert_close(from_uint8(data.read_at(path, asked, 32)), whole[asked])
-    assert numbers_of(whole) == list(range(FRAMES))
-    with pytest.raises(InputError, match="ends before its frame 60"):
-        data.read_at(path, [60], 32)
-
-
-@pytest.mark.parametrize("damage, words", [
-    (lambda path, whole: path.unlink(), "does not exist"),
-    (lambda path, whole: path.write_bytes(b""), "is empty"),
-    (lambda path, whole: path.write_bytes(whole[:len(whole) // 2]), "damaged|ends before|cut off"),
-    (lambda path, whole: path.write_bytes(whole.replace(b"moov", b"junk")), "not a sound or video"),
-    (lambda path, whole: path.write_bytes(whole[:-3000] + bytes(3000)), "damaged|ends before|cut off"),
-    (lambda path, whole: path.write_text("#EXTM3U\n#EXTINF:9,\n1.mp4\n#EXT-X-ENDLIST\n"), "not a sound"),
-    (lambda path, whole: soundfile.write(path, np.zeros(16000), 16000, format="WAV"), "holds no pictures")])
-def test_clips_damaged_after_their_preparation_are_named(sets, tmp_path, damage, words):
-    """Also by a process that reads ahead: one sentence, no traceback within."""
-    shutil.copytree(sets[1], tmp_path / "set")
-    for path in (tmp_path / "set" / "clips").iterdir():
-        damage(path, path.read_bytes())
-    clips = data.Clips([str(tmp_path / "set")], 2, 2, 0.5, 32)
-    for workers in (0, 1) if words == "is empty" else (0,):
-        with pytest.raises(InputError, match=words) as error:
-            list(data.loader(clips, range(20), workers))
-        assert str(tmp_path / "set" / "clips") in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(InputError, match=words):
-        data.read_clip(str(path), 32)
-
-
-def test_the_tight_square_is_the_middle_of_the_prepared_one(sets):
-    path = f"{sets[1]}/clips/0.mp4"
-    wide, tight = data.read_at(path, [3, 9], 32, margin=True), data.read_at(path, [3, 9], 32)
-    assert wide.shape == (2, WIDE, WIDE, 3) and tight.shape == (2, 32, 32, 3)
-    assert np.array_equal(wide[:, 4:36, 4:36], tight)
-    assert [data.margin_px(size) for size in (32, 96, 256)] == [40, 120, 320]
-
-
-def test_folders_without_what_is_asked_are_refused(sets, tmp_path):
-    with pytest.raises(InputError, match="no manifest.jsonl"):
-        data.load_sets([str(tmp_path)], "train")
-    with pytest.raises(InputError, match="no clip of the test split"):
-        data.load_sets(sets[1:], "test")
-    with pytest.raises(InputError, match="no clip with sound"):
-        data.load_sets(sets, "train", sound=True)
-
-
-ROW = {"file": "clips/a.mp4", "identity": "a", "split": "train", "frames": 9, "sound": True, "margin": MARGIN}
-
-
-@pytest.mark.parametrize("change, words", [
-    ({"file": "../a.mp4"}, "not a file inside the folder"),
-    ({"file": "/a.mp4"}, "not a file inside the folder"),
-    ({"file": "clips/../../a.mp4"}, "not a file inside the folder"), ({"file": 3}, "lacks"),
-    ({"frames": 0}, "lacks"), ({"frames": 10**30}, "lacks"),
-    ({"identity": None}, "lacks"), ({"split": "dev"}, "lacks"), ({"margin": 1.0}, "another framing"),
-    ({"margin": None}, "another framing"),
-    ({"identity": "b"}, "clips of b both in its train and in its test split")])
-def test_manifests_that_cannot_be_used_are_refused(tmp_path, change, words):
-    rows = [ROW, {**ROW, "identity": "b", "split": "test"}]
-    write_lines(tmp_path / "manifest.jsonl", rows)
-    found, = data.load_sets([str(tmp_path)], "train")
-    assert list(found) == ["a"] and found["a"][0]["path"] == str(tmp_path / "clips/a.mp4")
-    write_lines(tmp_path / "manifest.jsonl", [*rows, {**ROW, **change}])
-    with pytest.raises(InputError, match=words) as refused:
-        data.load_sets([str(tmp_path)], "train")
-    assert "manifest.jsonl" in str(refused.value) and ("line 3" in str(refused.value) or "both" in words)
-
-
-# ---- landmarks ---------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def labelled(sets, tmp_path):
-    """Set b with factors that tell the frame: factor j of frame k is k + j."""
-    (tmp_path / "clips").symlink_to(f"{sets[1]}/clips")
-    write_lines(tmp_path / "manifest.jsonl", [json.loads(line) for line in open(f"{sets[1]}/manifest.jsonl")])
-    (tmp_path / "landmarks").mkdir()
-    factors = np.arange(FRAMES, dtype=np.float32)[:, None] + np.arange(len(landmarks.FACTORS),
-        dtype=np.float32)
-    factors[5] = np.nan                                                      # no face found
-    ellipses = np.tile(np.array(landmarks.USUAL, np.float32), (FRAMES, 1, 1)) * 0.5
-    ellipses[5] = np.nan
-    np.savez(tmp_path / "landmarks/0.npz", factors=factors, ellipses=ellipses, reader=landmarks.READER)
-    return tmp_path
-
-
-def clip_of(folder):
-    people, = data.load_sets([str(folder)], "train")
-    return people["b0"][0]
-
-
-def test_landmarks_are_read_where_they_are(sets, labelled):
-    ellipses, factors = data.load_landmarks(clip_of(labelled))
-    assert ellipses.shape == (FRAMES, 4, 4) and factors.shape == (FRAMES, len(landmarks.FACTORS))
-    usual = np.array(landmarks.USUAL) / MARGIN                               # in the prepared square
-    np.testing.assert_allclose(ellipses[4], np.array(landmarks.USUAL) * 0.5, rtol=1e-6)
-    np.testing.assert_allclose(ellipses[5], usual, rtol=1e-6)
-    assert np.isnan(factors[5]).all() and factors[7, 2] == 9
-    ellipses, factors = data.load_landmarks(clip_of(sets[1]))                # there are none
-    np.testing.assert_allclose(ellipses, np.tile(usual, (FRAMES, 1, 1)), rtol=1e-6)
-    assert np.isnan(factors).all()
-
-
-@pytest.mark.parametrize("damage, words", [
-    ("empty", "cannot be read"), ("text", "cannot be read"), ("half", "cannot be read"),
-    ("other arrays", "cannot be read"), ("fewer frames", f"9 frames, not {FRAMES}"),
-    ("former reader", "made by another reader; label again"),
-    ("later reader", "made by another reader; label again")])
-def test_broken_landmarks_are_refused(labelled, damage, words):
-    path = labelled / "landmarks/0.npz"
-    whole = path.read_bytes()
-    if damage == "other arrays":
-        np.savez(path, ellipses=np.zeros((FRAMES, 4, 4)))
-    elif damage == "fewer frames":
-        np.savez(path, ellipses=np.zeros((9, 4, 4)), factors=np.zeros((9, len(landmarks.FACTORS))),
-                 reader=landmarks.READER)
-    elif damage.endswith("reader"):
-        version = {} if damage == "former reader" else {"reader": landmarks.READER + 1}
-        np.savez(path, ellipses=np.zeros((FRAMES, 4, 4)), factors=np.zeros((FRAMES, len(landmarks.FACTORS))),
-                 **version)
-    else:
-        path.write_bytes({"empty": b"", "text": b"hello", "half": whole[: len(whole) // 2]}[damage])
-    with pytest.raises(InputError, match="landmarks/0.npz") as refused:
-        data.load_landmarks(clip_of(labelled))
-    assert words in str(refused.value) and "\n" not in str(refused.value)
+sets, labelled = test_prepared.sets, test_prepared.labelled
 
 
 def test_mined_pairs_have_the_same_pose_and_another_mouth():
@@ -321,7 +158,7 @@ def test_without_augmentation_pictures_are_the_middle_of_the_prepared_square(set
     clips = data.Clips(sets[1:], 2, 2, 0, 32, augment=False)
     batch = clips[4]
     numbers = numbers_of(batch.target)
-    want = from_uint8(data.read_at(f"{sets[1]}/clips/0.mp4", numbers, 32))
+    want = from_uint8(prepared.read_at(f"{sets[1]}/clips/0.mp4", numbers, 32))
     assert torch.equal(batch.target, want)
     assert torch.equal(batch.encoder_views, torch.cat([batch.reference, batch.target]))
     mouth = batch.regions[0, 0, round(16 * 1.33), 16]                 # at its usual place of the tight square

@@ -29,6 +29,7 @@ import data
 import sample
 from media import landmarks, prepare
 from media.files import InputError, write_lines
+from media.prepared import load_landmarks, load_set
 from media.video import VideoWriter
 from media.weights import save_weights
 
@@ -299,7 +300,7 @@ def test_landmarks_survive_damage(cases, prepared, tmp_path):
     """They are read as arrays of the clip's length, or refused by name."""
     folder, _ = prepared
     shutil.copytree(folder / "out", tmp_path / "set")
-    clip = data.load_sets([str(tmp_path / "set")], "train")[0].popitem()[1][0]
+    clip = load_set(str(tmp_path / "set"), "train").popitem()[1][0]
     path = tmp_path / "set" / landmarks.landmark_file(clip["file"])
     rng, frames = np.random.default_rng(0), clip["frames"]
     path.parent.mkdir()
@@ -312,7 +313,7 @@ def test_landmarks_survive_damage(cases, prepared, tmp_path):
         path.write_bytes(damage("landmarks", k, wholes[k % 2], wholes))
         with limits(f"landmarks {k}"):
             try:
-                ellipses, factors = data.load_landmarks(clip)
+                ellipses, factors = load_landmarks(clip)
             except InputError as error:
                 assert str(path) in str(error), (k, error)
             else:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
 from media import landmarks
 from media.files import InputError, write_lines
 from media.prepare import MARGIN
+from media.prepared import load_landmarks, load_set
 from media.video import VideoWriter
 
 
@@ -156,8 +156,8 @@ def test_labels_are_what_training_reads_and_are_made_once(prepared):
     landmarks.label(str(folder), readers)
     path = folder / "landmarks/a.npz"
     first, made = path.read_bytes(), path.stat().st_mtime_ns
-    clip = data.load_sets([str(folder)], "train")[0]["a"][0]
-    ellipses, factors = data.load_landmarks(clip)
+    clip = load_set(str(folder), "train")["a"][0]
+    ellipses, factors = load_landmarks(clip)
     assert factors.shape == (3, 10) and np.isfinite(factors).all() and ellipses.shape == (3, 4, 4)
     np.testing.assert_allclose(ellipses[0, 3, :2], 0, atol=0.1)                 # middle of the face
     landmarks.label(str(folder), readers)
@@ -168,7 +168,7 @@ def test_labels_are_what_training_reads_and_are_made_once(prepared):
         assert path.read_bytes() == first                                   # the same bytes again
     np.savez(path, factors=factors, ellipses=ellipses)                      # of the former reader
     with pytest.raises(InputError, match="label again"):
-        data.load_landmarks(clip)
+        load_landmarks(clip)
     landmarks.label(str(folder), readers)
     assert path.read_bytes() == first
 

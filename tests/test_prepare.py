@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 from media import prepare as prepare_module
+from media import prepared
 from media.face import FACE_BOX, Square, crop_square, find_faces, largest, load_detector
 from media.files import read_lines
 from media.image import from_uint8
@@ -151,7 +151,7 @@ def test_a_mixed_folder(tmp_path):
         assert word in reasons.pop(f"in/{name}")
     assert not reasons
     for row in kept.values():
-        frames, wave = data.read_clip(str(tmp_path / "out" / row["file"]), 32)
+        frames, wave = prepared.read_clip(str(tmp_path / "out" / row["file"]), 32)
         assert frames.shape == (row["frames"], 3, 32, 32) and (wave is not None) == row["sound"]
 
 
@@ -167,7 +167,7 @@ def test_flash_and_click_stay_together(tmp_path):
 
     video(tmp_path / "in" / "a.mp4", 66, rate=30, size=(64, 64), paint=paint, wave=wave, lead=0.3)
     assert prepare("--videos", tmp_path / "in", "--out", tmp_path / "out") == 0
-    frames, heard = data.read_clip(str(tmp_path / "out" / rows(tmp_path / "out")[0]["file"]), 32)
+    frames, heard = prepared.read_clip(str(tmp_path / "out" / rows(tmp_path / "out")[0]["file"]), 32)
     flash = int((frames[:, :, 15, 15].mean(1) > 0.3).nonzero()[0])
     click = int(heard.abs().argmax()) / 640
     assert abs(flash - 1.3 * 25) <= 1 and abs(click - 1.3 * 25) <= 1
@@ -180,7 +180,7 @@ def test_pixels_that_are_not_square_become_so(tmp_path):
         video(tmp_path / "in" / f"{name}.mp4", 30, paint=lambda k: wide, aspect=aspect)
     assert prepare("--videos", tmp_path / "in", "--out", tmp_path / "out", "--size", "64") == 0
     for row in rows(tmp_path / "out"):
-        frames, _ = data.read_clip(str(tmp_path / "out" / row["file"]), 64)
+        frames, _ = prepared.read_clip(str(tmp_path / "out" / row["file"]), 64)
         assert (frames[0, 0, 32] > 0.3).sum().item() == pytest.approx({"in/a.mp4": 16,
             "in/b.mp4": 32}[row["source"]], abs=2)
 
@@ -385,9 +385,9 @@ def test_prepare_cuts_the_square_of_the_face(tmp_path):
     moved = square.cx - 140, square.cy - 40, square.size
     assert moved == pytest.approx((alone.cx, alone.cy, alone.size), abs=6)
     assert row["face"] == FACE_BOX and row["margin"] == 1.25
-    wide = data.read_at(str(tmp_path / row["file"]), [7], 96, margin=True)
+    wide = prepared.read_at(str(tmp_path / row["file"]), [7], 96, margin=True)
     around = crop_square(frame, replace(square, size=1.25 * square.size), 120)
     assert wide.shape == (1, 120, 120, 3) and np.abs(wide[0].astype(int) - around).mean() < 5
-    frames, _ = data.read_clip(str(tmp_path / row["file"]), 96)
+    frames, _ = prepared.read_clip(str(tmp_path / row["file"]), 96)
     expected = from_uint8(crop_square(frame, square, 96))
     assert frames.shape == (30, 3, 96, 96) and (frames[7] - expected).abs().mean() < 0.03

@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +29,7 @@ from decoder import Decoder
 from encoder import MotionEncoder, random_masking
 from generator import Generator, GeneratorConfig
 from media.device import autocast
-from media.files import write_lines
+from media.files import read_lines, write_lines
 from media.landmarks import FACTORS
 from media.latents import Pixel
 from media.prepare import MARGIN
@@ -100,6 +101,7 @@ def seeds(monkeypatch):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
+    monkeypatch.setattr(train_ae, "held_out_batch", lambda *_: None)
     monkeypatch.setattr(train_ae, "save_samples", lambda *_: {})
     monkeypatch.setattr(training, "save_curves", lambda *_: None)
 
@@ -614,7 +616,8 @@ def test_a_run_writes_its_files(tmp_path, capsys):
 
 def test_pictures_show_reference_target_and_output(tmp_path):
     model, args = auto_encoder(nudge=0), train_ae.parse(["--preset", "nano"])
-    found = train_ae.save_samples(tmp_path / "p.png", model, Pixel(), args, NANO, CPU)
+    held_out = train_ae.held_out_batch(args, NANO)
+    found = train_ae.save_samples(tmp_path / "p.png", model, Pixel(), held_out, 0, CPU)
     batch = train_ae.synthetic_batch(args, NANO, 0, render, held_out=True)
     reference, target = batch.reference[[0, 0, 1, 1]], batch.target
     assert found["psnr_copy"] == pytest.approx(-10 * math.log10((reference - target).square().mean() / 4),
@@ -632,7 +635,8 @@ def test_pictures_show_reference_target_and_output(tmp_path):
 def test_a_model_keeps_its_mode_and_statistics_when_pictures_are_saved(mode, tmp_path):
     model = auto_encoder().train(mode)
     before = copy.deepcopy(model.state_dict())
-    train_ae.save_samples(tmp_path / "p.png", model, Pixel(), train_ae.parse(["--preset", "nano"]), NANO, CPU)
+    held_out = train_ae.held_out_batch(train_ae.parse(["--preset", "nano"]), NANO)
+    train_ae.save_samples(tmp_path / "p.png", model, Pixel(), held_out, 0, CPU)
     assert all(part.training is mode for part in model.modules()) and same(before, dict(model.state_dict()))
 
 
@@ -924,6 +928,18 @@ def test_sets_share_the_batches_and_test_people_are_only_shown(folder):
     shown, split = train_ae.held_out_batch(args, NANO)
     assert shown.reference.median() > 0.3 and split == "test"                # the test person
     args = train_ae.parse(["--preset", "nano"])
+    assert train_ae.held_out_batch(args, NANO)[1] == "synthetic"
+
+
+def test_a_damaged_test_clip_is_told_before_the_first_step(folder, tmp_path, capsys):
+    """Not replaced by synthetic people, as a set without a test split is."""
+    shutil.copytree(folder, tmp_path / "set")
+    clip = tmp_path / "set/clips/1.mp4"
+    clip.write_bytes(clip.read_bytes()[:500])
+    refused(capsys, train(tmp_path / "out", "--data", str(tmp_path / "set"), "--workers", "0"), str(clip))
+    assert not (tmp_path / "out/state.pt").exists()
+    write_lines(tmp_path / "set/manifest.jsonl", read_lines(f"{folder}/manifest.jsonl")[:1])
+    args = train_ae.parse(["--preset", "nano", "--data", str(tmp_path / "set")])
     assert train_ae.held_out_batch(args, NANO)[1] == "synthetic"
 
 

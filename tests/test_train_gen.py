@@ -352,20 +352,27 @@ def test_held_out_clips_are_of_the_test_split_or_else_synthetic(ae, tmp_path, mo
 
     def real_clips(args, preset, folder, size, rank, world, split):
         asked.append((folder, split, preset["augment"]))
-        if folder == "without a test split":
+        if folder == "damaged":
             raise InputError(folder)
         return train_gen.synthetic_clips(args, preset, size, rank, world, split="train")
 
     monkeypatch.setattr(train_gen, "real_clips", real_clips)
+    monkeypatch.setattr(train_gen.prepared, "find_clips", lambda folder, split, sound: {
+        "without": {}, "any": {"a": [1]}, "damaged": {"a": [1]}}[folder])
     monkeypatch.setattr(train_gen, "fingerprints", lambda paths: ["x"])
     monkeypatch.setattr(train_gen, "random_clip",
                         lambda seed, *more: seeds.append(seed.item()) or make(seed, *more))
     encoder = load_models(ae)[0]["encoder"]
-    for folder, want in (("any", 0), ("without a test split", HELD_OUT)):
-        args = train_gen.parse(command(ae, tmp_path, "--clips", "1", "--data", folder))
+    for folders, read, want in ((["any"], ["any"], 0), (["without"], [], HELD_OUT),
+                                (["without", "any"], ["any"], 0)):
+        args = train_gen.parse(command(ae, tmp_path, "--clips", "1", "--data", *folders))
         encoded = train_gen.encode_held_out(args, NANO, encoder, Pixel(), 32, 0, 1, CPU)
-        assert asked.pop() == (folder, "test", False) and seeds.pop() == want and seeds == []
-        assert len(encoded.clip_index) == 1 and args.data == [folder]
+        assert asked == [(folder, "test", False) for folder in read] and seeds.pop() == want and seeds == []
+        assert len(encoded.clip_index) == 1 and args.data == folders
+        asked.clear()
+    args.data = ["damaged"]                              # is told, not replaced by synthetic clips
+    with pytest.raises(InputError, match="damaged"):
+        train_gen.encode_held_out(args, NANO, encoder, Pixel(), 32, 0, 1, CPU)
 
 
 def test_the_synthetic_world_is_drawn_on_the_training_device(monkeypatch):
@@ -430,15 +437,15 @@ def test_every_emotion_of_mead_but_contempt_has_a_label():
 
 @pytest.fixture
 def no_landmarks(monkeypatch):
-    monkeypatch.setattr(train_gen.data, "load_landmarks",
+    monkeypatch.setattr(train_gen.prepared, "load_landmarks",
                         lambda row: (None, np.full((9, 10), np.nan, np.float32)))
 
 
 def test_processes_read_different_real_clips(monkeypatch, no_landmarks):
     people = {"b": [{"path": "b0"}, {"path": "b1"}], "a": [{"path": "a0"}, {"path": "a1"}, {"path": "a2"}]}
-    monkeypatch.setattr(train_gen.data, "load_sets", lambda *_, **__: [people])
+    monkeypatch.setattr(train_gen.prepared, "load_set", lambda *_, **__: people)
     read = []
-    monkeypatch.setattr(train_gen.data, "read_clip", lambda path, size: (
+    monkeypatch.setattr(train_gen.prepared, "read_clip", lambda path, size: (
         read.append(path) or (torch.zeros(1), torch.zeros(1))))
     args = train_gen.parse(command("ae", "out", "--clips", "9"))
     for rank in range(2):
@@ -449,9 +456,9 @@ def test_processes_read_different_real_clips(monkeypatch, no_landmarks):
 
 def test_clips_are_drawn_by_the_seed_not_by_the_alphabet(monkeypatch, no_landmarks):
     people = {name: [{"path": f"{name}{k}"} for k in range(10)] for name in "abcdefgh"}
-    monkeypatch.setattr(train_gen.data, "load_sets", lambda *_, **__: [people])
+    monkeypatch.setattr(train_gen.prepared, "load_set", lambda *_, **__: people)
     read = []
-    monkeypatch.setattr(train_gen.data, "read_clip", lambda path, size: (
+    monkeypatch.setattr(train_gen.prepared, "read_clip", lambda path, size: (
         read.append(path) or (torch.zeros(1), torch.zeros(1))))
     for seed in ("0", "0", "1"):
         args = train_gen.parse(command("ae", "out", "--clips", "10", "--seed", seed))
@@ -461,11 +468,11 @@ def test_clips_are_drawn_by_the_seed_not_by_the_alphabet(monkeypatch, no_landmar
 
 
 def test_augmented_clips_are_seen_mirrored_too(monkeypatch):
-    monkeypatch.setattr(train_gen.data, "load_sets", lambda *_, **__: [{"a": [{"path": "a0"}]}])
+    monkeypatch.setattr(train_gen.prepared, "load_set", lambda *_, **__: {"a": [{"path": "a0"}]})
     frames = torch.randn(30, 3, 4, 4)
-    monkeypatch.setattr(train_gen.data, "read_clip", lambda *_: (frames, torch.zeros(30 * 640)))
+    monkeypatch.setattr(train_gen.prepared, "read_clip", lambda *_: (frames, torch.zeros(30 * 640)))
     known = np.tile(np.arange(1, 11, dtype=np.float32), (30, 1))
-    monkeypatch.setattr(train_gen.data, "load_landmarks", lambda row: (None, known))
+    monkeypatch.setattr(train_gen.prepared, "load_landmarks", lambda row: (None, known))
     args = train_gen.parse(command("ae", "out", "--clips", "9"))
     plain, mirrored = train_gen.real_clips(args, {"augment": True}, "set", 4, 0, 1)
     assert torch.equal(torch.cat(list(mirrored.parts)), torch.cat(list(plain.parts)).flip(-1))
@@ -479,10 +486,10 @@ def test_a_labelled_person_is_also_seen_in_neutral_clips(monkeypatch, no_landmar
     rows = [{"path": name, "identity": "a", "emotion": emotion, "level": 3, "frames": 9}
             for name, emotion in (("a0", "neutral"), ("a1", "happy"), ("a2", "sad"), ("a3", "neutral"))]
     rows.append({"path": "b0", "identity": "b", "emotion": "angry", "level": 3, "frames": 9})
-    monkeypatch.setattr(train_gen.data, "load_sets", lambda *_, **__: [{"a": rows[:4], "b": rows[4:]}])
-    monkeypatch.setattr(train_gen.data, "read_clip", lambda *_: (
+    monkeypatch.setattr(train_gen.prepared, "load_set", lambda *_, **__: {"a": rows[:4], "b": rows[4:]})
+    monkeypatch.setattr(train_gen.prepared, "read_clip", lambda *_: (
         torch.zeros(9, 3, 2, 2), torch.zeros(9 * 640)))
-    monkeypatch.setattr(train_gen.data, "read_at", lambda path, *_: (
+    monkeypatch.setattr(train_gen.prepared, "read_at", lambda path, *_: (
         np.full((1, 2, 2, 3), ord(path[1]), np.uint8)))
     args = train_gen.parse(command("ae", "out", "--clips", "9"))
     found = list(train_gen.real_clips(args, {"augment": False}, "set", 2, 0, 1))
