@@ -20,6 +20,7 @@ from torch import nn
 
 from media.files import InputError
 from media.sound import FPS
+from media.weights import is_local
 from world.speech import EMOTIONS
 
 ALIASES = {"calm": "neutral", "happiness": "happy", "joy": "happy", "sadness": "sad", "anger": "angry",
@@ -209,13 +210,14 @@ class FromVoice:
 @functools.lru_cache(maxsize=1)
 def load_text_model(name):
     """Load a frozen text encoder, by hub id or local folder -> tokenizer, encoder. Raises InputError."""
-    from huggingface_hub.utils import logging
     from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
-    logging.set_verbosity(logging.CRITICAL)       # of failed tries; the sentence below says it once
     try:
-        clip = AutoConfig.from_pretrained(name).model_type.startswith("clip")
-        model = (CLIPTextModel if clip else AutoModel).from_pretrained(name)  # CLIP has a part for pictures
-        return AutoTokenizer.from_pretrained(name), model.eval().requires_grad_(False)
+        local = is_local(name)
+        clip = AutoConfig.from_pretrained(name, local_files_only=local).model_type.startswith("clip")
+        model_class = CLIPTextModel if clip else AutoModel                    # CLIP has a part for pictures
+        model = model_class.from_pretrained(name, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        return tokenizer, model.eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the text model {name!r}: it is neither a folder with config.json, "
                          f"model.safetensors and tokenizer files nor reachable on the hub; to work offline, "

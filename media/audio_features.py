@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from media.files import InputError
 from media.sound import SAMPLE_RATE, SAMPLES_PER_FRAME
+from media.weights import is_local
 
 BINS, N_FFT, STEP = 80, 400, 160  # mel bins, window of 25 ms, hop of 10 ms
 CONTEXT = N_FFT // 2 - STEP // 2  # samples that a frame's mel windows reach beyond the frame, on either side
@@ -132,7 +133,8 @@ def load_whisper(name=WHISPER):
     """The frozen encoder of a Whisper model, by hub id or local folder."""
     from transformers import WhisperModel
     try:
-        return WhisperModel.from_pretrained(name).encoder.eval().requires_grad_(False)
+        model = WhisperModel.from_pretrained(name, local_files_only=is_local(name))
+        return model.encoder.eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the Whisper model {name!r}: it is neither a folder with config.json "
                          "and model.safetensors nor reachable on the hub; to work offline, download it "

@@ -6,6 +6,7 @@ autoencoder, as in the paper: diffusers' AutoencoderKL, by hub id or local folde
 import torch
 
 from media.files import InputError
+from media.weights import is_local
 
 SD = "stabilityai/sd-vae-ft-mse"
 
@@ -34,7 +35,8 @@ class StableDiffusion:
         from diffusers import AutoencoderKL
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         try:
-            vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype)
+            vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype,
+                                                local_files_only=is_local(source))
         except (OSError, ValueError) as error:
             raise InputError(f"cannot load the autoencoder {source!r}: download it once on a machine with "
                              "internet, or give the path of a local folder that holds it") from error

@@ -3,10 +3,12 @@
 The config of each model stands as JSON in its metadata; the caller tells which classes the models have. Files
 of the older format semo-1 are converted at load.
 """
+import functools
 import json
 import os
 import re
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
 import torch
@@ -17,6 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from media.files import InputError, atomic_write
 
 HUB_FILE = "semo.safetensors"            # name of the weights in a repository of the model hub
+HUB_SECONDS = 8                          # in which the hub has to answer
 # What format semo-1 called otherwise, {kind: {old: new}}: parts of the weights' names; fields of the configs.
 SEMO_1_NAMES = {
     "encoder": {"thumb": "token_init.patch_summary", "sketch": "token_init.project",
@@ -142,6 +145,30 @@ def load_weights(path, classes, device="cpu"):
     return models, meta
 
 
+@functools.cache
+def hub_answers():
+    """Ask whether the model hub answers anything at all, by the proxy or mirror that is set.
+
+    Without this its library tries each file six times, which takes minutes where packets are lost.
+    """
+    from huggingface_hub import constants, get_session
+    answers = []
+
+    def ask():
+        with suppress(Exception):                          # of the network, in the words of several libraries
+            answers.append(get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS))
+
+    thread = threading.Thread(target=ask, daemon=True)     # the look-up of a name has no limit of its own
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return bool(answers)
+
+
+def is_local(model):
+    """Whether a model, a folder or hub id, is only to be looked for on this machine."""
+    return os.path.isdir(model) or not hub_answers()
+
+
 def resolve(name):
     """A path, or owner/name[@revision] on the model hub -> path of the file. Raises InputError."""
     of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", os.fspath(name))
@@ -153,7 +180,8 @@ def resolve(name):
         raise InputError(f"{name} is no file; the model hub needs: pip install huggingface_hub") from None
     repository, _, revision = name.partition("@")
     try:
-        return hf_hub_download(repository, HUB_FILE, revision=revision or None)
+        return hf_hub_download(repository, HUB_FILE, revision=revision or None,
+                               local_files_only=not hub_answers())
     except errors.LocalEntryNotFoundError:                        # before its parent class EntryNotFoundError
         raise InputError(f"{name} is no file, is not in the cache of the model hub, and the hub cannot be "
                          "reached; give the path of a .safetensors file") from None

@@ -1,11 +1,17 @@
 """web/hub.py against a folder of the hub's cache layout, without a network."""
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
 
 import sample
+from emotion import text_palette
+from media import audio_features, weights
 from media.files import InputError
+from media.latents import load_latents
 from media.weights import HUB_FILE, resolve
 from web import hub
 
@@ -18,6 +24,7 @@ def cache(tmp_path, monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(weights, "hub_answers", lambda: False)
     base = tmp_path / "models--owner--face"
     for revision, commit in (("main", "a" * 40), ("v1", "b" * 40)):
         (base / "snapshots" / commit).mkdir(parents=True)
@@ -41,6 +48,59 @@ def test_what_is_not_in_the_cache_is_refused_in_a_sentence(cache, name):
     with pytest.raises(InputError, match=f"^{name} is no file.*") as caught:
         resolve(name)
     assert "\n" not in str(caught.value)
+
+
+class NothingFound(BaseHTTPRequestHandler):
+    """A hub without a single repository."""
+
+    def do_HEAD(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub_server(tmp_path, monkeypatch):
+    """A hub that accepts connections, and answers none before the function that this gives is called."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    server = HTTPServer(("127.0.0.1", 0), NothingFound)
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                        address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    from diffusers import AutoencoderKL  # noqa: F401
+    from transformers import AutoModel, WhisperModel  # noqa: F401
+    thread = threading.Thread(target=server.serve_forever)
+    weights.hub_answers.cache_clear()
+    yield thread.start
+    weights.hub_answers.cache_clear()
+    if thread.ident:
+        server.shutdown()
+        thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("load", [
+    resolve, lambda name: load_latents("sd", name), audio_features.load_whisper,
+    lambda name: text_palette("a smile", name)], ids=["weights", "autoencoder", "whisper", "text"])
+def test_a_hub_that_does_not_answer_is_asked_once(hub_server, monkeypatch, load):
+    """Its library asks six times, with pauses of 23 s in all, and again for each file."""
+    monkeypatch.setattr(weights, "HUB_SECONDS", 0.3)
+    began = time.monotonic()
+    with pytest.raises(InputError, match="owner/face") as caught:
+        load("owner/face")
+    assert time.monotonic() - began < 15 and "\n" not in str(caught.value)
+
+
+def test_a_hub_that_answers_is_believed(hub_server):
+    hub_server()
+    with pytest.raises(InputError, match=f"the model hub has no {HUB_FILE}"):
+        resolve("owner/face")
 
 
 def test_paths_are_left_alone(tmp_path):
