@@ -106,8 +106,10 @@ class Edit(nn.Module):
         start, end = REPAINTED
         fade = torch.maximum(alpha.clamp(0, 1) * (largest / CHANGED).clamp(max=1),
                              ((largest - start) / (end - start)).clamp(0, 1)) * self.edit_window
-        residual = (moved + 1) / 2 * fade + change * self.edit_window
-        edit = double(double(torch.cat([residual, 1 - fade], dim=1)).mT).mT               # (1, 4, 2s-1, 2s-1)
+        parts = torch.cat([(moved + 1) / 2, fade, change * self.edit_window], dim=1)
+        coarse, fade, change = double(double(parts).mT).mT.split([3, 1, 3], dim=1)
+        fade = fade.clamp(0, 1)                                        # cubic interpolation overshoots
+        edit = torch.cat([coarse * fade + change, 1 - fade], dim=1)                       # (1, 4, 2s-1, 2s-1)
         return edit[0].permute(1, 2, 0), field[0] * self.field_window[..., None]
 
 

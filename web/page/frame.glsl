@@ -20,7 +20,7 @@ void main() {
   vec2 move = inside ? texture(field, p).xy * 0.5 : vec2(0.0);                  // in sizes
   vec4 part = inside ? doubled(edit, p * float(textureSize(edit, 0).x + 1) * 0.5) : vec4(0.0, 0.0, 0.0, 1.0);
   vec2 from = at + size * vec2(turn.x * move.x - turn.y * move.y, turn.y * move.x + turn.x * move.y);
-  vec3 x = doubled(photo, from).rgb * clamp(part.a, 0.0, 1.0) + part.rgb;
+  vec3 x = doubled(photo, from).rgb * part.a + part.rgb;
   if (inside && view == 1) x = 3.0 * (1.0 - part.a) - vec3(0.0, 1.0, 2.0);
   if (inside && view == 2) x = 0.5 + 0.5 * part.rgb;
   if (inside && view == 3 && any(lessThan(fract(16.0 * (p + move)), vec2(0.1)))) x = 1.0 - x;
