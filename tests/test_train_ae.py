@@ -713,6 +713,26 @@ def test_a_kill_while_the_last_step_is_saved_costs_no_release(monkeypatch, tmp_p
     assert load_models(tmp_path / "semo.safetensors")[1]["trained_steps"] == 4
 
 
+@pytest.mark.parametrize("ended_at", ["save_checkpoint", "log"])
+def test_a_step_stands_in_the_log_at_most_once(monkeypatch, no_pictures, tmp_path, ended_at):
+    """A run that is killed while it saves for the second time, and is started again."""
+    calls, function = [], getattr(training, ended_at)
+
+    def killed(*given, **named):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return function(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, ended_at, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, "--save-every", "1", steps=3)
+    assert train(tmp_path, "--save-every", "1", steps=3) == 0
+    steps = [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")]
+    assert steps == ([1, 3] if ended_at == "log" else [1, 2, 3])
+
+
 def test_nan_stops_the_run_and_spares_the_state(monkeypatch, no_pictures, tmp_path):
     assert train(tmp_path / "whole", steps=6) == 0
     make, out = train_ae.synthetic_batch, tmp_path / "out"

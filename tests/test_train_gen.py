@@ -665,6 +665,16 @@ def test_the_preview_is_the_held_out_person_with_their_words(ae, tmp_path):
     assert torch.corrcoef(torch.stack([wave[:n], sound[:n]]))[0, 1] > 0.9
 
 
+def test_the_preview_is_made_as_sample_makes_videos(ae, tmp_path, monkeypatch):
+    """With the steps and the guidance of the weights that lie beside it, and no others."""
+    asked, generate = [], sample.generate_motion
+    monkeypatch.setattr(sample, "generate_motion",
+                        lambda *given: asked.append(given[5:7]) or generate(*given))
+    assert train(ae, tmp_path, steps=1) == 0
+    _, meta = load_models(tmp_path / "semo.safetensors")
+    assert asked == [(meta["gen_steps"], meta["guidance"])] == [(4, 2.0)]
+
+
 def test_stop_and_resume_give_the_same_run(ae, tmp_path, monkeypatch, no_preview):
     assert train(ae, tmp_path / "whole", steps=10) == 0
     choose, seeds = train_gen.sample_windows, []
