@@ -77,6 +77,7 @@ PRESETS = {
 FACTORS = ("opening", "width", "lids", "yaw", "pitch", "roll")          # what motion_loss balances
 MIRRORED = torch.tensor(SIGN)[[0, 1, 2, 4, 5, 6]]                       # sign of each in a mirrored picture
 SHARES = (0.4, 0.2, 0.2, 0.07, 0.07, 0.06)
+GAINS = (1.2, 1.0, 1.9, 1.0, 1.0, 1.0)    # see amplify
 LEVELS = {1: 0.4, 2: 0.7, 3: 1.0}         # strength of MEAD's levels
 HELD_OUT_CLIPS = 32                       # of each set, for the loss on clips that are never trained on
 OTHERS = 4                                # pictures of the same person in other moods kept beside each clip
@@ -366,7 +367,8 @@ def sample_windows(encoded, config, count, rng, silence_features, augment=False,
 
 
 def readout_directions(encoded, count=20000, seed=0):
-    """Find linear directions of the token that tell FACTORS -> (L*D, 6), or None where nothing is known.
+    """Find linear directions of the token that tell FACTORS -> (L*D, 6), and how the token changes with each
+    alone, (6, L*D); None where nothing is known.
     By ridge regression of differences within clips. Each is scaled so that its reading has the root of its
     R^2 as standard deviation: what cannot be read from the token does not count."""
     rng = torch.Generator().manual_seed(seed)
@@ -388,7 +390,21 @@ def readout_directions(encoded, count=20000, seed=0):
     directions = torch.linalg.solve(gram + ridge, x.T @ y)                             # (L*D, 6)
     read = x @ directions
     explained = (1 - (y - read).square().sum(0) / y.square().sum(0)).clamp(min=0)
-    return (directions * explained.sqrt() / read.std(0).clamp(min=1e-6)).float()
+    directions = directions * explained.sqrt() / read.std(0).clamp(min=1e-6)
+    changes = torch.linalg.lstsq(x @ directions, x).solution                           # (6, L*D)
+    return directions.float(), changes.float()
+
+
+def amplify(decoder, directions, changes, gains):
+    """Change the weights so that the decoder takes FACTORS for `gains` (6,) times as large (ours).
+
+    It makes the movements of real faces too small, the lids' most of all, since the mean of all pictures that
+    are possible has the least error. directions (L*D, 6) and changes (6, L*D): see readout_directions.
+    """
+    amplified = torch.eye(len(directions)) + (directions * (gains - 1)) @ changes      # (L*D, L*D)
+    for layer in (decoder.motion, decoder.motion_delta.project):
+        for part in layer.weight.data.split(len(amplified), dim=1):                    # delta: twice
+            part.copy_(part @ amplified.to(part).T)
 
 
 def motion_loss(model, motion, noise, t, directions=None, **cond):
@@ -541,9 +557,15 @@ def train(args, preset) -> int:
     voice = models.get("voice") if args.reflow else None
     if (config.experts or config.mood_table) and not args.reflow:
         voice = train_voice(args, preset, encoded, rank, device)
-    directions = readout_directions(encoded) if preset["balanced"] and not args.reflow else None
-    if directions is not None:
-        directions = directions.to(device)
+    known = readout_directions(encoded) if preset["balanced"] and not args.reflow else None
+    directions = None
+    if known is not None:
+        directions, changes = (x.to(device) for x in known)
+        decoder = models["decoder"]
+        real = args.data != ["synthetic"] and decoder.config.num_tokens == 1 and decoder.config.motion_delta
+        if real and "gains" not in meta:                        # weights of a run may be given as --ae again
+            amplify(decoder, directions, changes, directions.new_tensor(GAINS))
+            meta["gains"] = GAINS
         if config.truncated:                                            # opening and width of the mouth
             for network in (model, ema):
                 network.truncated.copy_(torch.linalg.qr(directions[:, :config.truncated]).Q)

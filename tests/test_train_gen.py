@@ -22,6 +22,7 @@ import sample
 import train_ae
 import train_gen
 import training
+from decoder import Decoder, DecoderConfig
 from generator import Generator, GeneratorConfig
 from media import audio_features, prepare
 from media.device import autocast
@@ -246,14 +247,29 @@ def test_directions_read_what_is_known():
     factors[:, 0], factors[:, 3] = 5 * motion[:, 0], -0.1 * motion[:, 1]
     places = torch.tensor([[0, 200, 0, 200], [200, 200, 0, 200]])
     encoded = numbered(frames=(200, 200))._replace(motion=motion, factors=factors, clip_index=places)
-    directions = train_gen.readout_directions(encoded)
-    assert directions.shape == (6, 6)
+    directions, changes = train_gen.readout_directions(encoded)
+    assert directions.shape == changes.shape == (6, 6)
     delta = (motion[:100] - motion[100:200]) @ directions
     known = torch.stack([factors[:100, 0] - factors[100:200, 0], factors[:100, 3] - factors[100:200, 3]], 1)
     for k, column in enumerate((0, 3)):
         assert torch.corrcoef(torch.stack([delta[:, column], known[:, k]]))[0, 1] > 0.99
     assert directions[:, [1, 2, 4, 5]].norm() < 0.3 * directions[:, [0, 3]].norm()
+    torch.testing.assert_close((changes @ directions)[:, [0, 3]], torch.eye(6)[:, [0, 3]], rtol=0, atol=1e-4)
     assert train_gen.readout_directions(encoded._replace(factors=torch.full((400, 6), torch.nan))) is None
+
+
+def test_amplified_motion_is_read_as_larger_and_else_unchanged():
+    """The decoder's layers give for a motion what they gave for it with two of its readings enlarged."""
+    config = DecoderConfig(image_size=8, patch_size=4, width=24, depth=1, heads=2, token_dim=6)
+    decoder, rng = Decoder(config), torch.Generator().manual_seed(0)
+    directions, gains = torch.randn(6, 6, generator=rng), torch.tensor([1.5, 1, 2, 1, 1, 1])
+    motion = torch.randn(5, 6, generator=rng)
+    larger = (motion @ directions * gains) @ directions.inverse()
+    first, second = decoder.motion(larger), decoder.motion_delta.project(torch.cat([larger, larger], 1))
+    train_gen.amplify(decoder, directions, directions.inverse(), gains)
+    torch.testing.assert_close(decoder.motion(motion), first, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decoder.motion_delta.project(torch.cat([motion, motion], 1)), second,
+                               rtol=1e-4, atol=1e-4)
 
 
 def test_the_loss_by_hand():
@@ -644,9 +660,28 @@ def test_a_run_writes_its_files(ae, tmp_path):
         torch.testing.assert_close(value, ema[name], rtol=1e-3, atol=1e-6, msg=name)
     kept = torch.load(tmp_path / "clips-0.pt", weights_only=True)
     encoded = train_gen.Encoded(*(kept[name] for name in train_gen.Encoded._fields))
-    mouth, axes = train_gen.readout_directions(encoded)[:, :2], models["generator"].truncated
+    mouth, axes = train_gen.readout_directions(encoded)[0][:, :2], models["generator"].truncated
     torch.testing.assert_close(axes.T @ axes, torch.eye(2), rtol=0, atol=2e-3)
     assert (mouth - axes @ axes.T @ mouth).norm() < 0.01 * mouth.norm() != 0
+
+
+def test_motions_of_real_faces_are_amplified_once(ae, tmp_path, monkeypatch, no_preview):
+    """Also where the weights of a run are given as --ae again."""
+    def real_clips(args, preset, folder, size, rank, world, split="train"):
+        return train_gen.synthetic_clips(args, preset, size, rank, world, split=split)
+
+    monkeypatch.setattr(train_gen, "real_clips", real_clips)
+    monkeypatch.setattr(train_gen, "fingerprints", lambda paths: ["x"])
+    for name, people in (("load_set", {}), ("find_clips", {"a": [1]})):
+        monkeypatch.setattr(train_gen.prepared, name, lambda *_, people=people, **__: people)
+    weights, path = [load_models(ae)[0]["decoder"].motion.weight], ae
+    for out in (tmp_path / "first", tmp_path / "again"):
+        assert train(path, out, "--data", "folder", steps=1) == 0
+        path = out / "semo.safetensors"
+        models, meta = load_models(path)
+        assert meta["gains"] == list(train_gen.GAINS)
+        weights.append(models["decoder"].motion.weight)
+    assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
 
 
 def test_the_preview_is_the_held_out_person_with_their_words(ae, tmp_path):
