@@ -537,8 +537,12 @@ def test_microphone_makes_the_face_speak(tab, site):
 
 def test_face_square_follows_keys_wheel_and_pointer(page):
     p = page.page
-    p.click("#adjust")
+    assert not p.is_visible("#square")
+    p.set_input_files("#photo", str(ROOT / "examples" / "portrait.png"))
+    p.wait_for_selector("#square")                              # a new photo: shown at once, in the middle
     start = page.app("({ ...app.square })")
+    assert start == {"cx": 256, "cy": 256, "size": 512, "angle": 0}
+    p.focus("#view")
     p.keyboard.press("ArrowRight")
     p.keyboard.press("-")
     p.keyboard.press(".")
@@ -554,7 +558,8 @@ def test_face_square_follows_keys_wheel_and_pointer(page):
     p.wait_for_timeout(50)
     moved = page.app("({ ...app.square })")
     assert moved["size"] < now["size"] and moved["cx"] < now["cx"] and moved["cy"] > now["cy"]
-    p.click("#adjust")
+    p.click("#play")
+    assert not p.is_visible("#square")
     p.click("#example")
     p.wait_for_timeout(500)
 

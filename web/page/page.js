@@ -9,14 +9,13 @@ const $ = id => document.getElementById(id);
 const canvas = $("picture"), view = $("view"), camera = $("camera-video");
 const worker = new Worker("worker.js", { type: "module" });
 const player = new Player(worker, show, share => { $("progress").value = share; });
-const app = { worker, player, sliders: {}, values: {}, takes: 0, path: [], shown: [], following: false };
+export const app = { worker, player, sliders: {}, values: {}, takes: 0, path: [], shown: [] };
 let frame, wanted = null, later, clock;   // wanted: the token after the pending one
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const tell = text => { $("status").textContent = text; };
 const fail = error => { $("error").textContent = error.message; };
 const press = (button, pressed) => button.setAttribute("aria-pressed", pressed);
 const pressed = button => button.getAttribute("aria-pressed") === "true";
-const adjusting = () => pressed($("adjust"));
 const enable = (...ids) => { for (const id of ids) $(id).disabled = false; };
 
 function on(target, kind, job) {                             // one sentence for whatever goes wrong
@@ -28,11 +27,12 @@ function on(target, kind, job) {                             // one sentence for
 const onClick = (id, job) => on($(id), "click", job);
 
 // ---- photo and face square
-function usePhoto(image, square = middleSquare(image)) {
+function usePhoto(image, square) {                           // without a square, one is shown to be adjusted
   player.stop();
   app.image = image;
   app.composer.setPhoto(image);
-  setSquare(square);
+  press($("adjust"), !square);
+  setSquare(square || middleSquare(image));
 }
 
 function setSquare({ cx, cy, size, angle }) {
@@ -51,10 +51,10 @@ function point({ clientX, clientY }) {                       // of an event -> [
   return [(clientX - left) * scale, (clientY - top) * scale];
 }
 
-adjustable(view, point, () => adjusting() ? app.square : null, setSquare);
+adjustable(view, point, () => pressed($("adjust")) ? app.square : null, setSquare);
 onClick("adjust", () => {
   player.stop();
-  press($("adjust"), !adjusting());
+  press($("adjust"), !pressed($("adjust")));
   view.focus();
 });
 
@@ -90,6 +90,7 @@ let release = () => {};                                      // of the button wh
 async function start(button, job) {                          // the button is pressed until the job ends
   release();
   const own = release = () => press(button, false);
+  press($("adjust"), false);
   press(button, true);
   try { await job(); } finally { if (release === own) own(); }
 }
@@ -162,7 +163,7 @@ async function follow() {                                    // meanwhile, only 
 }
 
 view.addEventListener("pointermove", event => {              // the pointer leads gaze and head
-  if (adjusting() || !$("lead").checked || !$("puppet").open) return;
+  if (pressed($("adjust")) || !$("lead").checked || !$("puppet").open) return;
   const { cx, cy, size } = app.square, [x, y] = point(event);
   const right = (x - cx) / size, down = (y - cy) / size;
   const shares = { gaze_x: 2 * right, gaze_y: 2 * down, yaw: 1.5 * right, pitch: 1.5 * down };
@@ -235,4 +236,3 @@ worker.onerror = ({ message }) => fail(new Error(`The page's worker stopped: ${m
 const backend = new URLSearchParams(location.search).get("backend") || "wasm";
 const threads = clamp((navigator.hardwareConcurrency || 1) - 1, 1, 4);         // one core is for drawing
 worker.postMessage({ kind: "load", base: new URL(".", location).href, backend, threads });
-export { app };
