@@ -19,8 +19,6 @@ import os
 import signal
 import sys
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # waiting threads leave their core to others
 
@@ -32,15 +30,14 @@ from emotion import TEXT_MODEL, FromVoice, Schedule, VoiceConfig, VoiceEmotion, 
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig, generate_motion
 from media import audio_features
-from media.compose import read_photo
+from media.compose import pictures_to_frames, read_photo
 from media.controls import parse_controls
-from media.device import autocast, pick_device
+from media.device import autocast, autocast_iter, pick_device
 from media.face import frame_video, load_detector
 from media.files import InputError, check_file, command, printable, remove_unfinished
-from media.image import to_uint8
 from media.latents import SD, SPACES, load_latents
-from media.sound import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks, has_audio, pcm_chunks, rechunk
-from media.video import PROVENANCE, VideoWriter
+from media.sound import FPS, SAMPLES_PER_FRAME, audio_chunks, has_audio, live_chunks, rechunk
+from media.video import PROVENANCE, VideoWriter, write_all
 from media.weights import load_weights, resolve
 
 BATCH = 16  # frames decoded, or encoded, at once
@@ -66,19 +63,6 @@ def load_models(path, device="cpu"):
     return models, meta
 
 
-def autocast_iter(device, items, models=True):
-    """The items of an iterator, each made without gradients and, where bf16 is fast, under autocast.
-    models=False: out of autocast. The context is entered around each item alone: a generator function keeps
-    what its caller entered only while it computes, and what it enters itself would leak to the caller."""
-    items = iter(items)
-    while True:
-        with torch.inference_mode(), autocast(device, models):
-            item = next(items, None)
-        if item is None:
-            return
-        yield item
-
-
 def encode_video(encoder, space, video, m_ref, absolute):
     """Encode a video: iterator of (3, H, W) frames -> iterator of motions (n, L*D), for the photo's m_ref
     (1, L*D); absolute: see reenact."""
@@ -87,26 +71,6 @@ def encode_video(encoder, space, video, m_ref, absolute):
         motion = encoder(space.encode(frames.to(m_ref.device))).flatten(1)
         offset = (1 - absolute) * (m_ref - motion[:1]) if offset is None else offset
         yield motion + offset
-
-
-def latents_to_frames(space, frames):
-    """Latents (n, C, H, W) -> n arrays (H, W, 3) uint8."""
-    with torch.inference_mode():
-        pixels = to_uint8(space.decode(frames))
-    return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
-
-
-def pictures_to_frames(space, pictures, composer=None):
-    """The decoder's Pictures -> (H, W, 3) uint8 frames, put into the whole photo if there is a Composer."""
-    for picture in pictures:
-        low = latents_to_frames(space, picture.x)
-        if composer is None:
-            yield from low
-        elif picture.moved is None:                            # a latent space has no displacements of pixels
-            yield from map(composer.blend, low)
-        else:
-            alpha, field = picture.alpha[:, 0].cpu().numpy(), picture.field.cpu().numpy()
-            yield from map(composer.frame, low, latents_to_frames(space, picture.moved), alpha, field)
 
 
 def encode_silence(kind, whisper=None):
@@ -168,21 +132,6 @@ def animate_from_changes(models, meta, image, changes, seed=0, steps=None, compo
     """Let the motion of a photo change by changes (n, L*D) -> frames, as many."""
     reference = _, _, m_ref, _, _ = prepare_reference(models, meta, image, seed)
     return decode_motions(models, meta, reference, iter([m_ref + changes.to(m_ref)]), steps, composer)
-
-
-def scan_audio(path):
-    """Read the sound once -> the gain that levels it, its length in video frames. Raises InputError."""
-    sizes = []
-
-    def counted():
-        for chunk in audio_chunks(path):
-            sizes.append(len(chunk))
-            yield chunk
-
-    gain, samples = audio_features.loudness_gain(counted()), sum(sizes)
-    if samples < 0.1 * SAMPLE_RATE:
-        raise InputError(f"{path} holds only {samples / SAMPLE_RATE:.2f} s of sound; give 0.1 s or more")
-    return gain, audio_features.num_frames(samples)
 
 
 def parse(argv):
@@ -291,16 +240,10 @@ def frames_and_sound(args, models, meta, image, composer, detector):
         frames = reenact(models, meta, image, video, absolute=args.absolute, **common)
         return frames, None, args.video if has_audio(args.video) else None, None
     if args.wav == "-":
-        queue = deque()                                           # from the sound's arrival to its frame
-
-        def listen():
-            for chunk in pcm_chunks(sys.stdin.buffer):
-                queue.append(chunk)
-                yield chunk
-
-        chunks, total, sound = audio_features.streaming_gain(listen()), None, pop_all(queue)
+        chunks, sound = live_chunks(sys.stdin.buffer)
+        chunks, total = audio_features.streaming_gain(chunks), None
     else:
-        gain, total = scan_audio(args.wav)
+        gain, total = audio_features.scan_audio(args.wav)
         chunks, sound = (chunk * gain for chunk in audio_chunks(args.wav)), args.wav
     emotion = choose_emotion(args, models, total / FPS if total else math.inf)
     features = audio_features.stream_features(chunks, meta["audio"], meta.get("whisper"))
@@ -312,35 +255,6 @@ def print_note(note):
     """Tell the user, if there is something to tell. Not on stdout, which may be the video."""
     if note:
         print(f"sample.py: {note}", file=sys.stderr)
-
-
-def pop_all(queue):
-    """The items of a deque, until it is found empty: for live sound the end, since a frame is made, and
-    takes its sound, after that has arrived."""
-    while queue:
-        yield queue.popleft()
-
-
-def write_all(video, frames, done):
-    """Write frames while the next are computed: in a thread, at most BATCH behind; done() after each.
-    To a pipe at once, so that it may wait for its reader, and a signal end that wait."""
-    if not isinstance(video.path, str):
-        for frame in frames:
-            video.write(frame)
-            done()
-        return
-    waiting, worker = deque(), ThreadPoolExecutor(1)
-    try:
-        for frame in frames:
-            waiting.append(worker.submit(video.write, frame))
-            if len(waiting) > BATCH:
-                waiting.popleft().result()                        # an error of the writer is raised here
-                done()
-        for job in pop_all(waiting):
-            job.result()
-            done()
-    finally:
-        worker.shutdown(cancel_futures=True)                      # before the file is closed
 
 
 def run(args):

@@ -33,11 +33,12 @@ from encoder import EncoderConfig, MotionEncoder, random_masking
 from media import latents, prepared
 from media.device import autocast
 from media.files import command
+from media.image import save_grid
 from media.landmarks import FACTORS, WEIGHT
 from media.weights import save_weights
 from sample import load_models
 from world.people import HELD_OUT, consecutive_frames, random_pairs
-from world.render import MOTION, region_ellipses, render
+from world.render import MOTION, normalise_factors, region_ellipses, render
 
 PAPER = dict(full_attention=True, predict="v", tokens_per_motion=1, motion_delta=False, ref_context=False)
 
@@ -277,12 +278,6 @@ class AutoEncoder(nn.Module):
 
 # ---- data --------------------------------------------------------------------------------------------------
 
-def normalise_factors(factors: Tensor) -> Tensor:
-    """Motion factors of the synthetic world (..., M) -> each with zero mean and about unit variance."""
-    low, high = torch.tensor(list(MOTION.values()), device=factors.device).unbind(1)
-    return (2 * (factors - low) / (high - low) - 1) * 3**0.5
-
-
 def image_px(preset: dict) -> int:
     """Side of a picture in pixels: what the models see, times the factor of their latents."""
     return preset["encoder"].image_size * latents.SPACES[preset.get("latents", "pixel")].factor
@@ -380,7 +375,7 @@ def save_samples(path, model, space, held_out, seed: int, device) -> dict:
     outputs = [flow.integrate(model.decoder, noise, n, m_t=m_t, cache=cache) for n in (1, 4)]
     copies = batch.reference.repeat_interleave(len(batch.target) // len(batch.reference), 0)
     copies, target, *outputs = (space.decode(x) for x in (copies, batch.target, *outputs))
-    training.save_grid(path, [x[:: max(1, len(target) // 12)] for x in (copies, target, *outputs)])
+    save_grid(path, [x[:: max(1, len(target) // 12)] for x in (copies, target, *outputs)])
     model.train(training_mode)
     psnr, psnr_copy = (-10 * math.log10(((x.clamp(-1, 1) - target) / 2).square().mean().item() + 1e-12)
                        for x in (outputs[0], copies))

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import flow
 import sample
 import training
-from emotion import VoiceConfig, VoiceEmotion
+from emotion import ALIASES, VoiceConfig, VoiceEmotion
 from encoder import random_masking
 from generator import Generator, GeneratorConfig
 from media import audio_features, prepared
@@ -194,8 +194,7 @@ def synthetic_clips(args, preset, size, rank, world, device="cpu", split="train"
 def mood_label(record):
     """The mood (7,) of a prepared clip from emotion and level of its manifest; zeros where they tell none."""
     mood, strength = torch.zeros(len(EMOTIONS)), LEVELS.get(record.get("level"), 1.0)
-    name = record.get("emotion")
-    name = {"fear": "afraid", "disgust": "disgusted", "surprise": "surprised"}.get(name, name)
+    name = ALIASES.get(record.get("emotion"), record.get("emotion"))
     if name in EMOTIONS:                                                               # contempt is not
         mood[0] = 1 - strength
         mood[EMOTIONS.index(name)] += strength

@@ -22,17 +22,14 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from media.charts import save_curves
 from media.device import pick_device
 from media.files import InputError, atomic_write, remove_unfinished
-from media.image import to_uint8
 
 # ---- options -----------------------------------------------------------------------------------------------
 
@@ -348,11 +345,3 @@ def log(folder, **fields):
     with open(path, "a") as file:
         file.write(json.dumps(fields) + "\n")
     save_curves(path, os.path.join(folder, "progress.png"))
-
-
-def save_grid(path, rows):
-    """rows: list of (n, 3, H, W) in [-1, 1] -> a PNG, one row of pictures each."""
-    picture = torch.cat([torch.cat(list(pictures.float().cpu()), dim=2) for pictures in rows], dim=1)
-    pixels = to_uint8(picture).permute(1, 2, 0).numpy()
-    with atomic_write(path, make_folder=True) as temporary:
-        Image.fromarray(np.ascontiguousarray(pixels)).save(temporary, format="PNG")

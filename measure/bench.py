@@ -39,8 +39,8 @@ from encoder import MotionEncoder, random_masking
 from generator import Generator, generate_motion
 from measure.checkpoint import command_parser, table, write_json
 from media import audio_features
-from media.compose import read_photo
-from media.device import autocast, fast_bf16, pick_device
+from media.compose import pictures_to_frames, read_photo
+from media.device import autocast, autocast_iter, fast_bf16, pick_device
 from media.face import load_detector
 from media.files import command
 from media.sound import FPS, SAMPLE_RATE, audio_chunks, load_audio
@@ -99,15 +99,15 @@ def bench_sample(args, device):
         def generate():
             windows = generate_motion(models["generator"], m_ref, iter([features]), rng, silence_features,
                                       meta["gen_steps"], meta["guidance"])
-            return torch.cat(list(sample.autocast_iter(device, windows)))
+            return torch.cat(list(autocast_iter(device, windows)))
 
         def decode():
             batches = decode_frames(models["decoder"], z_r, m_ref, iter([motions]), noise, meta["steps"],
                                     sample.BATCH)
-            return list(sample.autocast_iter(device, batches))
+            return list(autocast_iter(device, batches))
 
         def paste():
-            return list(sample.pictures_to_frames(space, pictures, composer))
+            return list(pictures_to_frames(space, pictures, composer))
 
         def write():
             with VideoWriter(out, composer.size, wav) as video:
@@ -127,7 +127,7 @@ def bench_sample(args, device):
         pictures = decode()
         frames = paste()
         work = {"read the photo, find its face": lambda: read_photo(args.img, meta["size"], detector),
-                "read the sound, twice": lambda: [sample.scan_audio(wav), list(audio_chunks(wav))],
+                "read the sound, twice": lambda: [audio_features.scan_audio(wav), list(audio_chunks(wav))],
                 "audio features": lambda: audio_features.extract_features(wave, *kind),
                 "motion generator": generate, "decoder": decode, "put into the photo": paste,
                 "H.264, AAC, mp4": write, "end to end": end_to_end}

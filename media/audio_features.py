@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from media.files import InputError
-from media.sound import SAMPLE_RATE, SAMPLES_PER_FRAME
+from media.sound import SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks
 from media.weights import is_local
 
 BINS, N_FFT, STEP = 80, 400, 160  # mel bins, window of 25 ms, hop of 10 ms
@@ -83,6 +83,21 @@ def streaming_gain(chunks, target=0.1):
                 step = math.log(gain_from_power(power, target)) - log_gain
                 log_gain += step * max(1 / len(power), 1 / 25 if step > 0 else 1 / 3)
             yield frame * math.exp(log_gain)
+
+
+def scan_audio(path):
+    """Read the sound once -> the gain that levels it, its length in video frames. Raises InputError."""
+    sizes = []
+
+    def counted():
+        for chunk in audio_chunks(path):
+            sizes.append(len(chunk))
+            yield chunk
+
+    gain, samples = loudness_gain(counted()), sum(sizes)
+    if samples < 0.1 * SAMPLE_RATE:
+        raise InputError(f"{path} holds only {samples / SAMPLE_RATE:.2f} s of sound; give 0.1 s or more")
+    return gain, num_frames(samples)
 
 
 def normalise_loudness(wave, target=0.1):

@@ -14,10 +14,11 @@ paints something else: the detail of an open eye would open the lids that close 
 """
 import cv2
 import numpy as np
+import torch
 from PIL import Image
 
 from media.face import Square, crop_square, frame_photo, square_matrix
-from media.image import from_uint8, open_image
+from media.image import from_uint8, open_image, to_uint8
 
 MAX_ENLARGE, MIN_FACE = 2.0, 256    # a photo is enlarged until its square has MIN_FACE pixels a side
 FINE = 3                            # linear sampling of a copy this much finer keeps a moved photo sharp
@@ -157,3 +158,23 @@ def read_photo(path, model_size, detector, size=1080, crop=False, number=None):
     square, note = frame_photo(photo, detector, number, path)
     image = from_uint8(crop_square(photo, square, model_size))
     return image, load_composer(photo, square, size, crop), note
+
+
+def latents_to_frames(space, frames):
+    """Latents (n, C, H, W) -> n arrays (H, W, 3) uint8."""
+    with torch.inference_mode():
+        pixels = to_uint8(space.decode(frames))
+    return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def pictures_to_frames(space, pictures, composer=None):
+    """The decoder's Pictures -> (H, W, 3) uint8 frames, put into the whole photo if there is a Composer."""
+    for picture in pictures:
+        low = latents_to_frames(space, picture.x)
+        if composer is None:
+            yield from low
+        elif picture.moved is None:                            # a latent space has no displacements of pixels
+            yield from map(composer.blend, low)
+        else:
+            alpha, field = picture.alpha[:, 0].cpu().numpy(), picture.field.cpu().numpy()
+            yield from map(composer.frame, low, latents_to_frames(space, picture.moved), alpha, field)

@@ -31,3 +31,16 @@ def fast_bf16(device):
 def autocast(device, enabled=True):
     """bf16 where it is fast."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled and fast_bf16(device))
+
+
+def autocast_iter(device, items, models=True):
+    """The items of an iterator, each made without gradients and, where bf16 is fast, under autocast.
+    models=False: out of autocast. The context is entered around each item alone: a generator function keeps
+    what its caller entered only while it computes, and what it enters itself would leak to the caller."""
+    items = iter(items)
+    while True:
+        with torch.inference_mode(), autocast(device, models):
+            item = next(items, None)
+        if item is None:
+            return
+        yield item

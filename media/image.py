@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps
 
-from media.files import InputError, check_file
+from media.files import InputError, atomic_write, check_file
 
 MIN_SIDE = 16             # pixels; below this a picture holds no face
 MAX_PIXELS = 128_000_000  # a 108-megapixel phone passes; a header that claims more is refused before decoding
@@ -81,3 +81,11 @@ def to_uint8(x):
 def from_uint8(frames):
     """(..., H, W, 3) uint8 array -> (..., 3, H, W) float in [-1, 1]."""
     return torch.from_numpy(frames).movedim(-1, -3) / 127.5 - 1
+
+
+def save_grid(path, rows):
+    """rows: list of (n, 3, H, W) in [-1, 1] -> a PNG, one row of pictures each."""
+    picture = torch.cat([torch.cat(list(pictures.float().cpu()), dim=2) for pictures in rows], dim=1)
+    pixels = to_uint8(picture).permute(1, 2, 0).numpy()
+    with atomic_write(path, make_folder=True) as temporary:
+        Image.fromarray(np.ascontiguousarray(pixels)).save(temporary, format="PNG")

@@ -2,10 +2,11 @@
 
     sound --decode_audio--> blocks at the file's own rate --resample--> 16 kHz mono:
         audio_chunks (streamed), load_audio (whole)
-    raw PCM on a pipe --pcm_chunks--> (S,) pieces as they arrive
+    raw PCM on a pipe --pcm_chunks, live_chunks--> (S,) pieces as they arrive
 
 Frames and sound of one file share time zero: its first picture.
 """
+from collections import deque
 from fractions import Fraction
 from itertools import chain
 
@@ -138,6 +139,23 @@ def pcm_chunks(pipe, name="stdin"):
         raise InputError(f"{name} ends within a sample, after {given} bytes; give {wanted}")
     if given < 0.1 * SAMPLE_RATE * 2:
         raise InputError(f"{name} holds only {given / SAMPLE_RATE / 2:.2f} s of sound; give {wanted}")
+
+
+def live_chunks(pipe):
+    """Read pcm_chunks for two -> iterator of chunks as they arrive, iterator of those that have arrived.
+    The second ends when none waits: a frame is made, and takes its sound, after that has arrived."""
+    waiting = deque()
+
+    def listen():
+        for chunk in pcm_chunks(pipe):
+            waiting.append(chunk)
+            yield chunk
+
+    def follow():
+        while waiting:
+            yield waiting.popleft()
+
+    return listen(), follow()
 
 
 def load_audio(path):

@@ -4,6 +4,8 @@
     frames + sound --VideoWriter--> H.264 + AAC mp4: a file, complete or absent, or a stream of fragments
 """
 import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from fractions import Fraction
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ from media.sound import FPS, LAYOUTS, SAMPLE_RATE, decode_audio, probe_audio, re
 
 PROVENANCE = "AI-generated video: made by SeMo from one photo; not a recording of a real event."
 LARGE = 512 * 512          # pixels of a picture
+BEHIND = 16                # frames that may wait for the encoder
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -244,3 +247,25 @@ class VideoWriter:
         if kind is None:
             self.output.flush()
         return done
+
+
+def write_all(video, frames, done):
+    """Write frames while the next are computed: in a thread, at most BEHIND behind; done() after each.
+    To a pipe at once, so that it may wait for its reader, and a signal end that wait."""
+    if not isinstance(video.path, str):
+        for frame in frames:
+            video.write(frame)
+            done()
+        return
+    waiting, worker = deque(), ThreadPoolExecutor(1)
+    try:
+        for frame in frames:
+            waiting.append(worker.submit(video.write, frame))
+            if len(waiting) > BEHIND:
+                waiting.popleft().result()                        # an error of the writer is raised here
+                done()
+        for job in waiting:
+            job.result()
+            done()
+    finally:
+        worker.shutdown(cancel_futures=True)                      # before the file is closed

@@ -27,6 +27,7 @@ import training
 from measure import ablate, bench, evaluate, pictures, reader
 from media import prepare
 from media.files import InputError, OutputError, read_lines, write_lines
+from media.image import save_grid
 from media.video import VideoWriter
 from media.weights import save_weights
 from world import people
@@ -87,7 +88,7 @@ WRITERS = {
     "state.pt": lambda path: training.atomic_save(path, weights=torch.zeros(100_000)),
     "w.safetensors": lambda path: save_weights(path, small_models(), META),
     "r.safetensors": lambda path: reader.save_regressor(path, reader.FactorRegressor()),
-    "step.png": lambda path: training.save_grid(path, [torch.rand(2, 3, 128, 128)]),
+    "step.png": lambda path: save_grid(path, [torch.rand(2, 3, 128, 128)]),
     "manifest.jsonl": lambda path: write_lines(path, [{"file": "x" * 1000}] * 100)}
 
 

@@ -1,5 +1,6 @@
 """media/image.py: pictures of all kinds come out as known values; others are refused in a sentence."""
 import io
+import os
 import struct
 import zlib
 
@@ -10,7 +11,7 @@ from PIL import Image, ImageCms
 
 from media.face import crop_square, middle_square
 from media.files import InputError
-from media.image import BACKDROP, from_uint8, open_image
+from media.image import BACKDROP, from_uint8, open_image, save_grid
 from media.video import read_frames
 
 ORANGE, BLUE = (230, 120, 40), (30, 60, 200)
@@ -166,3 +167,24 @@ def test_missing_folder_and_tiny_pictures_are_refused(tmp_path):
     refused(lambda: load_image(tmp_path, 32), "is a folder")
     Image.new("RGB", (300, 15)).save(tmp_path / "thin.png")
     refused(lambda: load_image(tmp_path / "thin.png", 32), "300x15")
+
+
+def test_grid_has_the_right_pixels(tmp_path):
+    level = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0, 2.0])                   # 2.0: clipped
+    cells = level.view(2, 3, 1, 1, 1).expand(2, 3, 3, 4, 4).clone()          # two rows of three pictures
+    cells[0, 1, 0] = 1.0                                                     # red
+    cells[1, 0, :, 0, 3] = -1.0                                              # one corner
+    save_grid(tmp_path / "g.png", list(cells))
+    got = np.asarray(Image.open(tmp_path / "g.png"))
+    assert got.shape == (8, 12, 3) and os.listdir(tmp_path) == ["g.png"]
+    want = np.array([[0, 64, 128], [191, 255, 255]])
+    for i in range(2):
+        for j in range(3):
+            cell = got[4 * i:4 * i + 4, 4 * j:4 * j + 4].copy()
+            if (i, j) == (1, 0):
+                assert (cell[0, 3] == 0).all()
+                cell[0, 3] = want[i, j]
+            if (i, j) == (0, 1):
+                assert (cell[..., 0] == 255).all()
+                cell[..., 0] = want[i, j]
+            assert (cell == want[i, j]).all(), (i, j)

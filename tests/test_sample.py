@@ -30,7 +30,7 @@ from media.files import InputError
 from media.image import from_uint8, open_image
 from media.latents import Pixel
 from media.sound import has_audio, load_audio
-from media.video import VideoWriter
+from media.video import BEHIND, VideoWriter, write_all
 from media.weights import save_weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -337,13 +337,13 @@ def test_no_more_than_a_batch_waits_for_the_encoder():
     made, go = [], threading.Event()
     video = SimpleNamespace(path="o.mp4", write=lambda frame: go.wait(20))
     frames = (made.append(k) or k for k in range(100))
-    work = threading.Thread(target=sample.write_all, args=(video, frames, lambda: None))
+    work = threading.Thread(target=write_all, args=(video, frames, lambda: None))
     work.start()
     until = time.monotonic() + 20
-    while len(made) <= sample.BATCH and time.monotonic() < until:
+    while len(made) <= BEHIND and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(0.1)
-    assert len(made) == sample.BATCH + 1
+    assert len(made) == BEHIND + 1
     go.set()
     work.join(20)
     assert len(made) == 100

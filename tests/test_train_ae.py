@@ -38,7 +38,7 @@ from media.weights import save_weights
 from sample import load_models
 from world import people as people_module
 from world.people import HELD_OUT, random_motion
-from world.render import MOTION, random_identity, render
+from world.render import MOTION, normalise_factors, random_identity, render
 
 torch.set_num_threads(1)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -193,9 +193,9 @@ def test_known_motion_is_the_difference_of_target_and_reference():
     batch = train_ae.synthetic_batch(args, NANO, 0, render)
     _, motion, _ = people_module.random_pairs(torch.arange(2), 2, 0.5, 32, render)
     target, reference = motion[:, 1:].flatten(0, 1), motion[[0, 0, 1, 1], 0]
-    want = train_ae.normalise_factors(target) - train_ae.normalise_factors(reference)
+    want = normalise_factors(target) - normalise_factors(reference)
     torch.testing.assert_close(batch.factors, want)
-    many = train_ae.normalise_factors(random_motion(torch.arange(4000)))
+    many = normalise_factors(random_motion(torch.arange(4000)))
     assert many.shape == (4000, len(MOTION)) and 0.4 < many.std(0).min() and many.std(0).max() < 1.7
 
 

@@ -44,6 +44,12 @@ def random_identity(ids):
     return uniform(ids, len(IDENTITY), stream=10)
 
 
+def normalise_factors(factors):
+    """Motion factors of the synthetic world (..., M) -> each with zero mean and about unit variance."""
+    low, high = torch.tensor(list(MOTION.values()), device=factors.device).unbind(1)
+    return (2 * (factors - low) / (high - low) - 1) * 3**0.5
+
+
 def hsv(h, s, v):
     """Hue, saturation, value, each broadcastable to (B, 1, 1) -> (B, 3, 1, 1) in [0, 1]."""
     h, s, v = torch.broadcast_tensors(h, *(torch.as_tensor(x, device=h.device) for x in (s, v)))
