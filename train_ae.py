@@ -11,7 +11,6 @@
 Run the same command again to resume: --out holds state.pt (training state), semo.safetensors (weights to
 use), log.jsonl and sample pictures: reference | target | 1 step | 4 steps. Ctrl-C and SIGTERM save first.
 """
-import argparse
 import copy
 import math
 import os
@@ -385,9 +384,7 @@ def save_samples(path, model, space, held_out, seed: int, device) -> dict:
 # ---- the run -----------------------------------------------------------------------------------------------
 
 def parse(argv, presets=PRESETS):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
-    training.add_options(p, presets)
+    p = training.make_parser(__doc__, presets)
     p.add_argument("--frames", type=int, default=1,
                    help="above 1: the image-to-video stage, clips of so many frames")
     p.add_argument("--workers", type=int, default=2, help="processes that read clips ahead (default: 2)")
@@ -410,8 +407,8 @@ def parse(argv, presets=PRESETS):
     args.out = args.out or ("runs/reflow_ae" if args.reflow else "runs/ae")
     args.curriculum = preset["curriculum"]
     training.check_options(p, args, preset)
-    if args.lr <= 0 or args.label_weight < 0:
-        p.error("--lr must be positive, --label-weight not negative")
+    if not args.lr:
+        p.error("--lr is 0; give a positive number")
     return args
 
 

@@ -86,9 +86,7 @@ TEMPI = 1.0, 0.87, 1.15                   # real clips are few: augment keeps ea
 
 
 def parse(argv, presets=PRESETS):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
-    training.add_options(p, presets)
+    p = training.make_parser(__doc__, presets)
     p.set_defaults(mask_max=0.2, save_every=500)                                       # 0.2: the paper's
     p.add_argument("--ae", metavar="WEIGHTS", default="runs/ae/semo.safetensors",
                    help="weights of stage 1: their encoder is used, frozen (default: %(default)s)")

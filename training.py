@@ -33,8 +33,10 @@ from media.files import InputError, atomic_write, remove_unfinished
 
 # ---- options -----------------------------------------------------------------------------------------------
 
-def add_options(p, presets) -> None:
-    """Add the options that both stages have."""
+def make_parser(description, presets):
+    """-> a parser of the options that both stages have."""
+    p = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=presets, default="tiny", help="sizes of the networks and of the run")
     p.add_argument("--out", help="folder of this run; an unfinished one is resumed (default: under runs/)")
     p.add_argument("--init", metavar="WEIGHTS", help="start from these weights; what they lack starts afresh")
@@ -56,6 +58,7 @@ def add_options(p, presets) -> None:
                    help="use torch.compile: 1-2 minutes to start, then faster (needs a C++ compiler on CPUs)")
     p.add_argument("--save-every", type=int, default=200,
                    help="steps between checkpoints and samples (default: %(default)s)")
+    return p
 
 
 def check_options(p, args, preset) -> None:
@@ -127,18 +130,11 @@ def shutdown(main):
     processes ends without the interpreter's end; one that failed waits for no other.
     """
     try:
-        status = main()
-    except SystemExit as stop:
+        sys.exit(main())
+    except BaseException as end:
         if not dist.is_initialized():
             raise
-        status = stop.code
-    except BaseException:
-        if not dist.is_initialized():
-            raise
-        traceback.print_exc()
-        status = 1
-    if not dist.is_initialized():
-        sys.exit(status)
+        status = end.code if isinstance(end, SystemExit) else traceback.format_exc()
     if isinstance(status, str):
         print(status, file=sys.stderr)
     gc.collect()                                                   # reading processes end with their loader

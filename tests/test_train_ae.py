@@ -264,11 +264,11 @@ def test_compiled_shapes_stand_still(no_pictures, monkeypatch, tmp_path):
 
     def count(graph, inputs):
         graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return graph
 
     monkeypatch.setattr(torch, "compile", lambda what, **more: make(what, backend=count, **more))
     around_step(monkeypatch, lambda number: compiled.append(len(graphs)))
-    assert train(tmp_path, "--compile", "--checkpoint-activations", steps=10) == 0
+    assert train(tmp_path, "--compile", steps=10) == 0
     assert compiled[0] == 0 and compiled[1] > 1 and set(compiled[1:4]) == {compiled[1]}
     assert set(compiled[5:]) == {compiled[1] + 1} == {len(graphs)}
 
