@@ -9,6 +9,7 @@ from multiprocessing import forkserver
 import pytest
 import torch
 
+import training
 from media import prepare
 
 torch.set_num_threads(1)
@@ -48,4 +49,12 @@ def quick_workers():
     with pytest.MonkeyPatch.context() as patch:
         if sys.platform == "linux":
             patch.setattr(prepare, "get_context", lambda kind: quick_context())
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_curves():
+    """Training draws no curves but in the tests of its log and in those of other processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "save_curves", lambda log, picture: open(picture, "wb").close())
         yield

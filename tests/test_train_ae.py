@@ -103,7 +103,6 @@ def seeds(monkeypatch):
 def no_pictures(monkeypatch):
     monkeypatch.setattr(train_ae, "held_out_batch", lambda *_: None)
     monkeypatch.setattr(train_ae, "save_samples", lambda *_: {})
-    monkeypatch.setattr(training, "save_curves", lambda *_: None)
 
 
 def around_step(monkeypatch, hook):

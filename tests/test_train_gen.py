@@ -59,7 +59,6 @@ def train(ae, out, *more, steps=4):
 @pytest.fixture
 def no_preview(monkeypatch):
     monkeypatch.setattr(train_gen, "preview", lambda *_: None)
-    monkeypatch.setattr(training, "save_curves", lambda *_: None)
 
 
 # ---- windows: every entry names its clip and frame ---------------------------------------------------------

@@ -17,6 +17,7 @@ import training
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig
+from media import charts
 from media.files import InputError
 from media.weights import save_weights
 from sample import load_models
@@ -367,11 +368,13 @@ def test_init_from_names_the_file_when_sizes_differ(release):
                            encoder=MotionEncoder(EncoderConfig(**{**SHAPE, "width": 64})))
 
 
-# ---- log and pictures --------------------------------------------------------------------------------------
+# ---- log ---------------------------------------------------------------------------------------------------
 
-def test_log_lines_are_json(tmp_path):
+def test_log_lines_are_json(tmp_path, monkeypatch):
     rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1e-9, "name": "a\nb"}]
+    monkeypatch.setattr(training, "save_curves", charts.save_curves)
     for row in rows:
         training.log(tmp_path, **row)
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == rows
     assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "progress.png"]
+    assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
