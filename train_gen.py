@@ -42,7 +42,7 @@ from media.latents import SD, load_latents
 from media.sound import FPS
 from media.video import VideoWriter
 from media.weights import save_weights
-from world.people import HELD_OUT, perform, random_clip, random_mood, random_moods
+from world.people import HELD_OUT, other_moods, random_clip, random_mood, random_moods
 from world.render import MOTION, render
 from world.speech import EMOTIONS, speak
 
@@ -166,22 +166,17 @@ def synthetic_clips(args, preset, size, rank, world, device="cpu", split="train"
     """Draw clips of the synthetic world on a device, one by one. The pictures of each must be taken before
     the next."""
     render_fn = torch.compile(render, dynamic=False) if args.compile else render
-    frames, lips = round(preset["seconds"] * FPS), [list(MOTION).index(name) for name in ("jaw", "lip_width")]
+    frames, agree = round(preset["seconds"] * FPS), preset.get("agree", False)
     for number in range(args.clips):
         seed = ((args.seed * 100_000 + number) * world + rank) % HELD_OUT + HELD_OUT * (split == "test")
         seed = torch.tensor([seed], device=device)
         voice, face, change = random_moods(seed, frames)
-        if preset.get("agree"):                                       # ablation: one mood a clip, the voice's
+        if agree:                                                     # ablation: one mood a clip, the voice's
             face, change = voice[:, None].expand(-1, frames, -1), torch.tensor([frames])
         clip = random_clip(seed, frames, face, voice)
         identity, motion = clip["identity"], clip["motion"][0]                         # (1, I), (F, M)
-        others = None
-        if not preset.get("agree"):                                   # the same movements in other moods
-            moods = random_mood(seed * OTHERS + torch.arange(OTHERS, device=device), 44)
-            jaw, lip_width = clip["motion"][:, :, lips].expand(OTHERS, -1, -1).unbind(2)
-            others = perform(seed.expand(OTHERS), jaw, lip_width, moods, movement=True)      # (OTHERS, F, M)
-            middles = (2 * torch.arange(OTHERS) + 1) * frames // (2 * OTHERS)
-            others = render(identity.expand(OTHERS, -1), others[torch.arange(OTHERS), middles], size)
+        moved = other_moods(seed, clip["motion"], OTHERS)
+        others = None if agree else render(identity.expand(OTHERS, -1), moved, size)
         parts = (render_fn(identity.expand(len(part), -1), part, size) for part in motion.split(25))
         m = dict(zip(MOTION, motion.unbind(1), strict=True))
         factors = torch.stack([m["jaw"], m["lip_width"], -(m["blink_l"] + m["blink_r"]) / 2,

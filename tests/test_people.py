@@ -274,6 +274,17 @@ def test_moods_of_training_clips():
     assert len(seen) == 10 and not seen & set(people.UNSEEN_PAIRS)           # 15 pairs in all
 
 
+def test_other_moods_keep_what_is_said():
+    seed = torch.tensor([HELD_OUT + 3])
+    motion = random_clip(seed, 40)["motion"][0]
+    other = people.other_moods(seed, motion[None], 4)                        # frames from all over the clip
+    column = {name: k for k, name in enumerate(MOTION)}
+    lips, face = ([column[name] for name in names] for names in (
+        ("jaw", "lip_width"), ("brow_raise", "brow_furrow", "lip_corner")))
+    assert other.shape == (4, len(MOTION)) and torch.equal(other[:, lips], motion[[5, 15, 25, 35]][:, lips])
+    assert (other[:, face] - motion[[5, 15, 25, 35]][:, face]).abs().amax(1).min() > 0.05
+
+
 def test_a_clip_of_which_nothing_new_is_asked_is_as_ever():
     """Sums of numbers that weights and published results rest on."""
     made = random_clip(torch.tensor([5, HELD_OUT + 5]), 50)

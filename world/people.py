@@ -218,6 +218,17 @@ def random_moods(seeds, frames):
     return voice, first[:, None].lerp(second[:, None], share[..., None]), change
 
 
+def other_moods(seed, motion, count):
+    """Draw a speaker's movements in `count` other moods: seed (1,), motion (1, F, M) of random_clip -> one
+    frame of each, from all over the clip, (count, M)."""
+    index, frames = torch.arange(count, device=seed.device), motion.shape[1]
+    jaw, lip_width = (motion[:, :, list(MOTION).index(name)] for name in ("jaw", "lip_width"))      # (1, F)
+    moods = random_mood(seed * count + index, 44)
+    jaw, lip_width = jaw.expand(count, -1), lip_width.expand(count, -1)                   # (count, F)
+    moved = perform(seed.expand(count), jaw, lip_width, moods, movement=True)             # (count, F, M)
+    return moved[index, (2 * index + 1) * frames // (2 * count)]
+
+
 def render_clip(identity, motion, size=128):
     """Draw identity (I,) in motion (F, M) -> iterator of uint8 frames (H, W, 3), 16 at a time."""
     for part in motion.split(16):
