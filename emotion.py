@@ -37,14 +37,14 @@ PROMPTS = (       # each emotion in words, in the order of EMOTIONS; a text coun
     ("surprised", "a face full of surprise", "astonished, shocked"))
 
 
-def parse_number(text, low, what):
-    """Read a float of at least `low` from text; `what` begins the sentence of the error."""
+def parse_number(text, what):
+    """Read a float of at least 0 from text; `what` begins the sentence of the error."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not low <= value < math.inf:
-        raise InputError(f"{what} is {text.strip()!r}; give a number of at least {low:g}")
+    if not 0 <= value < math.inf:
+        raise InputError(f"{what} is {text.strip()!r}; give a number of at least 0")
     return value
 
 
@@ -61,7 +61,7 @@ def parse_palette(text):
             raise InputError(f"--emotion: no emotion {name!r}{perhaps}; there are {', '.join(EMOTIONS)}")
         if name in weights:
             raise InputError(f"--emotion names {name} twice in {text.strip()!r}; give one weight")
-        weights[name] = parse_number(weight, 0, f"--emotion: the weight of {name}") if colon else None
+        weights[name] = parse_number(weight, f"--emotion: the weight of {name}") if colon else None
     total, bare = sum(w or 0 for w in weights.values()), list(weights.values()).count(None)
     if total > 1 + 1e-6:
         raise InputError(f"--emotion: the weights in {text.strip()!r} add up to {total:.3g}; give at most 1 "
@@ -82,7 +82,7 @@ def parse_emotion(text, seconds=math.inf):
         palette, at, when = part.partition("@")
         if stops and not at:
             raise InputError(f"--emotion: {palette.strip()!r} needs a time in seconds, as in happy@2.5")
-        start = parse_number(when, 0, f"--emotion: the time of {palette.strip()!r}") if at else 0.0
+        start = parse_number(when, f"--emotion: the time of {palette.strip()!r}") if at else 0.0
         if stops and start <= stops[-1][0]:
             raise InputError(f"--emotion: times must rise, but {start:g} s comes after {stops[-1][0]:g} s")
         if start >= seconds:
