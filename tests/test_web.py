@@ -303,7 +303,7 @@ def test_frames_at_full_resolution_are_pythons(page, release, square):
     error, inside = np.abs(found - true), slice(200, 400)
     print(f"\nfull resolution: mean {error.mean():.3f}, in the face {error[inside, inside].mean():.3f}, "
           f"worst {error.max():.1f} of 255")
-    assert error[inside, inside].mean() < 1 and error.max() < 16
+    assert error[inside, inside].mean() < 1 and error.max() < 20
     assert np.abs(true - np.asarray(picture, np.float32))[inside, inside].mean() > 2    # the frame did change
 
 
