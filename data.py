@@ -112,6 +112,23 @@ def random_colours(x: Tensor, rng, strength=1.0) -> Tensor:
     return (x * shade[:, None, None]).clamp(-1, 1)
 
 
+def random_blur(views: Tensor, rng) -> Tensor:
+    """Blur views (R, n, 3, H, W) and add noise, to each its own amount, of about half of the persons (ours).
+    What the decoder makes is softer than a photo, and an encoder of sharp views takes a soft eye for a shut
+    one. Gaussian of up to 1.5 pixels, noise of up to 0.06."""
+    def amounts(most, share):
+        persons = torch.rand(len(views), 1, generator=rng) < share
+        return most * torch.rand(*views.shape[:2], generator=rng) * persons                       # (R, n)
+
+    sigma = amounts(1.5, 0.6).clamp(min=0.01).flatten()[:, None]
+    taps = torch.softmax(-torch.arange(-4, 5) ** 2 / (2 * sigma**2), 1).repeat_interleave(3, 0)   # (R*n*3, 9)
+    x = F.pad(views.flatten(0, 2)[None], (4, 4, 4, 4), mode="replicate")
+    for shape in ((-1, 1, 9, 1), (-1, 1, 1, 9)):
+        x = F.conv2d(x, taps.to(x).view(shape), groups=len(taps))
+    noise = amounts(0.06, 0.4)[..., None, None, None] * torch.randn(views.shape, generator=rng)
+    return (x.view_as(views) + noise.to(x)).clamp(-1, 1)
+
+
 class Clips(Dataset):
     """Batches of stage 1 from prepared folders.
 
@@ -122,7 +139,7 @@ class Clips(Dataset):
     with brows and corners of the mouth so (ours, compare MuseTalk, arXiv 2410.10122). rows: the targets
     follow each other instead (the video stage). augment: shape, framing and colours vary per person, and for
     half of the persons the encoder sees another shape and other colours than the decoder, so that its token
-    cannot tell who it is (compare Burkov et al. 2020).
+    cannot tell who it is (compare Burkov et al. 2020), of some softer pictures (random_blur).
     """
 
     def __init__(self, folders, persons: int, targets: int, near: float, size: int, seed=0, split="train",
@@ -164,7 +181,7 @@ class Clips(Dataset):
         views = warp(pictures, random_views(rng, persons, size, framing=False)[0])
         apart = torch.rand(persons, generator=rng) < 0.5
         views = torch.where(apart.view(-1, 1, 1, 1, 1), random_colours(views, rng, 0.6), pictures)
-        return pictures, masks, views, mirrored
+        return pictures, masks, random_blur(views, rng), mirrored
 
     def person(self, rng, k: int):
         """Draw set, then person, then clip, each equally.

@@ -1,4 +1,5 @@
 """data.py: pairs of frames, augmentation; batches are functions of their number."""
+import cv2
 import numpy as np
 import pytest
 import test_prepared
@@ -212,3 +213,22 @@ def test_regions_follow_the_pictures_that_are_mirrored_and_moved(labelled):
         dark = (1 - pictures.mean(2)) / 2                                    # (R, 2, H, W), colours varied
         for spot, mask in zip(dark.flatten(0, 1), masks[:, :, 0].flatten(0, 1), strict=True):
             assert torch.corrcoef(torch.stack([spot.flatten(), mask.flatten()]))[0, 1] > 0.8
+
+
+def test_views_are_blurred_as_opencv_does():
+    """40 persons of two views; the amounts are drawn first, so they are known."""
+    rng = torch.Generator().manual_seed(5)
+    views = torch.rand(40, 2, 3, 24, 24, generator=rng) * 2 - 1
+    got = data.random_blur(views, torch.Generator().manual_seed(1))
+    rng = torch.Generator().manual_seed(1)
+    blurred = torch.rand(40, 1, generator=rng) < 0.6
+    sigma = (1.5 * torch.rand(40, 2, generator=rng) * blurred).clamp(min=0.01)
+    noisy = torch.rand(40, 1, generator=rng)[:, 0] < 0.4
+    assert 0 < (~noisy & ~blurred[:, 0]).sum() < 40
+    for k in (~noisy).nonzero()[:, 0]:
+        for view, s, x in zip(views[k], sigma[k], got[k], strict=True):
+            want = cv2.GaussianBlur(view.permute(1, 2, 0).numpy(), (9, 9), s.item(),
+                                    borderType=cv2.BORDER_REPLICATE)
+            torch.testing.assert_close(x.permute(1, 2, 0), torch.from_numpy(want), rtol=0, atol=1e-4)
+    change = (got - views).abs().mean((1, 2, 3, 4))
+    assert (change[noisy] > 1e-4).all() and (change[~noisy & ~blurred[:, 0]] < 1e-6).all()
