@@ -130,8 +130,8 @@ def test_emotions_move_the_corners_of_the_mouth(shipped):
         corners = motion_reader(made)[:, NAMES.index("lip_corner")].view(3, -1).mean(1)
         neutral, happy, sad = corners.tolist()
         changes.append((happy - neutral, happy - sad))
-    assert sum(happy for happy, _ in changes) / CLIPS > 0.12, changes
-    assert min(both for _, both in changes) > 0.2, changes
+    assert sum(happy for happy, _ in changes) / CLIPS > 0.05, changes
+    assert min(both for _, both in changes) > 0.3, changes
 
 
 def test_released_defaults(shipped):
