@@ -21,7 +21,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from encoder import Attention, ViTConfig, attention, mlp, patchify, rms_norm, sincos, sincos_2d, unpatchify
-from flow import integrate, x_to_v
+from flow import x_to_v
 
 
 @dataclass(frozen=True)
@@ -278,37 +278,3 @@ def warp_and_blend(z_r, affine, displacement, alpha, residual) -> Picture:
     grid = F.affine_grid(torch.eye(2, 3, device=z_r.device)[None], z_r[:1].shape, align_corners=False)
     moved = F.grid_sample(z_r, grid + field, padding_mode="border", align_corners=False)
     return Picture(moved * (1 - alpha) + residual, moved, alpha, field)
-
-
-@torch.no_grad()
-def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=16):
-    """Generate a frame for every motion; memory does not grow with their number.
-
-    z_r (1, C, H, W), m_ref (1, L*D): the photo and its motion; motions: iterator of (n, L*D); noise (1, C, H,
-    W) -> iterator of Pictures, (n', C, H, W) each, in pixel space with the parts of the last step.
-
-        motions -> [buffer: what is not decoded yet] -> chunk: up to `batch`, or F of a video model -> frames
-
-    Every frame starts from the same noise, so that what the noise decides does not flicker (ours). The image
-    model decodes what is there and waits for nothing, the first frame alone, so that it is shown early.
-    """
-    c = decoder.config
-    size = c.frames
-    cache = decoder.encode_reference(z_r, m_ref.unflatten(1, (c.num_tokens, c.token_dim)))
-    buffer, motions, ended = m_ref[:0], iter(motions), False
-    while True:
-        while not ended and len(buffer) < c.frames:
-            new = next(motions, None)
-            ended = new is None
-            buffer = buffer if ended else torch.cat([buffer, new])
-        chunk, buffer = buffer[:size], buffer[size:]
-        size = c.frames if c.frames > 1 else batch
-        if not len(chunk):
-            return
-        start = noise.expand(len(chunk), *noise.shape[1:])
-        cond = {"m_t": chunk.unflatten(1, (c.num_tokens, c.token_dim)), "cache": cache}
-        if c.predict == "v":
-            yield Picture(integrate(decoder, start, steps, **cond))
-        else:                                                     # the last step ends at the picture itself
-            z = integrate(decoder, start, steps, skip_last=1, **cond)
-            yield decoder(z, z.new_full((len(z),), 1 / steps), **cond, as_picture=True)

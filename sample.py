@@ -25,9 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # waiting threads leave
 import torch
 from tqdm import tqdm
 
-from decoder import Decoder, DecoderConfig, decode_frames
+from decoder import Decoder, DecoderConfig, Picture
 from emotion import TEXT_MODEL, FromVoice, Schedule, VoiceConfig, VoiceEmotion, parse_emotion, text_palette
 from encoder import EncoderConfig, MotionEncoder
+from flow import integrate
 from generator import Generator, GeneratorConfig, generate_motion
 from media import audio_features
 from media.compose import pictures_to_frames, read_photo
@@ -91,12 +92,46 @@ def prepare_reference(models, meta, image, seed):
     return space, z_r, m_ref, rng, torch.randn(z_r.shape, generator=rng).to(device)
 
 
+@torch.no_grad()
+def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=BATCH):
+    """Generate a frame for every motion; memory does not grow with their number.
+
+    z_r (1, C, H, W), m_ref (1, L*D): the photo and its motion; motions: iterator of (n, L*D); noise (1, C, H,
+    W) -> iterator of Pictures, (n', C, H, W) each, in pixel space with the parts of the last step.
+
+        motions -> [buffer: what is not decoded yet] -> chunk: up to `batch`, or F of a video model -> frames
+
+    Every frame starts from the same noise, so that what the noise decides does not flicker (ours). The image
+    model decodes what is there and waits for nothing, the first frame alone, so that it is shown early.
+    """
+    c = decoder.config
+    size = c.frames
+    cache = decoder.encode_reference(z_r, m_ref.unflatten(1, (c.num_tokens, c.token_dim)))
+    buffer, motions, ended = m_ref[:0], iter(motions), False
+    while True:
+        while not ended and len(buffer) < c.frames:
+            new = next(motions, None)
+            ended = new is None
+            buffer = buffer if ended else torch.cat([buffer, new])
+        chunk, buffer = buffer[:size], buffer[size:]
+        size = c.frames if c.frames > 1 else batch
+        if not len(chunk):
+            return
+        start = noise.expand(len(chunk), *noise.shape[1:])
+        cond = {"m_t": chunk.unflatten(1, (c.num_tokens, c.token_dim)), "cache": cache}
+        if c.predict == "v":
+            yield Picture(integrate(decoder, start, steps, **cond))
+        else:                                                     # the last step ends at the picture itself
+            z = integrate(decoder, start, steps, skip_last=1, **cond)
+            yield decoder(z, z.new_full((len(z),), 1 / steps), **cond, as_picture=True)
+
+
 def decode_motions(models, meta, reference, motions, steps=None, composer=None):
     """Motions, iterator of (n, L*D) -> (H, W, 3) uint8 frames, as many, as they are made.
     reference: what prepare_reference gives. steps: those of the weights (meta) where None. composer: makes
     frames whole photos (media/compose.py)."""
     space, z_r, m_ref, _, noise = reference
-    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"], BATCH)
+    pictures = decode_frames(models["decoder"], z_r, m_ref, motions, noise, steps or meta["steps"])
     return pictures_to_frames(space, autocast_iter(z_r.device, pictures), composer)
 
 

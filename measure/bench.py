@@ -34,7 +34,7 @@ import sample
 import train_ae
 import train_gen
 import training
-from decoder import Decoder, decode_frames
+from decoder import Decoder
 from encoder import MotionEncoder, random_masking
 from generator import Generator, generate_motion
 from measure.checkpoint import command_parser, table, write_json
@@ -102,8 +102,8 @@ def bench_sample(args, device):
             return torch.cat(list(autocast_iter(device, windows)))
 
         def decode():
-            batches = decode_frames(models["decoder"], z_r, m_ref, iter([motions]), noise, meta["steps"],
-                                    sample.BATCH)
+            batches = sample.decode_frames(models["decoder"], z_r, m_ref, iter([motions]), noise,
+                                           meta["steps"])
             return list(autocast_iter(device, batches))
 
         def paste():

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import torch
 
 import sample
-from decoder import decode_frames
 from encoder import random_masking
 from generator import generate_motion
 from measure import metrics
@@ -89,7 +88,7 @@ def decode_clip(checkpoint, photo, motions, steps, seed, m_ref=None):
     noise = torch.randn(z_r.shape, generator=step_rng(1, 0, seed)).to(checkpoint.device)
     m_ref = encode(checkpoint, photo[None]) if m_ref is None else m_ref
     with autocast(checkpoint.device):
-        pictures = list(decode_frames(checkpoint.decoder, z_r, m_ref, iter([motions]), noise, steps))
+        pictures = list(sample.decode_frames(checkpoint.decoder, z_r, m_ref, iter([motions]), noise, steps))
     return torch.cat([checkpoint.space.decode(picture.x).clamp(-1, 1).cpu() for picture in pictures])
 
 

@@ -1,20 +1,11 @@
-"""The decoder: the cached reference against attention written out in full, clips, conditioning, x-prediction,
-decode_frames."""
+"""The decoder: the cached reference against attention written out in full, clips, conditioning,
+x-prediction."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from decoder import (
-    Decoder,
-    DecoderConfig,
-    DiTBlock,
-    TemporalBlock,
-    TimeEmbed,
-    decode_frames,
-    modulate,
-    warp_and_blend,
-)
+from decoder import Decoder, DecoderConfig, DiTBlock, TemporalBlock, TimeEmbed, modulate, warp_and_blend
 from encoder import patchify, unpatchify
 from flow import integrate
 
@@ -390,64 +381,3 @@ def test_output_is_fp32_under_autocast():
 def test_config_errors_name_the_values(wrong, words):
     with pytest.raises(ValueError, match=words):
         DecoderConfig(**{**SMALL, **wrong})
-
-
-# ---- decode_frames -----------------------------------------------------------------------------------------
-
-def painted(model, motion, sizes, **options):
-    z_r, m_r, z_t, *_ = inputs(1)
-    pictures = decode_frames(model, z_r, m_r.flatten(1), iter(motion.split(sizes)), z_t, **options)
-    return [picture.x for picture in pictures]
-
-
-@pytest.mark.parametrize("frames", [1, 3])
-@pytest.mark.parametrize("count", [1, 3, 7])
-def test_decode_frames_gives_a_frame_for_every_motion(count, frames):
-    model, motion = decoder(lively=True, frames=frames), inputs(1, count)[4].flatten(1)
-    z_r, m_r, z_t, *_ = inputs(1)
-    parts = painted(model, motion, count, steps=2, batch=4)
-    cache = model.encode_reference(z_r, m_r)
-    sizes = [3] * (count // 3) + [count % 3] if frames > 1 else [1, min(count - 1, 4), count - 5]
-    for part, now in zip(parts, motion.split([size for size in sizes if size > 0]), strict=True):
-        want = integrate(model, z_t.expand(len(now), -1, -1, -1), 2, m_t=now[:, None], cache=cache)
-        torch.testing.assert_close(part, want.detach(), atol=1e-4, rtol=1e-4)
-    assert sum(map(len, parts)) == count and not parts[0].requires_grad
-
-
-@pytest.mark.parametrize("frames", [1, 3])
-@pytest.mark.parametrize("sizes", [1, [2, 5], [3, 0, 4]])
-def test_decode_frames_does_not_care_how_motion_arrives(sizes, frames):
-    model, motion = decoder(lively=True, frames=frames), inputs(1, 7)[4].flatten(1)
-    whole = torch.cat(painted(model, motion, 7))
-    torch.testing.assert_close(torch.cat(painted(model, motion, sizes)), whole, atol=1e-4, rtol=1e-4)
-
-
-def test_decode_frames_of_pictures_waits_for_nothing():
-    """Each motion is decoded before the next is asked for; clips of the video model have to be full."""
-    z_r, m_r, z_t, *_ = inputs(1)
-    for frames, needed in [(1, 5), (3, 10)]:
-        taken = []
-        motions = (taken.append(1) or now for now in inputs(1, 20)[4].flatten(1).split(5))
-        parts = decode_frames(decoder(frames=frames), z_r, m_r.flatten(1), motions, z_t, batch=8)
-        assert len(next(parts).x) == frames and len(next(parts).x) == (4 if frames == 1 else 3)
-        assert 5 * len(taken) == needed
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("change", [{}, {"predict": "v"}])
-def test_pictures_are_the_end_of_the_walk_and_its_parts(change, steps):
-    model, motion = decoder(lively=True, **change), inputs(1, 5)[4]
-    z_r, m_r, z_t, *_ = inputs(1)
-    cache = model.encode_reference(z_r, m_r)
-    walk = integrate(model, z_t.expand(5, -1, -1, -1), steps, m_t=motion, cache=cache)
-    parts = list(decode_frames(model, z_r, m_r.flatten(1), iter([motion.flatten(1)]), z_t, steps))
-    torch.testing.assert_close(torch.cat([part.x for part in parts]), walk.detach(), atol=1e-4, rtol=1e-4)
-    if not change:
-        residual = torch.cat([part.x - part.moved * (1 - part.alpha) for part in parts])
-        assert residual.abs().max() > 1e-3 and torch.cat([part.field for part in parts]).shape == (5, 8, 8, 2)
-    else:
-        assert all(part.moved is None for part in parts)
-
-
-def test_decode_frames_of_nothing_is_nothing():
-    assert painted(decoder(), torch.zeros(0, 5), 1) == []

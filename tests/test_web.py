@@ -23,7 +23,7 @@ from test_image import load_image
 
 import sample
 import web.controls
-from decoder import Decoder, DecoderConfig, Picture, decode_frames
+from decoder import Decoder, DecoderConfig, Picture
 from encoder import EncoderConfig, MotionEncoder
 from flow import with_cfg
 from generator import Generator, GeneratorConfig, generate_motion
@@ -35,7 +35,7 @@ from media.files import InputError
 from media.image import from_uint8, open_image, to_uint8
 from media.sound import SAMPLES_PER_FRAME, audio_chunks
 from media.weights import save_weights
-from sample import DEFAULT, load_models
+from sample import DEFAULT, decode_frames, load_models
 from web.export import Edit, graphs
 from world.people import random_motion
 from world.render import MOTION

@@ -17,12 +17,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from decoder import decode_frames
 from flow import integrate
 from measure import metrics
 from measure.reader import NAMES, WEIGHTS, load_regressor
 from media.files import atomic_write, command
-from sample import DEFAULT, load_models
+from sample import DEFAULT, decode_frames, load_models
 from world.people import HELD_OUT, random_motion
 from world.render import MOTION, random_identity, render
 
