@@ -11,7 +11,7 @@
 # folders, 1,200 clips of 270 persons. One stage 1 step of 80 pictures takes about 1.4 s on one core of a server CPU: 20,000 steps
 # are 8 hours. Every command resumes where it stopped; run the script again after an interruption.
 #
-# The embedded weights were trained in several sittings with an earlier form of this code, starting from older 64 px weights.
+# The embedded weights were trained in nine runs with earlier forms of this code, starting from older 64 px weights.
 # This is the same method in one run from random weights: expect similar numbers, not the same file.
 set -euo pipefail
 [ $# -gt 0 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
