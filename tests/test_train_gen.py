@@ -271,6 +271,14 @@ def test_amplified_motion_is_read_as_larger_and_else_unchanged():
                                rtol=1e-4, atol=1e-4)
 
 
+def test_motions_are_amplified_on_the_device_of_the_decoder():
+    """The device "meta" refuses whatever lies elsewhere."""
+    with torch.device("meta"):
+        decoder = Decoder(DecoderConfig(image_size=8, patch_size=4, width=24, depth=1, heads=2, token_dim=6))
+        directions, gains = torch.ones(6, 6), torch.ones(6)
+    train_gen.amplify(decoder, directions, directions, gains)
+
+
 def test_the_loss_by_hand():
     """A model that is wrong by a constant along one direction: eq. (9), its share, no change in time."""
     motion, noise, t = torch.randn(2, K, 6), torch.randn(2, K, 6), torch.tensor([0.3, 1.0])
