@@ -5,6 +5,8 @@
     torchrun --nproc_per_node=8 train_ae.py --preset paper --data DIR  the paper's own method, on 8 GPUs
     python train_ae.py --preset tiny --frames 8 --init runs/ae/semo.safetensors --out runs/video
                                                                        image-to-video
+    python train_ae.py --preset tiny --decoder-only --mesh MESH --data DIR --init runs/gen/semo.safetensors
+                                                                       a finish by a face mesh (media/mesh.py)
     python train_ae.py --preset tiny --reflow runs/gen/semo.safetensors
                                                                        straighter paths, fewer sampling steps
 
@@ -33,7 +35,8 @@ from media import latents, prepared
 from media.device import autocast
 from media.files import command
 from media.image import save_grid
-from media.landmarks import FACTORS, WEIGHT
+from media.landmarks import FACTORS, SCALE, WEIGHT
+from media.mesh import FEATURES, FaceMesh, random_axes, view
 from media.weights import save_weights
 from sample import load_models
 from world.people import HELD_OUT, consecutive_frames, random_pairs
@@ -82,7 +85,7 @@ def schedule(args, progress: float) -> dict:
     The paper has no schedule: masks U(0, 0.9) from the first step, t uniform. Ours (curriculum) starts at
     pure noise without masks, where the token is all there is to learn from; masks and less noisy targets come
     in later. The weight of known motion falls to a tenth over the last 30%, that of the warped reference to
-    zero over the first third; motion read from the predicted picture (cycle) enters from 30% to 40%,
+    zero over the first third; motion read from the predicted picture (cycle, mesh) enters from 30% to 40%,
     structure (SSIM, gradients) in the last 45%. A run from trained weights (--init) has the second half
     alone.
     """
@@ -96,6 +99,7 @@ def schedule(args, progress: float) -> dict:
             "p_pure_noise": p_pure_noise,
             "label": args.label_weight * min(1.0, 0.1 + (1 - progress) / 0.3),
             "cycle": 0.4 * args.label_weight * min(1.0, max(0.0, (progress - 0.3) / 0.1)),
+            "mesh": min(1.0, max(0.0, (progress - 0.3) / 0.1)),
             "warped": 0.5 * max(0.0, 1 - 3 * progress),
             "structure": 0.5 * min(1.0, max(0.0, (progress - 0.55) / 0.1))}
 
@@ -180,11 +184,13 @@ class AutoEncoder(nn.Module):
         known = {"synthetic": len(MOTION), "real": len(FACTORS)} if labels else {}
         self.label_heads = nn.ModuleDict({kind: RunningRidge(motion, count) for kind, count in known.items()})
 
-    def forward(self, batch: data.Batch, noise, t, ids_keep, weights: dict, endpoint=None, average=None):
+    def forward(self, batch: data.Batch, noise, t, ids_keep, weights: dict, endpoint=None, average=None,
+                mesh=None, axes=None):
         """-> scalar loss of a batch of R references and R*T targets.
         noise (R*T, C, H, W), t (R*T,), ids_keep (R + R*T, n): visible patches; weights: schedule(); endpoint
         (R*T, C, H, W): where the paths end if not at the target (reflow); average: the AutoEncoder of
-        averaged weights, which reads known motion from the predicted pictures (None: not read)."""
+        averaged weights, which reads known motion from the predicted pictures (None: not read); mesh: a
+        FaceMesh, which reads those of real faces instead, through views axes (R, 2, 3)."""
         reference, target = batch.reference, batch.target
         motion = self.encoder(batch.encoder_views, ids_keep)                           # (R+R*T, L, D) eq. (1)
         m_r, m_t = motion[: len(reference)], motion[len(reference):]
@@ -198,9 +204,16 @@ class AutoEncoder(nn.Module):
                 warped = self.region_loss(picture.moved, target, copies, batch.regions, 0.0)
                 loss = loss + weights["warped"] * warped
             loss = loss + 0.2 * field_roughness(picture.field)
-            if average and weights["cycle"] and batch.factors is not None:
-                cycle = self.cycle_loss(picture.x, noise, m_r, m_t, cache, batch, average)
-                loss = loss + weights["cycle"] * cycle
+            seen = mesh is not None and batch.kind == "real"
+            weight = weights["mesh" if seen else "cycle"]
+            if weight and (seen or average and batch.factors is not None):
+                count, pure = len(target) // len(reference), noise.new_ones(len(m_r))
+                borrowed = m_r + (m_t[::count] - m_r).roll(1, 0)                       # another's motion
+                crossed = self.decoder(noise[::count], pure, borrowed, cache, as_picture=True).x
+                if seen:
+                    loss = loss + weight * self.mesh_loss(picture.x, crossed, batch, mesh, axes)
+                else:
+                    loss = loss + weight * self.cycle_loss(picture.x, crossed, batch, average)
         else:
             weight = None
             if self.loss != "velocity":
@@ -232,19 +245,47 @@ class AutoEncoder(nn.Module):
                     loss = error.mean(1).sum() / len(delta)
         return loss
 
-    def cycle_loss(self, picture, noise, m_r, m_t, cache, batch: data.Batch, average):
-        """Error of known motion that the averaged encoder reads from decoded pictures (ours).
-
-        Of the predicted targets (R*T, C, H, W), and of every person with the motion of another, for which
-        there is no true picture. Arguments as in forward; m_r (R, L, D), m_t (R*T, L, D)."""
-        count = len(m_t) // len(m_r)
-        borrowed = m_r + (m_t[::count] - m_r).roll(1, 0)                               # (R, L, D)
-        t = noise.new_ones(len(m_r))
-        crossed = self.decoder(noise[::count], t, borrowed, cache, as_picture=True).x  # (R, C, H, W)
+    def cycle_loss(self, picture, crossed, batch: data.Batch, average):
+        """Error of known motion that the averaged encoder reads from decoded pictures (ours): of the targets
+        (R*T, C, H, W), and of every person with the motion of another (R, C, H, W), for which there is no
+        true picture."""
         pictures = torch.cat([batch.reference, picture, crossed])
-        s_r, s_t, s_x = average.encoder(pictures).split([len(m_r), len(m_t), len(m_r)])
-        lent = replace(batch, factors=batch.factors[::count].roll(1, 0))
+        s_r, s_t, s_x = average.encoder(pictures).split([len(crossed), len(picture), len(crossed)])
+        lent = replace(batch, factors=batch.factors[:: len(picture) // len(crossed)].roll(1, 0))
         return average.label_loss(s_r, s_t, batch) + 2 / 3 * average.label_loss(s_r, s_x, lent)
+
+    def mesh_loss(self, picture, crossed, batch: data.Batch, mesh, axes):
+        """Error of what a face mesh reads from decoded pictures of real faces (ours); arguments as above.
+
+        An encoder reads in a picture what its decoder has learned to write for it; networks that somebody
+        else trained see half of that motion. Two targets of each person are compared with the true pictures
+        by features, points and factors; a person with another's motion should differ from the reference as
+        the other does, which needs no true picture. No label enters.
+        """
+        def error(x, y):                                                               # (B, 10) -> scalar
+            difference = ((x - y) / x.new_tensor(SCALE)).clamp(-8, 8)
+            robust = 3 * F.smooth_l1_loss(difference, torch.zeros_like(x), reduction="none", beta=3.0)
+            return (x.new_tensor(WEIGHT) * robust).mean()
+
+        picture, target, regions = (x.unflatten(0, (len(crossed), -1))[:, :2].flatten(0, 1)
+                                    for x in (picture, batch.target, batch.regions))
+        with torch.autocast(picture.device.type, enabled=False):
+            with torch.no_grad():
+                own, true = mesh(batch.reference, axes), mesh(target, axes)
+            found, other = mesh(picture, axes, eyes=true.points), mesh(crossed, axes)
+            changed = own.factors + (true.factors[::2] - own.factors).roll(1, 0)
+            loss = 2 * error(found.factors, true.factors) + error(other.factors, changed)
+            face = (true.points[:, 10] - true.points[:, 152]).norm(dim=1)[:, None, None]
+            apart = 100 * ((found.points - true.points)[..., :2] / face).abs().mean(2)    # percent
+            loss = loss + 0.3 * apart.mean() + 0.2 * apart[:, FEATURES].mean()
+            where = view(0.3 * regions[:, 2:] + regions[:, :1] + 0.5 * regions[:, 1:2], axes, 96)
+            for x, y, z in zip(found.features, true.features, own.features, strict=True):
+                weight = F.interpolate(where, x.shape[-2:], mode="area")
+                copied = (z.repeat_interleave(2, 0) - y).abs().mean(1, keepdim=True)
+                copied = weighted_mean(copied, weight)
+                wrong = weighted_mean((x - y).abs().mean(1, keepdim=True), weight)
+                loss = loss + 1.25 * (wrong / (copied + copied.mean() / 2).clamp(min=1e-3)).mean()
+        return loss
 
     def region_loss(self, x, target, copies, regions, structure: float):
         """Error of the picture x relative to copying the reference -> scalar.
@@ -395,6 +436,11 @@ def parse(argv, presets=PRESETS):
     p.add_argument("--muon-lr", type=float, help="peak learning rate of Muon (default: the preset's)")
     p.add_argument("--label-weight", type=float,
                    help="weight of known motion in the loss; 0: no label (default: the preset's)")
+    p.add_argument("--mesh", metavar="DIR",
+                   help="compare what a face mesh reads from decoded pictures of real faces, in the place of "
+                        "what the encoder reads; DIR: see media/mesh.py")
+    p.add_argument("--decoder-only", action="store_true",
+                   help="with --init: the encoder and all other networks of its file stay as they are")
     p.add_argument("--accumulate", type=int, default=1,
                    help="batches a step, for large steps in little memory")
     p.add_argument("--checkpoint-activations", action="store_true",
@@ -407,6 +453,10 @@ def parse(argv, presets=PRESETS):
     args.out = args.out or ("runs/reflow_ae" if args.reflow else "runs/ae")
     args.curriculum = preset["curriculum"]
     training.check_options(p, args, preset)
+    if args.decoder_only and not args.init:
+        p.error("--decoder-only needs --init WEIGHTS, whose encoder stays as it is")
+    if args.mesh and preset.get("latents", "pixel") != "pixel":
+        p.error(f"--mesh reads pictures, and preset {args.preset} works on latents")
     if not args.lr:
         p.error("--lr is 0; give a positive number")
     return args
@@ -423,11 +473,13 @@ def train(args, preset: dict) -> int:
     training.make_run_folder(args.out)
     space = latents.load_latents(kind, args.vae, device)
     real = real_clips(args, preset, "train")
-    teacher, meta, source = {}, {}, args.init or args.reflow
+    mesh = FaceMesh(args.mesh).to(device) if args.mesh else None
+    kept, meta, source = {}, {}, args.init or args.reflow               # kept: networks that are not trained
+    frozen = args.decoder_only or bool(args.reflow)           # tokens must stay what the generator writes
     if source:
         loaded, loaded_meta = load_models(source, device)
         training.init_from(source, loaded, encoder=model.encoder, decoder=model.decoder)
-        teacher, meta = (loaded, loaded_meta) if args.reflow else ({}, {})
+        kept, meta = (loaded, loaded_meta) if frozen else ({}, {})
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimisers = training.optimisers(model, args.lr, args.muon_lr)
     state = os.path.join(args.out, "state.pt")
@@ -443,7 +495,7 @@ def train(args, preset: dict) -> int:
     if args.compile:
         model.decoder.compile(dynamic=False)             # in place; the encoder's shapes change with the mask
     model.train()
-    if teacher:                                                   # tokens must stay what the generator writes
+    if frozen:
         model.encoder.requires_grad_(False).eval()
     ddp_model = training.ddp_wrap(model, world, device)
     stopper, began = training.Stopper(), time.perf_counter()
@@ -460,11 +512,13 @@ def train(args, preset: dict) -> int:
             batch = batch.to(device).encode(space)
             random = sample_noise_t_mask(args, preset["encoder"], batch.target.shape, number, rank, now)
             noise, t, ids_keep = (x.to(device) for x in random)
+            axes = random_axes(args.persons, training.step_rng(args.seed, rank, number)).to(device)
             if world > 1:
                 ddp_model.require_backward_grad_sync = part == args.accumulate - 1
             with autocast(device):
-                endpoint = reflow_pairs(teacher, batch, noise, args.teacher_steps) if teacher else None
-                part_loss = ddp_model(batch, noise, t, ids_keep, now, endpoint, ema) / args.accumulate
+                endpoint = reflow_pairs(kept, batch, noise, args.teacher_steps) if args.reflow else None
+                part_loss = ddp_model(batch, noise, t, ids_keep, now, endpoint, ema, mesh, axes)
+            part_loss = part_loss / args.accumulate
             part_loss.backward()
             loss += part_loss.item()
         training.clip_and_step(model, optimisers, loss, step, state, device)
@@ -481,7 +535,7 @@ def train(args, preset: dict) -> int:
             meta |= {"latents": kind, "vae": args.vae, "size": image_px(preset), "steps": 1,
                      "trained_steps": step}
             save_weights(os.path.join(args.out, "semo.safetensors"),
-                         {**teacher, "encoder": ema.encoder, "decoder": ema.decoder}, meta)
+                         {**kept, "encoder": ema.encoder, "decoder": ema.decoder}, meta)
             training.save_checkpoint(state, step, args, configs, model, ema, optimisers)
             pictures = (step - first) * args.accumulate * world * len(batch.target)
             training.log(args.out, step=step, loss=mean_loss, **samples,

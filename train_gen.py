@@ -74,10 +74,10 @@ PRESETS = {
         steps=200000, windows=128, clips=4096, seconds=4, voices=20000, balanced=False, augment=False,
         guidance=1.0, lr=1e-4, muon_lr=None),
 }
-FACTORS = ("opening", "width", "lids", "yaw", "pitch", "roll")          # what motion_loss balances
-MIRRORED = torch.tensor(SIGN)[[0, 1, 2, 4, 5, 6]]                       # sign of each in a mirrored picture
-SHARES = (0.4, 0.2, 0.2, 0.07, 0.07, 0.06)
-GAINS = (1.2, 1.0, 1.6, 1.0, 1.0, 1.0)    # see amplify
+FACTORS = ("opening", "width", "lids", "yaw", "pitch", "roll", "corner", "brow", "furrow")
+MIRRORED = torch.tensor(SIGN)[[0, 1, 2, 4, 5, 6, 8, 7, 9]]        # sign of each in a mirrored picture
+SHARES = (0.4, 0.2, 0.2, 0.07, 0.07, 0.06, 0.0, 0.0, 0.0)         # of each in motion_loss
+GAINS = (1.2, 1.0, 1.6, 1.0, 1.0, 1.0, 1.6, 1.7, 2.5)             # see amplify
 LEVELS = {1: 0.4, 2: 0.7, 3: 1.0}         # strength of MEAD's levels
 HELD_OUT_CLIPS = 32                       # of each set, for the loss on clips that are never trained on
 OTHERS = 4                                # pictures of the same person in other moods kept beside each clip
@@ -113,7 +113,7 @@ class Clip(NamedTuple):
     change: int                  # the frame at which it changes; F: it does not
     voice: torch.Tensor          # (7,) mood of the voice; zeros: unknown
     others: torch.Tensor | None  # (OTHERS, 3, H, W) pictures of the person in other moods
-    factors: torch.Tensor        # (F, 6) FACTORS, each in a unit of its set; nan: not known
+    factors: torch.Tensor        # (F, 9) FACTORS, each in a unit of its set; nan: not known
 
 
 class Encoded(NamedTuple):
@@ -122,7 +122,7 @@ class Encoded(NamedTuple):
     masked: torch.Tensor         # (n, L*D) seen through a mask
     features: torch.Tensor       # (n, A) of the speech
     mood: torch.Tensor           # (n, 7)
-    factors: torch.Tensor        # (n, 6)
+    factors: torch.Tensor        # (n, 9)
     others: torch.Tensor         # (clips, OTHERS, L*D) in other moods; masked without fresh_masks
     clip_index: torch.Tensor     # (clips, 4) first frame, length, number of its set, frame of change of mood
     voices: torch.Tensor         # (clips, 7) moods of the voices; zeros: unknown
@@ -180,7 +180,8 @@ def synthetic_clips(args, preset, size, rank, world, device="cpu", split="train"
         parts = (render_fn(identity.expand(len(part), -1), part, size) for part in motion.split(25))
         m = dict(zip(MOTION, motion.unbind(1), strict=True))
         factors = torch.stack([m["jaw"], m["lip_width"], -(m["blink_l"] + m["blink_r"]) / 2,
-                               m["yaw"], m["pitch"], m["roll"]], 1)
+                               m["yaw"], m["pitch"], m["roll"],
+                               m["lip_corner"], m["brow_raise"], -m["brow_furrow"]], 1)
         yield Clip(parts, clip["wave"], face[0].cpu(), change.item(), voice[0].cpu(), others, factors.cpu())
 
 
@@ -211,7 +212,8 @@ def real_clips(args, preset, folder, size, rank, world, split="train"):
             pictures = [prepared.read_at(x["path"], [x["frames"] // 2], size) for x in chosen]
             others = from_uint8(np.concatenate(pictures))
         known = torch.from_numpy(prepared.load_landmarks(record)[1])[: len(frames)]    # (F, 10)
-        factors = torch.stack([known[:, 0], known[:, 1], known[:, 2:4].mean(1), *known[:, 4:7].unbind(1)], 1)
+        lids = known[:, 2:4].mean(1, keepdim=True)
+        factors = torch.cat([known[:, :2], lids, known[:, [4, 5, 6, 8, 7, 9]]], 1)
         moods = mood.expand(len(frames), -1)
         clip = Clip(frames.split(25), wave[None], moods, len(frames), mood, others, factors)
         yield clip
@@ -240,7 +242,7 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, spli
     inputs = [args.ae, *(os.path.join(name, "manifest.jsonl") for name in args.data if name != "synthetic")]
     key = [*fingerprints(inputs + WORLD), args.clips, args.seed, args.mask_max, preset["seconds"], world,
            args.whisper, kind, size, preset.get("agree", False), preset["augment"], fresh_masks,
-           *Encoded._fields, *args.data]
+           *Encoded._fields, *FACTORS, *args.data]
     path = os.path.join(args.out, f"clips-{rank}.pt" if split == "train" else "held-out.pt")
     cached = read_cache(path)
     if cached:
@@ -359,8 +361,8 @@ def sample_windows(encoded, config, count, rng, silence_features, augment=False,
 
 
 def readout_directions(encoded, count=20000, seed=0):
-    """Find linear directions of the token that tell FACTORS -> (L*D, 6), and how the token changes with each
-    alone, (6, L*D); None where nothing is known.
+    """Find linear directions of the token that tell FACTORS -> (L*D, 9), and how the token changes with each
+    alone, (9, L*D); None where nothing is known.
     By ridge regression of differences within clips. Each is scaled so that its reading has the root of its
     R^2 as standard deviation: what cannot be read from the token does not count."""
     rng = torch.Generator().manual_seed(seed)
@@ -379,19 +381,20 @@ def readout_directions(encoded, count=20000, seed=0):
     x, y = torch.cat(x), torch.cat(y)
     gram = x.T @ x
     ridge = 0.2 * gram.diagonal().mean() * torch.eye(len(gram))
-    directions = torch.linalg.solve(gram + ridge, x.T @ y)                             # (L*D, 6)
+    directions = torch.linalg.solve(gram + ridge, x.T @ y)                             # (L*D, 9)
     read = x @ directions
     explained = (1 - (y - read).square().sum(0) / y.square().sum(0)).clamp(min=0)
     directions = directions * explained.sqrt() / read.std(0).clamp(min=1e-6)
-    changes = torch.linalg.lstsq(x @ directions, x).solution                           # (6, L*D)
+    changes = torch.linalg.lstsq(x @ directions, x).solution                           # (9, L*D)
     return directions.float(), changes.float()
 
 
 def amplify(decoder, directions, changes, gains):
-    """Change the weights so that the decoder takes FACTORS for `gains` (6,) times as large (ours).
+    """Change the weights so that the decoder takes FACTORS for `gains` (9,) times as large (ours).
 
-    Without it an independent reader sees smaller movements in its pictures of real faces than in the true
-    ones, lids about half as large. directions (L*D, 6) and changes (6, L*D): see readout_directions.
+    Without it an independent reader sees smaller movements in its pictures than in the true ones: of real
+    lids about half, of the corners and brows of drawn faces a third to two thirds. directions (L*D, 9) and
+    changes (9, L*D): see readout_directions.
     """
     unchanged = torch.eye(len(directions), device=directions.device)
     amplified = unchanged + (directions * (gains - 1)) @ changes                       # (L*D, L*D)
@@ -401,7 +404,7 @@ def amplify(decoder, directions, changes, gains):
 
 
 def motion_loss(model, motion, noise, t, directions=None, **cond):
-    """Eq. (9), and with directions (L*D, 6) two terms of ours.
+    """Eq. (9), and with directions (L*D, 9) two terms of ours.
 
     The error as far as it is read as mouth, lids or pose, each with its share of SHARES, since most of a
     token's numbers tell nothing that is seen; and that of the change from frame to frame (as FLOAT, arXiv
@@ -411,7 +414,7 @@ def motion_loss(model, motion, noise, t, directions=None, **cond):
     error = v.float() - (motion - noise)                                               # (B, K, L*D)
     loss = error.square().mean()                                                       # eq. (9)
     if directions is not None:
-        read = (error @ directions).square().mean((0, 1))                              # (6,)
+        read = (error @ directions).square().mean((0, 1))                              # (9,)
         loss = loss + 0.5 * (read * read.new_tensor(SHARES)).sum() + 0.25 * error.diff(dim=1).square().mean()
     return loss
 

@@ -40,30 +40,31 @@ JITTER = ((-0.04, -0.04, -0.15, -0.1), (0.04, -0.04, 0.05, 0.1), (-0.04, 0.04, 0
           (0.04, 0.04, -0.15, -0.1))
 
 
-def distance(points, a, b):
-    return np.linalg.norm(points[:, a, :2] - points[:, b, :2], axis=1)
+def distance(points, a, b, xp=np):
+    return xp.linalg.norm(points[:, a, :2] - points[:, b, :2], axis=1)
 
 
-def read_factors(points):
+def read_factors(points, xp=np):
     """Compute FACTORS from mesh points (F, 468, 3) in pixels, x right, y down -> (F, 10).
 
-    Lengths are shares of forehead to chin or of the eye's width, angles are in radians.
+    Lengths are shares of forehead to chin or of the eye's width, angles are in radians. xp: numpy or torch.
     """
-    flat, face = points[..., :2], distance(points, 10, 152)
+    flat, face = points[..., :2], distance(points, 10, 152, xp)
     eyes = flat[:, 263] - flat[:, 33]
-    roll = np.arctan2(eyes[:, 1], eyes[:, 0])
+    roll = xp.arctan2(eyes[:, 1], eyes[:, 0])
 
     def down(v):                                       # component of (F, 2) along the face's own vertical
-        return np.cos(roll) * v[:, 1] - np.sin(roll) * v[:, 0]
+        return xp.cos(roll) * v[:, 1] - xp.sin(roll) * v[:, 0]
 
-    yaw = np.arctan2(points[:, 454, 2] - points[:, 234, 2], points[:, 454, 0] - points[:, 234, 0])
-    pitch = np.arctan2(points[:, 152, 2] - points[:, 10, 2], points[:, 152, 1] - points[:, 10, 1])
+    yaw = xp.arctan2(points[:, 454, 2] - points[:, 234, 2], points[:, 454, 0] - points[:, 234, 0])
+    pitch = xp.arctan2(points[:, 152, 2] - points[:, 10, 2], points[:, 152, 1] - points[:, 10, 1])
     lips, corners = flat[:, [13, 14]].mean(1), flat[:, [61, 291]].mean(1)
     brow = (down(flat[:, 159] - flat[:, 105]) + down(flat[:, 386] - flat[:, 334])) / 2
-    return np.stack([distance(points, 13, 14) / face, distance(points, 61, 291) / face,
-                     distance(points, 159, 145) / distance(points, 33, 133),
-                     distance(points, 386, 374) / distance(points, 362, 263), yaw, pitch, roll,
-                     brow / face, -down(corners - lips) / face, distance(points, 107, 336) / face], axis=1)
+    return xp.stack([distance(points, 13, 14, xp) / face, distance(points, 61, 291, xp) / face,
+                     distance(points, 159, 145, xp) / distance(points, 33, 133, xp),
+                     distance(points, 386, 374, xp) / distance(points, 362, 263, xp), yaw, pitch, roll,
+                     brow / face, -down(corners - lips) / face,
+                     distance(points, 107, 336, xp) / face], axis=1)
 
 
 def ellipses(points, size):

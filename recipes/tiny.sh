@@ -4,14 +4,14 @@
 #     recipes/tiny.sh VIDEOS [VIDEOS ...]          from the root of the repository; each VIDEOS is a folder of videos
 #     MESH=mesh/bin/python recipes/tiny.sh ...     with labels: MESH is a Python that has requirements-measure.txt
 #     POINTS=FILE MESH=... recipes/tiny.sh ...     lips also by dlib's 68 points (pip install dlib-bin in MESH; docs/data.md)
-#     STEPS=200 GEN_STEPS=200 recipes/tiny.sh ...  a short trial of the whole chain
+#     STEPS=200 GEN_STEPS=200 MESH_STEPS=20 recipes/tiny.sh ...  a short trial of the whole chain
 #
 # Put videos of one kind into one folder (news presenters, interviews, ...): folders are drawn equally, then persons, then
 # clips, so that a large folder does not displace a small one. MODEL_CARD.md lists the data of the embedded weights: two
 # folders, 1,200 clips of 270 persons. One stage 1 step of 80 pictures takes about 1.4 s on one core of a server CPU: 20,000 steps
 # are 8 hours. Every command resumes where it stopped; run the script again after an interruption.
 #
-# The embedded weights were trained in nine runs with earlier forms of this code, starting from older 64 px weights.
+# The embedded weights were trained in ten runs with earlier forms of this code, starting from older 64 px weights.
 # This is the same method in one run from random weights: expect similar numbers, not the same file.
 set -euo pipefail
 [ $# -gt 0 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -39,8 +39,18 @@ python train_ae.py --preset tiny --data "${sets[@]}" synthetic --steps "${STEPS:
 python train_gen.py --preset tiny --data "${sets[@]}" synthetic --ae "$OUT/ae/semo.safetensors" \
     --steps "${GEN_STEPS:-6000}" --out "$OUT/gen"
 
-# 5. Judge them on persons and recordings that training never saw. With MESH, real mouths are read from the frames.
+# 5. With MESH, a finish: the decoder alone learns what a face mesh reads from its pictures (needs pip install tflite).
 weights="$OUT/gen/semo.safetensors"
+if [ -n "${MESH:-}" ]; then
+    package=$("$MESH" -c 'import importlib.util as u; print(u.find_spec("mediapipe").submodule_search_locations[0])')
+    mkdir -p "$OUT/mesh"
+    cp "$package"/modules/face_landmark/face_landmark.tflite "$package"/modules/iris_landmark/iris_landmark.tflite "$OUT/mesh"
+    python train_ae.py --preset tiny --decoder-only --mesh "$OUT/mesh" --init "$weights" --data "${sets[@]}" synthetic \
+        --lr 4e-4 --muon-lr 8e-3 --steps "${MESH_STEPS:-2000}" --out "$OUT/final"
+    weights="$OUT/final/semo.safetensors"
+fi
+
+# 6. Judge them on persons and recordings that training never saw. With MESH, real mouths are read from the frames.
 python sample.py --img examples/portrait.png --wav examples/speech.wav --ckpt "$weights" --out "$OUT/sample.mp4"
 python -m measure.evaluate reconstruct --ckpt "$weights" --json "$OUT/world-reconstruct.json"
 python -m measure.evaluate talk --ckpt "$weights" --json "$OUT/world-talk.json"

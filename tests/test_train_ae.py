@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,8 +31,9 @@ from encoder import MotionEncoder, random_masking
 from generator import Generator, GeneratorConfig
 from media.device import autocast
 from media.files import read_lines, write_lines
-from media.landmarks import FACTORS
+from media.landmarks import FACTORS, SCALE
 from media.latents import Pixel
+from media.mesh import Reading
 from media.prepare import MARGIN
 from media.video import VideoWriter
 from media.weights import save_weights
@@ -44,7 +46,7 @@ torch.set_num_threads(1)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NANO = train_ae.PRESETS["nano"]
 CPU = torch.device("cpu")
-PLAIN = {"mask_max": 0.0, "p_pure_noise": 1.0, "label": 0.0, "cycle": 0.0, "warped": 0.0,
+PLAIN = {"mask_max": 0.0, "p_pure_noise": 1.0, "label": 0.0, "cycle": 0.0, "mesh": 0.0, "warped": 0.0,
          "structure": 0.0}                                                  # a schedule
 
 
@@ -397,6 +399,68 @@ def test_motion_read_from_decoded_pictures_trains_the_networks_but_not_the_reade
     trained = model.encoder.embed.weight, model.decoder.blocks[0].mlp[0].weight
     assert all(parameter.grad.abs().max() > 0 for parameter in trained)
     assert same(dict(average.state_dict()), before)
+
+
+class Mesh:
+    """Reads known functions of a picture's colours; pixel (0, 0) moves the points."""
+
+    def __call__(self, x, axes, eyes=None):
+        points = torch.zeros(468, 2)
+        points[10, 1], points[152, 1] = -0.5, 0.5                            # a face as high as 1
+        colour = x.mean((2, 3))
+        factors = torch.cat([colour, torch.zeros(len(x), len(FACTORS) - 3)], 1)
+        return Reading(points + x[:, 0, :1, :1], factors, [torch.zeros(len(x), 1, 4, 4) + x[:, 2:, -1:, -1:]])
+
+
+def test_a_mesh_reads_real_faces_and_those_with_the_motion_of_another():
+    model, (batch, *_), axes = auto_encoder(), given_batch(), torch.eye(2, 3).expand(2, 2, 3)
+    scale = torch.tensor(SCALE)[:3, None, None]
+    level = torch.zeros(8, 3, 32, 32)
+    own, target, crossed = level[:2].clone(), level[:4].clone(), level[:2].clone()
+    own[1] += scale                                          # person 1 differs from person 0
+    target[0] += 2 * scale                                   # person 0 moves by 2 units, person 1 by 1
+    target[2] += 2 * scale
+    crossed[0] += scale
+    crossed[1] += 3 * scale
+    for x in (own, target, crossed):
+        x[..., 0, 0], x[..., -1, -1] = 0, 0
+    batch = replace(batch, reference=own, target=target, kind="real")
+
+    def error(picture, crossed):
+        return model.mesh_loss(picture, crossed, batch, Mesh(), axes).item()
+
+    none = error(target, crossed)
+    assert none == pytest.approx(0, abs=1e-4)
+    wrong = crossed.clone()
+    wrong[1] -= scale * torch.tensor([1.0, 0, 0])[:, None, None]              # opening, by 1 unit of 1 of 2
+    wrong[..., 0, 0], wrong[..., -1, -1] = 0, 0
+    expected = 2.0 / 2 / len(FACTORS) / 2                    # its weight, half the square, the mean
+    assert error(target, wrong) == pytest.approx(expected, rel=0.02)
+    wrong = target.clone()
+    wrong[3] += 5 * scale * torch.tensor([0, 1.0, 0])[:, None, None]          # width, beyond 3 units
+    expected = 2 * 2.0 * (3 * 5 - 4.5) / len(FACTORS) / 4
+    assert error(wrong, crossed) == pytest.approx(expected, rel=0.02)
+    wrong = target.clone()
+    wrong[0, 0, 0, 0] += 0.04                                # all points of 1 of 4 by 4% of the face
+    assert error(wrong, crossed) == pytest.approx((0.3 + 0.2) * 4 / 4, rel=0.02)
+    wrong = target.clone()
+    batch.target[1, 2, -1, -1] = 0.2                         # features: an error as large as that of a copy
+    assert error(wrong, crossed) == pytest.approx(1.25 * 0.2 / (0.2 + 0.05 / 2) / 4, rel=0.02)
+
+
+def test_a_mesh_takes_the_place_of_the_encoder_where_faces_are_real():
+    model, (batch, *given), axes = auto_encoder().eval(), given_batch(), torch.eye(2, 3).expand(2, 2, 3)
+    average = auto_encoder(seed=1).eval().requires_grad_(False)
+    weights = {**PLAIN, "cycle": 0.7, "mesh": 0.3}
+    plain = model(batch, *given, PLAIN)
+    assert torch.equal(model(batch, *given, weights, average=average, mesh=Mesh(), axes=axes),
+                       model(batch, *given, weights, average=average))        # drawn faces: no mesh
+    real = replace(batch, factors=None, kind="real")
+    loss = model(real, *given, weights, mesh=Mesh(), axes=axes)
+    assert (loss - plain).item() > 0.01
+    (loss - plain).backward()
+    trained = model.encoder.embed.weight, model.decoder.blocks[0].mlp[0].weight
+    assert all(parameter.grad.abs().max() > 0 for parameter in trained)
 
 
 def test_labels_of_real_clips_count_by_their_weight():
@@ -960,6 +1024,38 @@ def test_a_damaged_test_clip_is_told_before_the_first_step(folder, tmp_path, cap
     write_lines(tmp_path / "set/manifest.jsonl", read_lines(f"{folder}/manifest.jsonl")[:1])
     args = train_ae.parse(["--preset", "nano", "--data", str(tmp_path / "set")])
     assert train_ae.held_out_batch(args, NANO)[1] == "synthetic"
+
+
+def test_the_decoder_alone_learns_and_the_rest_of_the_file_stays(folder, tmp_path, capsys):
+    generator = Generator(GeneratorConfig(width=32, depth=1, heads=1, window=4, past=4, token_dim=8))
+    first = auto_encoder()
+    save_weights(tmp_path / "all.safetensors", {"encoder": first.encoder, "decoder": first.decoder,
+                                                "generator": generator},
+                 {"size": 32, "steps": 1, "gen_steps": 4, "guidance": 3.5, "audio": "mel",
+                  "latents": "pixel"})
+    words = "--init", str(tmp_path / "all.safetensors"), "--decoder-only"
+    assert train(tmp_path / "out", *words, "--data", folder, "synthetic", "--workers", "0") == 0
+    before, _ = load_models(tmp_path / "all.safetensors")
+    after, meta = load_models(tmp_path / "out/semo.safetensors")
+    equal = {kind: same(before[kind].state_dict(), after[kind].state_dict()) for kind in after}
+    assert equal == {"encoder": True, "decoder": False, "generator": True} and meta["guidance"] == 3.5
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        train(tmp_path / "other", "--decoder-only")
+    assert "--init" in capsys.readouterr().err
+
+
+def test_a_mesh_is_asked_for_by_its_folder(folder, tmp_path, capsys, monkeypatch):
+    words = "--data", folder, "--mesh"
+    refused(capsys, train(tmp_path / "out", *words, str(tmp_path)), "face_landmark.tflite")
+    seen = []
+    opened = SimpleNamespace(to=lambda device: None)
+    monkeypatch.setattr(train_ae, "FaceMesh", lambda path: seen.append(path) or opened)
+    assert train(tmp_path / "out", "--data", folder, "--mesh", "DIR", "--workers", "0", steps=1) == 0
+    assert seen == ["DIR"]
+    with pytest.raises(SystemExit, match="2"):
+        train_ae.parse(["--preset", "large", "--data", folder, "--mesh", "DIR"])
+    assert "latents" in capsys.readouterr().err
 
 
 def test_the_video_stage_takes_real_clips(folder, tmp_path):

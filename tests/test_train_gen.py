@@ -80,7 +80,7 @@ def numbered(sets=(0,) * CLIPS, frames=(FRAMES,) * CLIPS, change=None, labelled=
     others = -100.0 * torch.arange(len(frames))[:, None, None] - torch.arange(1, 5)[:, None]   # (clips, 4, 1)
     return train_gen.Encoded(name.expand(-1, 6), (name + 0.5).expand(-1, 6), name.expand(-1, 320),
                              (1 + name.expand(-1, 7)) * labelled,
-                             torch.full((len(name), 6), torch.nan), others.expand(-1, -1, 6), places,
+                             torch.full((len(name), 9), torch.nan), others.expand(-1, -1, 6), places,
                              torch.zeros(len(frames), 7))
 
 
@@ -242,19 +242,19 @@ def test_a_slower_clip_keeps_sound_and_motion_together():
 def test_directions_read_what_is_known():
     """Tokens whose first number is the opening and whose second the yaw: directions are these axes."""
     rng = torch.Generator().manual_seed(0)
-    motion, factors = torch.randn(400, 6, generator=rng), torch.randn(400, 6, generator=rng)
+    motion, factors = torch.randn(400, 12, generator=rng), torch.randn(400, 9, generator=rng)
     factors[:, 0], factors[:, 3] = 5 * motion[:, 0], -0.1 * motion[:, 1]
     places = torch.tensor([[0, 200, 0, 200], [200, 200, 0, 200]])
     encoded = numbered(frames=(200, 200))._replace(motion=motion, factors=factors, clip_index=places)
     directions, changes = train_gen.readout_directions(encoded)
-    assert directions.shape == changes.shape == (6, 6)
+    assert directions.shape == (12, 9) and changes.shape == (9, 12)
     delta = (motion[:100] - motion[100:200]) @ directions
     known = torch.stack([factors[:100, 0] - factors[100:200, 0], factors[:100, 3] - factors[100:200, 3]], 1)
     for k, column in enumerate((0, 3)):
         assert torch.corrcoef(torch.stack([delta[:, column], known[:, k]]))[0, 1] > 0.99
-    assert directions[:, [1, 2, 4, 5]].norm() < 0.3 * directions[:, [0, 3]].norm()
-    torch.testing.assert_close((changes @ directions)[:, [0, 3]], torch.eye(6)[:, [0, 3]], rtol=0, atol=1e-4)
-    assert train_gen.readout_directions(encoded._replace(factors=torch.full((400, 6), torch.nan))) is None
+    assert directions[:, [1, 2, 4, 5, 6, 7, 8]].norm() < 0.5 * directions[:, [0, 3]].norm()
+    torch.testing.assert_close((changes @ directions)[:, [0, 3]], torch.eye(9)[:, [0, 3]], rtol=0, atol=1e-4)
+    assert train_gen.readout_directions(encoded._replace(factors=torch.full((400, 9), torch.nan))) is None
 
 
 def test_amplified_motion_is_read_as_larger_and_else_unchanged():
@@ -285,10 +285,10 @@ def test_the_loss_by_hand():
     wrong = torch.tensor([2.0, 0, 0, 0, 0, 0])
     model = lambda z, t: motion - noise + wrong                              # noqa: E731
     assert train_gen.motion_loss(model, motion, noise, t).item() == pytest.approx(4 / 6, abs=1e-5)
-    loss = train_gen.motion_loss(model, motion, noise, t, torch.eye(6))
+    loss = train_gen.motion_loss(model, motion, noise, t, torch.eye(6, 9))
     assert loss.item() == pytest.approx(4 / 6 + 0.5 * train_gen.SHARES[0] * 4, abs=1e-5)
     jumping = lambda z, t: motion - noise + wrong * torch.tensor([0.0, 1, 0, 1])[:, None]    # noqa: E731
-    loss = train_gen.motion_loss(jumping, motion, noise, t, torch.zeros(6, 6))
+    loss = train_gen.motion_loss(jumping, motion, noise, t, torch.zeros(6, 9))
     assert loss.item() == pytest.approx(4 / 12 + 0.25 * 4 / 6, abs=1e-5)
 
 
@@ -420,7 +420,7 @@ def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
 
     first = get()
     assert made == [0, 1]                                            # the clip, and the person in other moods
-    assert [part.shape for part in first[:-1]] == [(25, 8), (25, 8), (25, 320), (25, 7), (25, 6), (1, 4, 8),
+    assert [part.shape for part in first[:-1]] == [(25, 8), (25, 8), (25, 320), (25, 7), (25, 9), (1, 4, 8),
                                                    (1, 4), (1, 7)]
     assert first.frames is None                                              # with fresh_masks alone
     assert same(list(first), list(get())) and made == []                     # the second time from the disk
@@ -500,8 +500,8 @@ def test_augmented_clips_are_seen_mirrored_too(monkeypatch):
     plain, mirrored = train_gen.real_clips(args, {"augment": True}, "set", 4, 0, 1)
     assert torch.equal(torch.cat(list(mirrored.parts)), torch.cat(list(plain.parts)).flip(-1))
     assert torch.equal(mirrored.wave, plain.wave)
-    assert plain.factors[0].tolist() == [1, 2, 3.5, 5, 6, 7]   # opening, width, lids, head pose
-    assert mirrored.factors[0].tolist() == [1, 2, 3.5, -5, 6, -7]
+    assert plain.factors[0].tolist() == [1, 2, 3.5, 5, 6, 7, 9, 8, 10]   # head pose, corner, brow, furrow
+    assert mirrored.factors[0].tolist() == [1, 2, 3.5, -5, 6, -7, 9, 8, 10]
 
 
 def test_a_labelled_person_is_also_seen_in_neutral_clips(monkeypatch, no_landmarks):
