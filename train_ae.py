@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=8 train_ae.py --preset paper --data DIR  the paper's own method, on 8 GPUs
     python train_ae.py --preset tiny --frames 8 --init runs/ae/semo.safetensors --out runs/video
                                                                        image-to-video
-    python train_ae.py --preset tiny --decoder-only --mesh MESH --data DIR --init runs/gen/semo.safetensors
-                                                                       a finish by a face mesh (media/mesh.py)
+    python train_ae.py --preset tiny --decoder-only --mesh MESH --data DIR --init runs/gen/semo.safetensors \
+        --blend 0.5                                                    a finish by a face mesh (media/mesh.py)
     python train_ae.py --preset tiny --reflow runs/gen/semo.safetensors
                                                                        straighter paths, fewer sampling steps
 
@@ -441,6 +441,9 @@ def parse(argv, presets=PRESETS):
                         "what the encoder reads; DIR: see media/mesh.py")
     p.add_argument("--decoder-only", action="store_true",
                    help="with --init: the encoder and all other networks of its file stay as they are")
+    p.add_argument("--blend", type=float, default=0.0, metavar="SHARE",
+                   help="with --init: save the mean of the trained weights and the first, which have this "
+                        "share (WiSE-FT, arXiv 2109.01903; default: 0)")
     p.add_argument("--accumulate", type=int, default=1,
                    help="batches a step, for large steps in little memory")
     p.add_argument("--checkpoint-activations", action="store_true",
@@ -453,8 +456,10 @@ def parse(argv, presets=PRESETS):
     args.out = args.out or ("runs/reflow_ae" if args.reflow else "runs/ae")
     args.curriculum = preset["curriculum"]
     training.check_options(p, args, preset)
-    if args.decoder_only and not args.init:
-        p.error("--decoder-only needs --init WEIGHTS, whose encoder stays as it is")
+    if (args.decoder_only or args.blend) and not args.init:
+        p.error("--decoder-only and --blend need --init WEIGHTS")
+    if args.blend > 1:
+        p.error(f"--blend is {args.blend}; give a number in [0, 1]")
     if args.mesh and preset.get("latents", "pixel") != "pixel":
         p.error(f"--mesh reads pictures, and preset {args.preset} works on latents")
     if not args.lr:
@@ -481,6 +486,7 @@ def train(args, preset: dict) -> int:
         training.init_from(source, loaded, encoder=model.encoder, decoder=model.decoder)
         kept, meta = (loaded, loaded_meta) if frozen else ({}, {})
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    start = copy.deepcopy(ema)
     optimisers = training.optimisers(model, args.lr, args.muon_lr)
     state = os.path.join(args.out, "state.pt")
     step = first = training.resume(state, args, configs, model, ema, optimisers)
@@ -531,11 +537,14 @@ def train(args, preset: dict) -> int:
         stop = training.any_rank(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             path = os.path.join(args.out, f"step{step:06d}.png")
-            samples = save_samples(path, ema, space, held_out, args.seed, device)
+            saved = copy.deepcopy(ema)
+            for trained, first_value in zip(saved.parameters(), start.parameters(), strict=True):
+                trained.lerp_(first_value, args.blend)
+            samples = save_samples(path, saved, space, held_out, args.seed, device)
             meta |= {"latents": kind, "vae": args.vae, "size": image_px(preset), "steps": 1,
                      "trained_steps": step}
             save_weights(os.path.join(args.out, "semo.safetensors"),
-                         {**kept, "encoder": ema.encoder, "decoder": ema.decoder}, meta)
+                         {**kept, "encoder": saved.encoder, "decoder": saved.decoder}, meta)
             training.save_checkpoint(state, step, args, configs, model, ema, optimisers)
             pictures = (step - first) * args.accumulate * world * len(batch.target)
             training.log(args.out, step=step, loss=mean_loss, **samples,

@@ -46,7 +46,7 @@ if [ -n "${MESH:-}" ]; then
     mkdir -p "$OUT/mesh"
     cp "$package"/modules/face_landmark/face_landmark.tflite "$package"/modules/iris_landmark/iris_landmark.tflite "$OUT/mesh"
     python train_ae.py --preset tiny --decoder-only --mesh "$OUT/mesh" --init "$weights" --data "${sets[@]}" synthetic \
-        --lr 4e-4 --muon-lr 8e-3 --steps "${MESH_STEPS:-2000}" --out "$OUT/final"
+        --blend 0.5 --lr 4e-4 --muon-lr 8e-3 --steps "${MESH_STEPS:-2000}" --out "$OUT/final"
     weights="$OUT/final/semo.safetensors"
 fi
 

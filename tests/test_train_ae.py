@@ -1045,6 +1045,30 @@ def test_the_decoder_alone_learns_and_the_rest_of_the_file_stays(folder, tmp_pat
     assert "--init" in capsys.readouterr().err
 
 
+def test_saved_weights_may_be_a_mean_with_the_first(folder, tmp_path, capsys):
+    model = auto_encoder()
+    first = tmp_path / "first.safetensors"
+    save_weights(first, {"encoder": model.encoder, "decoder": model.decoder},
+                 {"size": 32, "steps": 1, "latents": "pixel"})
+
+    def decoder(path):
+        return torch.nn.utils.parameters_to_vector(load_models(path)[0]["decoder"].parameters())
+
+    for share in ("0", "0.25", "1"):
+        assert train(tmp_path / share, "--init", str(first), "--blend", share, "--lr", "0.3", steps=3) == 0
+    old, new = decoder(first), decoder(tmp_path / "0/semo.safetensors")
+    torch.testing.assert_close(decoder(tmp_path / "0.25/semo.safetensors"), 0.25 * old + 0.75 * new,
+                               atol=2e-3, rtol=0)
+    assert (new - old).abs().max() > 0.02
+    torch.testing.assert_close(decoder(tmp_path / "1/semo.safetensors"), old, atol=1e-6, rtol=0)
+    assert same(state(tmp_path / "0")["model"], state(tmp_path / "1")["model"])         # the run is the same
+    capsys.readouterr()
+    for wrong in (["--blend", "0.5"], ["--blend", "2", "--init", str(first)]):
+        with pytest.raises(SystemExit, match="2"):
+            train_ae.parse(["--preset", "nano", *wrong])
+        assert "--blend" in capsys.readouterr().err
+
+
 def test_a_mesh_is_asked_for_by_its_folder(folder, tmp_path, capsys, monkeypatch):
     words = "--data", folder, "--mesh"
     refused(capsys, train(tmp_path / "out", *words, str(tmp_path)), "face_landmark.tflite")
