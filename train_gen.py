@@ -77,7 +77,8 @@ PRESETS = {
 FACTORS = ("opening", "width", "lids", "yaw", "pitch", "roll", "corner", "brow", "furrow")
 MIRRORED = torch.tensor(SIGN)[[0, 1, 2, 4, 5, 6, 8, 7, 9]]        # sign of each in a mirrored picture
 SHARES = (0.4, 0.2, 0.2, 0.07, 0.07, 0.06, 0.0, 0.0, 0.0)         # of each in motion_loss
-GAINS = (1.2, 1.0, 1.6, 1.0, 1.0, 1.0, 1.6, 1.7, 2.5)             # see amplify
+GAINS = (1.2, 1.0, 1.6, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)             # of each in the decoder, see amplify
+EXPRESSION = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.6, 1.7, 2.5)        # of each where a mood is wished
 LEVELS = {1: 0.4, 2: 0.7, 3: 1.0}         # strength of MEAD's levels
 HELD_OUT_CLIPS = 32                       # of each set, for the loss on clips that are never trained on
 OTHERS = 4                                # pictures of the same person in other moods kept beside each clip
@@ -298,7 +299,8 @@ def encode_held_out(args, preset, *given):
 
 # ---- windows and loss --------------------------------------------------------------------------------------
 
-def sample_windows(encoded, config, count, rng, silence_features, augment=False, encode_past=None):
+def sample_windows(encoded, config, count, rng, silence_features, augment=False, encode_past=None,
+                   expression=None):
     """Draw random windows -> new motion, past, reference, audio, mood.
 
     (B, K, L*D), (B, P, L*D), (B, L*D), (B, P+K+lookahead, A), (B, P+K, 7).
@@ -312,7 +314,8 @@ def sample_windows(encoded, config, count, rng, silence_features, augment=False,
     the face keeps the photo's. augment: the sound is varied (vary_sound) and noise of up to 0.1 is added to
     the past, which in use holds the model's own errors (ours). encode_past: function of the past's frame
     numbers (B, P) and rng that encodes them through new masks; None: as they were seen through the masks of
-    their clips.
+    their clips. expression (L*D, L*D): with a mood, the change from the reference is larger by this matrix
+    (ours), as what the decoder shows of corners and brows is too small.
     """
     motion, features, moods, others, clip_index = (
         encoded.motion, encoded.features, encoded.mood, encoded.others, encoded.clip_index)
@@ -357,6 +360,9 @@ def sample_windows(encoded, config, count, rng, silence_features, augment=False,
     past = torch.where(at_start[:, None, None], reference[:, None], past)              # (B, P, L*D)
     if augment:
         past = past + 0.1 * uniform(count, 1, 1) * torch.randn(past.shape, generator=rng)
+    if expression is not None:
+        base, wished = reference[:, None], ~no_mood[:, None, None]
+        new, past = (torch.where(wished, base + (x - base) @ expression, x) for x in (new, past))
     return new, past, reference, audio, mood * ~no_mood[:, None, None]
 
 
@@ -385,22 +391,29 @@ def readout_directions(encoded, count=20000, seed=0):
     read = x @ directions
     explained = (1 - (y - read).square().sum(0) / y.square().sum(0)).clamp(min=0)
     directions = directions * explained.sqrt() / read.std(0).clamp(min=1e-6)
-    changes = torch.linalg.lstsq(x @ directions, x).solution                           # (9, L*D)
+    read = x @ directions
+    gram = read.T @ read
+    ridge = 0.02 * gram.diagonal().mean() * torch.eye(len(gram))       # else what is hardly read changes much
+    changes = torch.linalg.solve(gram + ridge, read.T @ x)                             # (9, L*D)
     return directions.float(), changes.float()
 
 
-def amplify(decoder, directions, changes, gains):
-    """Change the weights so that the decoder takes FACTORS for `gains` (9,) times as large (ours).
-
-    Without it an independent reader sees smaller movements in its pictures than in the true ones: of real
-    lids about half, of the corners and brows of drawn faces a third to two thirds. directions (L*D, 9) and
-    changes (9, L*D): see readout_directions.
-    """
+def enlarge(directions, changes, gains):
+    """Make the matrix (L*D, L*D) by which the readings of a motion m @ matrix are `gains` (9,) times as
+    large, and all else is as before. directions (L*D, 9) and changes (9, L*D): see readout_directions."""
     unchanged = torch.eye(len(directions), device=directions.device)
-    amplified = unchanged + (directions * (gains - 1)) @ changes                       # (L*D, L*D)
+    return unchanged + (directions * (directions.new_tensor(gains) - 1)) @ changes
+
+
+def amplify(decoder, larger):
+    """Change the weights so that the decoder takes a motion m for m @ larger (L*D, L*D) (ours).
+
+    Without it an independent reader sees smaller movements in its pictures of real faces than in the true
+    ones, lids about half as large.
+    """
     for layer in (decoder.motion, decoder.motion_delta.project):
-        for part in layer.weight.data.split(len(amplified), dim=1):                    # delta: twice
-            part.copy_(part @ amplified.to(part).T)
+        for part in layer.weight.data.split(len(larger), dim=1):                       # delta: twice
+            part.copy_(part @ larger.to(part).T)
 
 
 def motion_loss(model, motion, noise, t, directions=None, **cond):
@@ -554,13 +567,14 @@ def train(args, preset) -> int:
     if (config.experts or config.mood_table) and not args.reflow:
         voice = train_voice(args, preset, encoded, rank, device)
     known = readout_directions(encoded) if preset["balanced"] and not args.reflow else None
-    directions = None
+    directions = expression = None
     if known is not None:
+        expression = enlarge(*known, EXPRESSION)
         directions, changes = (x.to(device) for x in known)
         decoder = models["decoder"]
         real = args.data != ["synthetic"] and decoder.config.num_tokens == 1 and decoder.config.motion_delta
         if real and "gains" not in meta:                        # weights of a run may be given as --ae again
-            amplify(decoder, directions, changes, directions.new_tensor(GAINS))
+            amplify(decoder, enlarge(directions, changes, GAINS))
             meta["gains"] = GAINS
         if config.truncated:                                            # opening and width of the mouth
             for network in (model, ema):
@@ -573,7 +587,7 @@ def train(args, preset) -> int:
         training.set_lr(optimisers, step, args.steps, warmup=50)
         rng = training.step_rng(args.seed, rank, step)
         windows = sample_windows(encoded, config, args.windows, rng, silence_features,
-                                 preset["augment"] and kind == "mel", encode_past)
+                                 preset["augment"] and kind == "mel", encode_past, expression)
         inputs, cond = loss_inputs(windows, rng, args, guidance, teacher, model.truncate, device)
         with autocast(device):
             loss = motion_loss(ddp_model, *inputs, directions, **cond)
@@ -595,7 +609,8 @@ def train(args, preset) -> int:
             preview(os.path.join(args.out, f"step{step:06d}.mp4"), networks, meta, args)
             training.save_checkpoint(state, step, args, configs, model, ema, optimisers)
             rng = training.step_rng(args.seed, 0, 0)                # the same windows, noise and t each time
-            windows = sample_windows(held_out, config, args.windows, rng, silence_features)
+            windows = sample_windows(held_out, config, args.windows, rng, silence_features,
+                                     expression=expression)
             inputs, cond = loss_inputs(windows, rng, args, guidance, teacher, model.truncate, device)
             with torch.no_grad(), autocast(device):
                 held_out_loss = motion_loss(ema, *inputs, directions, **cond).item()
