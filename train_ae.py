@@ -462,6 +462,8 @@ def parse(argv, presets=PRESETS):
         p.error(f"--blend is {args.blend}; give a number in [0, 1]")
     if args.mesh and preset.get("latents", "pixel") != "pixel":
         p.error(f"--mesh reads pictures, and preset {args.preset} works on latents")
+    if args.mesh and (args.reflow or set(args.data) == {"synthetic"}):
+        p.error("--mesh reads real faces; give folders of clips as --data, and no --reflow")
     if not args.lr:
         p.error("--lr is 0; give a positive number")
     return args

@@ -126,8 +126,8 @@ class Reading(NamedTuple):
 
 
 def random_axes(persons: int, rng) -> Tensor:
-    """Draw views of pictures, one per person: size 12%, turn 0.15, place 6% of the side -> (R, 2, 3) affine.
-    What is read through changing views is harder to deceive."""
+    """Draw views of pictures, one per person: size by 12%, turned by 0.15 radians, moved by 6% of the side
+    -> affine maps (R, 2, 3). What is read through changing views is harder to deceive."""
     size, turn, *place = 2 * torch.rand(4, persons, generator=rng) - 1
     size = torch.exp(0.12 * size)
     cos, sin = size * torch.cos(0.15 * turn), size * torch.sin(0.15 * turn)

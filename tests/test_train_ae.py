@@ -1080,6 +1080,10 @@ def test_a_mesh_is_asked_for_by_its_folder(folder, tmp_path, capsys, monkeypatch
     with pytest.raises(SystemExit, match="2"):
         train_ae.parse(["--preset", "large", "--data", folder, "--mesh", "DIR"])
     assert "latents" in capsys.readouterr().err
+    for wrong in (["synthetic"], [folder, "--reflow", "weights"]):
+        with pytest.raises(SystemExit, match="2"):
+            train_ae.parse(["--preset", "nano", "--mesh", "DIR", "--data", *wrong])
+        assert "--mesh" in capsys.readouterr().err
 
 
 def test_the_video_stage_takes_real_clips(folder, tmp_path):
