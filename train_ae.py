@@ -272,14 +272,15 @@ class AutoEncoder(nn.Module):
         with torch.autocast(picture.device.type, enabled=False):
             with torch.no_grad():
                 own, true = mesh(batch.reference, axes), mesh(target, axes)
-            found, other = mesh(picture, axes, eyes=true.points), mesh(crossed, axes)
+            predicted, other = mesh(picture, axes, eyes=true.points), mesh(crossed, axes)
             changed = own.factors + (true.factors[::2] - own.factors).roll(1, 0)
-            loss = 2 * error(found.factors, true.factors) + error(other.factors, changed)
+            loss = 2 * error(predicted.factors, true.factors) + error(other.factors, changed)
             face = (true.points[:, 10] - true.points[:, 152]).norm(dim=1)[:, None, None]
-            apart = 100 * ((found.points - true.points)[..., :2] / face).abs().mean(2)    # percent
+            # Distance of the points in percent of the face's height, those of lips and eyes counted again.
+            apart = 100 * ((predicted.points - true.points)[..., :2] / face).abs().mean(2)
             loss = loss + 0.3 * apart.mean() + 0.2 * apart[:, FEATURES].mean()
             where = view(0.3 * regions[:, 2:] + regions[:, :1] + 0.5 * regions[:, 1:2], axes, 96)
-            for x, y, z in zip(found.features, true.features, own.features, strict=True):
+            for x, y, z in zip(predicted.features, true.features, own.features, strict=True):
                 weight = F.interpolate(where, x.shape[-2:], mode="area")
                 copied = (z.repeat_interleave(2, 0) - y).abs().mean(1, keepdim=True)
                 copied = weighted_mean(copied, weight)

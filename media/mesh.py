@@ -27,7 +27,7 @@ FEATURES = [0, 7, 13, 14, 17, 33, 37, 39, 40, 61, 78, 80, 81, 82, 84, 87, 88, 91
 
 class ConvNet(nn.Module):
     """A network of convolutions from a .tflite file: pictures (B, 3, S, S) in [0, 1] -> first output (B, K),
-    and the last features of each side {side: (B, C, side, side)}. Knows the operators of MediaPipe's face and
+    and the last features of each size {s: (B, C, s, s)}. Knows the operators of MediaPipe's face and
     iris networks. Raises InputError."""
 
     def __init__(self, path):
@@ -67,8 +67,8 @@ class ConvNet(nn.Module):
                 constants[output] = constants[inputs[0]]
                 continue
             given = [constants[x] for x in inputs if x in constants]
-            sides = [graph.Tensors(x).ShapeAsNumpy()[1] for x in (inputs[0], output)]       # (B, H, W, C)
-            function = self.convert(name, given, *sides, operator.BuiltinOptions(), tflite)
+            heights = [graph.Tensors(x).ShapeAsNumpy()[1] for x in (inputs[0], output)]     # (B, H, W, C)
+            function = self.convert(name, given, *heights, operator.BuiltinOptions(), tflite)
             steps.append((function, [x for x in inputs if x not in constants], output))
         self.input, self.output = graph.Inputs(0), graph.Outputs(0)
         wanted = {self.output}
@@ -79,29 +79,29 @@ class ConvNet(nn.Module):
         self.modules_used.extend(step[0] for step in self.steps if isinstance(step[0], nn.Module))
 
     @staticmethod
-    def convert(name, given, side, side_out, table, tflite):
-        """Make one operator of its constants, the sides of its input and output, and its table of options."""
+    def convert(name, given, height, height_out, table, tflite):
+        """Make one operator of its constants, the heights of its input and output, and its options."""
         def options(kind):
-            found = kind()
-            found.Init(table.Bytes, table.Pos)
-            return found
+            parsed = kind()
+            parsed.Init(table.Bytes, table.Pos)
+            return parsed
 
         if name in ("CONV_2D", "DEPTHWISE_CONV_2D"):
             weight, bias = given                                           # (O, k, k, I), or (1, k, k, C)
             deep = name == "CONV_2D"
             weight = weight.permute(0, 3, 1, 2) if deep else weight.permute(3, 0, 1, 2)
-            found = options(tflite.Conv2DOptions if deep else tflite.DepthwiseConv2DOptions)
-            if found.FusedActivationFunction():
+            parsed = options(tflite.Conv2DOptions if deep else tflite.DepthwiseConv2DOptions)
+            if parsed.FusedActivationFunction():
                 raise ValueError("an activation within a convolution is not known")
-            stride, size = found.StrideW(), weight.shape[2]
-            pad = max((side_out - 1) * stride + size - side, 0)           # "same": one more after than before
+            stride, size = parsed.StrideW(), weight.shape[2]
+            pad = max((height_out - 1) * stride + size - height, 0)    # "same": one more after than before
             groups = 1 if deep else len(weight)
             conv = nn.Conv2d(groups * weight.shape[1], len(weight), size, stride, groups=groups)
             conv.weight, conv.bias = nn.Parameter(weight.contiguous()), nn.Parameter(bias)
             return nn.Sequential(nn.ZeroPad2d((pad // 2, pad - pad // 2) * 2), conv)
         if name == "MAX_POOL_2D":
-            found = options(tflite.Pool2DOptions)
-            return nn.MaxPool2d(found.FilterWidth(), found.StrideW())
+            parsed = options(tflite.Pool2DOptions)
+            return nn.MaxPool2d(parsed.FilterWidth(), parsed.StrideW())
         if name == "PRELU":
             prelu = nn.PReLU(given[0].numel())
             prelu.weight = nn.Parameter(given[0].flatten())
@@ -122,7 +122,7 @@ class Reading(NamedTuple):
     """What a FaceMesh reads from B pictures."""
     points: Tensor               # (B, 468, 3) in halves of the view
     factors: Tensor              # (B, 10) media.landmarks.FACTORS
-    features: list[Tensor]       # (B, C, s, s), sides s of 96, 48, 24 and 12
+    features: list[Tensor]       # (B, C, s, s), s of 96, 48, 24 and 12
 
 
 def random_axes(persons: int, rng) -> Tensor:
@@ -158,7 +158,7 @@ class FaceMesh(nn.Module):
         points = located.unflatten(1, (468, 3)) / 96 - 1
         factors, lids = read_factors(points, torch), self.read_lids(x, points if eyes is None else eyes)
         factors = torch.cat([factors[:, :2], lids, factors[:, 4:]], 1)
-        return Reading(points, factors, [features[side] for side in (96, 48, 24, 12)])
+        return Reading(points, factors, [features[size] for size in (96, 48, 24, 12)])
 
     def read_lids(self, x, points):
         """Gaps between the lids (B, 2), as media.landmarks.read_lids: pictures x (B, 3, H, W) in [0, 1]."""
