@@ -389,11 +389,13 @@ def readout_directions(encoded, count=20000, seed=0):
     ridge = 0.2 * gram.diagonal().mean() * torch.eye(len(gram))
     directions = torch.linalg.solve(gram + ridge, x.T @ y)                             # (L*D, 9)
     read = x @ directions
-    explained = (1 - (y - read).square().sum(0) / y.square().sum(0)).clamp(min=0)
+    explained = 1 - (y - read).square().sum(0) / y.square().sum(0).clamp(min=1e-6)
+    explained = explained.clamp(min=0)                                 # also of what never changes
     directions = directions * explained.sqrt() / read.std(0).clamp(min=1e-6)
     read = x @ directions
     gram = read.T @ read
-    ridge = 0.02 * gram.diagonal().mean() * torch.eye(len(gram))       # else what is hardly read changes much
+    # The ridge keeps small what a factor that is hardly read seems to change.
+    ridge = (0.02 * gram.diagonal().mean() + 1e-6) * torch.eye(len(gram))
     changes = torch.linalg.solve(gram + ridge, read.T @ x)                             # (9, L*D)
     return directions.float(), changes.float()
 
@@ -587,7 +589,7 @@ def train(args, preset) -> int:
         training.set_lr(optimisers, step, args.steps, warmup=50)
         rng = training.step_rng(args.seed, rank, step)
         windows = sample_windows(encoded, config, args.windows, rng, silence_features,
-                                 preset["augment"] and kind == "mel", encode_past, expression)
+                                 preset["augment"] and kind == "mel", encode_past, expression=expression)
         inputs, cond = loss_inputs(windows, rng, args, guidance, teacher, model.truncate, device)
         with autocast(device):
             loss = motion_loss(ddp_model, *inputs, directions, **cond)

@@ -255,6 +255,11 @@ def test_directions_read_what_is_known():
     assert directions[:, [1, 2, 4, 5, 6, 7, 8]].norm() < 0.5 * directions[:, [0, 3]].norm()
     torch.testing.assert_close((changes @ directions)[:, [0, 3]], torch.eye(9)[:, [0, 3]], rtol=0, atol=0.05)
     assert train_gen.readout_directions(encoded._replace(factors=torch.full((400, 9), torch.nan))) is None
+    factors[:, [3, 8]] = 0                                     # what never changes tells nothing
+    still, changes = train_gen.readout_directions(encoded._replace(factors=factors))
+    assert still.isfinite().all() and not still[:, [3, 8]].any()
+    matrix = train_gen.enlarge(still, changes, [3.0] * 9)
+    assert matrix.isfinite().all() and torch.linalg.matrix_norm(matrix, 2) < 4
 
 
 def test_amplified_motion_is_read_as_larger_and_else_unchanged():
@@ -597,7 +602,8 @@ def test_the_preset_paper_trains_with_smaller_networks(
         seen.append(encode(*given))
         return seen[-1]
 
-    def same_windows(encoded, config, count, rng, *more):
+    def same_windows(encoded, config, count, rng, *more, **named):
+        assert named == {"expression": None}                                 # ours, not the paper's
         if encoded.frames is None:                                           # held out
             return choose(encoded, config, count, rng, *more)
         *more, encode_past = more
@@ -743,11 +749,11 @@ def test_stop_and_resume_give_the_same_run(ae, tmp_path, monkeypatch, no_preview
     assert train(ae, tmp_path / "whole", steps=10) == 0
     choose, seeds = train_gen.sample_windows, []
 
-    def windows(*given):
+    def windows(*given, **named):
         seeds.append(given[3].initial_seed())
         if len(seeds) == 5:                                                 # while the fifth step is computed
             os.kill(os.getpid(), signal.SIGTERM)
-        return choose(*given)
+        return choose(*given, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_gen, "sample_windows", windows)
@@ -786,9 +792,9 @@ def test_one_set_of_windows_is_learnt(ae, tmp_path, monkeypatch, no_preview):
 def test_nan_stops_the_run_and_spares_the_state(ae, tmp_path, monkeypatch, no_preview):
     choose, calls = train_gen.sample_windows, []
 
-    def spoilt(*given):
+    def spoilt(*given, **named):
         calls.append(1)
-        new, *rest = choose(*given)
+        new, *rest = choose(*given, **named)
         return new * (float("nan") if len(calls) == 5 else 1), *rest                # the third: held out
 
     monkeypatch.setattr(train_gen, "sample_windows", spoilt)
