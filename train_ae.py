@@ -127,6 +127,12 @@ def weighted_mean(error: Tensor, weight: Tensor) -> Tensor:
     return (error * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1e-6)
 
 
+def motion_error(x: Tensor, y: Tensor, weight) -> Tensor:
+    """Error of motion x (B, M) against y, each factor by its weight, squared up to 3 units -> (B, M).
+    An absolute error would leave rare large motion, such as blinks, unlearned."""
+    return 3 * weight * F.smooth_l1_loss(x, y, reduction="none", beta=3.0)
+
+
 def field_roughness(field: Tensor) -> Tensor:
     """Mean squared difference in pixels between neighbouring displacements; field (B, H, W, 2) in halves."""
     pixels = field * (field.shape[1] / 2)
@@ -226,7 +232,6 @@ class AutoEncoder(nn.Module):
 
     def label_loss(self, m_r, m_t, batch: data.Batch):
         """Error of known motion read from differences of tokens, mean of R*T rows; those unknown (nan) add 0.
-        Squared up to 3 units: an absolute error would leave rare large motion, such as blinks, unlearned.
         m_r (R, L, D), m_t (R*T, L, D): tokens of references and targets. In training every process updates
         all heads, as it sums with the others'."""
         delta = (m_t - m_r.repeat_interleave(len(m_t) // len(m_r), 0)).flatten(1)      # (R*T, L*D)
@@ -241,8 +246,7 @@ class AutoEncoder(nn.Module):
                     head.update(x.detach(), y)
                 if len(y):
                     weight = y.new_tensor(WEIGHT) if kind == "real" else 1.0
-                    error = 3 * weight * F.smooth_l1_loss(head(x), y, reduction="none", beta=3.0)
-                    loss = error.mean(1).sum() / len(delta)
+                    loss = motion_error(head(x), y, weight).mean(1).sum() / len(delta)
         return loss
 
     def cycle_loss(self, picture, crossed, batch: data.Batch, average):
@@ -264,8 +268,7 @@ class AutoEncoder(nn.Module):
         """
         def error(x, y):                                                               # (B, 10) -> scalar
             difference = ((x - y) / x.new_tensor(SCALE)).clamp(-8, 8)
-            robust = 3 * F.smooth_l1_loss(difference, torch.zeros_like(x), reduction="none", beta=3.0)
-            return (x.new_tensor(WEIGHT) * robust).mean()
+            return motion_error(difference, torch.zeros_like(x), x.new_tensor(WEIGHT)).mean()
 
         picture, target, regions = (x.unflatten(0, (len(crossed), -1))[:, :2].flatten(0, 1)
                                     for x in (picture, batch.target, batch.regions))
@@ -489,7 +492,7 @@ def train(args, preset: dict) -> int:
         training.init_from(source, loaded, encoder=model.encoder, decoder=model.decoder)
         kept, meta = (loaded, loaded_meta) if frozen else ({}, {})
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    start = copy.deepcopy(ema)
+    start = copy.deepcopy(ema) if args.blend else None
     optimisers = training.optimisers(model, args.lr, args.muon_lr)
     state = os.path.join(args.out, "state.pt")
     step = first = training.resume(state, args, configs, model, ema, optimisers)
@@ -521,7 +524,9 @@ def train(args, preset: dict) -> int:
             batch = batch.to(device).encode(space)
             random = sample_noise_t_mask(args, preset["encoder"], batch.target.shape, number, rank, now)
             noise, t, ids_keep = (x.to(device) for x in random)
-            axes = random_axes(args.persons, training.step_rng(args.seed, rank, number)).to(device)
+            axes = None
+            if mesh:
+                axes = random_axes(args.persons, training.step_rng(args.seed, rank, number)).to(device)
             if world > 1:
                 ddp_model.require_backward_grad_sync = part == args.accumulate - 1
             with autocast(device):
@@ -540,9 +545,11 @@ def train(args, preset: dict) -> int:
         stop = training.any_rank(stopper.wanted, device)
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             path = os.path.join(args.out, f"step{step:06d}.png")
-            saved = copy.deepcopy(ema)
-            for trained, first_value in zip(saved.parameters(), start.parameters(), strict=True):
-                trained.lerp_(first_value, args.blend)
+            saved = ema
+            if start:
+                saved = copy.deepcopy(ema)
+                for trained, first_value in zip(saved.parameters(), start.parameters(), strict=True):
+                    trained.lerp_(first_value, args.blend)
             samples = save_samples(path, saved, space, held_out, args.seed, device)
             meta |= {"latents": kind, "vae": args.vae, "size": image_px(preset), "steps": 1,
                      "trained_steps": step}

@@ -366,6 +366,13 @@ def sample_windows(encoded, config, count, rng, silence_features, augment=False,
     return new, past, reference, audio, mood * ~no_mood[:, None, None]
 
 
+def ridge_regression(x, y, share):
+    """Find the linear map (I, O) from x (n, I) to y (n, O); its ridge is a share of x's mean square."""
+    gram = x.T @ x
+    ridge = share * gram.diagonal().mean() + 1e-6
+    return torch.linalg.solve(gram + ridge * torch.eye(len(gram)), x.T @ y)
+
+
 def readout_directions(encoded, count=20000, seed=0):
     """Find linear directions of the token that tell FACTORS -> (L*D, 9), and how the token changes with each
     alone, (9, L*D); None where nothing is known.
@@ -385,18 +392,14 @@ def readout_directions(encoded, count=20000, seed=0):
     if not x:
         return None
     x, y = torch.cat(x), torch.cat(y)
-    gram = x.T @ x
-    ridge = 0.2 * gram.diagonal().mean() * torch.eye(len(gram))
-    directions = torch.linalg.solve(gram + ridge, x.T @ y)                             # (L*D, 9)
+    directions = ridge_regression(x, y, 0.2)                                           # (L*D, 9)
     read = x @ directions
     explained = 1 - (y - read).square().sum(0) / y.square().sum(0).clamp(min=1e-6)
     explained = explained.clamp(min=0)                                 # also of what never changes
-    directions = directions * explained.sqrt() / read.std(0).clamp(min=1e-6)
-    read = x @ directions
-    gram = read.T @ read
+    scale = explained.sqrt() / read.std(0).clamp(min=1e-6)
+    directions = directions * scale
     # The ridge keeps small what a factor that is hardly read seems to change.
-    ridge = (0.02 * gram.diagonal().mean() + 1e-6) * torch.eye(len(gram))
-    changes = torch.linalg.solve(gram + ridge, read.T @ x)                             # (9, L*D)
+    changes = ridge_regression(read * scale, x, 0.02)                                  # (9, L*D)
     return directions.float(), changes.float()
 
 
