@@ -30,17 +30,15 @@ def random_motion(seeds):
     """Draw every motion factor alone, (B,) integers -> (B, M): wide coverage for stage 1 and for probes."""
     u = uniform(seeds, 3 * len(MOTION), stream=11).view(len(seeds), 3, len(MOTION))
     low, high = torch.tensor(list(MOTION.values()), device=u.device).unbind(1)
-    column = {name: k for k, name in enumerate(MOTION)}
-    share, gate = u[:, 0].clone(), {name: u[:, 2, k] for k, name in enumerate(MOTION)}                # (B, M)
-    for name in POSE:
-        share[:, column[name]] = u[:, :2, column[name]].mean(1)           # poses gather round the middle
-    motion = low + (high - low) * share                                                               # (B, M)
-    left, right = motion[:, column["blink_l"]], motion[:, column["blink_r"]]                          # views
-    motion[:, column["jaw"]] *= gate["jaw"] > 0.2                         # one mouth in five is shut
-    left *= gate["blink_l"] > 0.5                                         # half of the eyes are open
-    right *= gate["blink_l"] > 0.5
-    right.copy_(torch.where(gate["blink_r"] > 0.3, left, right))          # most blinks are of both eyes
-    return motion
+    pose = torch.tensor([name in POSE for name in MOTION], device=u.device)
+    share = torch.where(pose, u[:, :2].mean(1), u[:, 0])                  # poses gather round the middle
+    m = dict(zip(MOTION, (low + (high - low) * share).unbind(1), strict=True))
+    gate = dict(zip(MOTION, u[:, 2].unbind(1), strict=True))
+    m["jaw"] = m["jaw"] * (gate["jaw"] > 0.2)                             # one mouth in five is shut
+    left, right = (m[eye] * (gate["blink_l"] > 0.5) for eye in ("blink_l", "blink_r"))    # half are open
+    m["blink_l"] = left
+    m["blink_r"] = torch.where(gate["blink_r"] > 0.3, left, right)        # most blinks are of both eyes
+    return torch.stack([m[name] for name in MOTION], 1)                                               # (B, M)
 
 
 def random_pairs(seeds, targets, near, size=128, render_fn=render, swap=False):
@@ -149,11 +147,8 @@ def perform(seeds, jaw, lip_width, emotion, movement=False):
     rest = uniform(seeds, len(MOTION), stream=20) * 2 - 1                      # (B, M) this clip's usual pose
     m = {}
     for k, (name, (hertz, amplitude)) in enumerate(WANDER.items()):
-        if name in POSE:
-            path = amplitude * tempo * drift(seeds, head_frame, 21 + k, hertz)
-        else:
-            path = amplitude * drift(seeds, frame, 21 + k, hertz)
-        m[name] = path + 0.45 * rest[:, k, None]
+        speed, time = (tempo, head_frame) if name in POSE else (1, frame)
+        m[name] = amplitude * speed * drift(seeds, time, 21 + k, hertz) + 0.45 * rest[:, k, None]
     m["brow_furrow"] = 0.25 * drift(seeds, frame, 31, 0.5).clamp(min=0)
     m["light"] = 0.5 + 0.5 * rest[:, 10, None] + 0.1 * drift(seeds, frame, 32, 0.2)
     since, _, u = irregular_events(seeds, gaze_frame, 33, 0.7, 2.0)                 # the eyes jump, then rest
@@ -236,7 +231,8 @@ def render_clip(identity, motion, size=128):
         yield from to_uint8(frames).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def parse(argv):
+@command("world.people")
+def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m world.people", description="A synthetic data set.",
                                      allow_abbrev=False)
     parser.add_argument("--out", default="synthetic", help="folder for NUMBER.mp4, NUMBER.wav and NUMBER.npz")
@@ -245,12 +241,7 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0,
                         help=f"number of the first clip; from {HELD_OUT} on: never trained on")
     parser.add_argument("--size", type=int, default=128, help="pixels")
-    return parser.parse_args(argv)
-
-
-@command("world.people")
-def main(argv=None):
-    args = parse(argv)
+    args = parser.parse_args(argv)
     frames = round(args.seconds * FPS) if 0 < args.seconds < 1e6 else 0
     seeds = range(args.seed, args.seed + args.clips)
     if not 0 <= args.seed < seeds.stop < 2**63 or frames < 1 or args.size < 16 or args.size % 2:

@@ -13,7 +13,6 @@ Units: image plane x, y in [-1, 1] (right, down); angles in radians. Everything 
 real video.
 """
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -51,46 +50,63 @@ def normalise_factors(factors):
 
 
 def hsv(h, s, v):
-    """Hue, saturation, value, each broadcastable to (B, 1, 1) -> (B, 3, 1, 1) in [0, 1]."""
-    h, s, v = torch.broadcast_tensors(h, *(torch.as_tensor(x, device=h.device) for x in (s, v)))
+    """Hue and value (B, 1, 1), saturation as a number -> (B, 3, 1, 1) in [0, 1]."""
     k = [(h * 6 + n) % 6 for n in (5, 3, 1)]
-    k = [torch.minimum(torch.minimum(a, 4 - a), torch.ones_like(a)).clamp(min=0) for a in k]
-    return torch.stack([v - v * s * a for a in k], 1)
-
-
-def rgb(*channels):
-    """Three (B, 1, 1) or numbers -> (B, 3, 1, 1)."""
-    like = next(c for c in channels if torch.is_tensor(c))
-    return torch.stack([c + torch.zeros_like(like) for c in channels], 1)
+    return torch.stack([v - v * s * torch.minimum(a, 4 - a).clamp(0, 1) for a in k], 1)
 
 
 def over(image, colour, alpha):
-    """Paint colour (B, 3, 1 or H, 1 or W) on image (B, 3, H, W) where alpha (B, H, W)."""
+    """Paint colour (B, 3, 1 or H, 1 or W), or a grey number, on image (B, 3, H, W) where alpha (B, H, W)."""
     return image + alpha[:, None] * (colour - image)
 
 
-@dataclass
+def soft(distance, width):
+    """Turn a signed distance into a blurred edge of this width."""
+    return torch.sigmoid(4 * distance / width)
+
+
 class Geometry:
     """The pixels of B pictures in the coordinates of the head, and what all parts of the drawing share.
 
-    Fields are (B, H, W), those of one number a person (B, 1, 1), so that they combine by broadcasting.
+    Undoes the pose for every pixel: identity p and motion m are {name: (B, 1, 1)}. Fields are (B, H, W),
+    those of one number a person (B, 1, 1), so that they combine by broadcasting.
     """
-    px: float                      # width of a pixel
-    x: torch.Tensor                # (1, H, W)  the image plane
-    y: torch.Tensor
-    u: torch.Tensor                # the head's own plane: shift, roll and scale undone
-    v: torch.Tensor
-    s: torch.Tensor                # the head's surface: yaw and pitch undone, too
-    t: torch.Tensor
-    half_width: torch.Tensor       # (B, 1, 1)  of the face
-    half_height: torch.Tensor
-    shade: torch.Tensor            # brightness of the head's surface
-    strands: torch.Tensor          # brightness of the hair
-    hair_volume: torch.Tensor      # (B, 1, 1)
-    hair_length: torch.Tensor
-    eye_y: float                   # height of eyes and mouth on the surface
-    mouth_y: torch.Tensor          # (B, 1, 1)
-    head: torch.Tensor = None      # coverage of the head, computed by geometry() from the others
+    eye_y = -0.06                                                        # height of the eyes on the surface
+
+    def __init__(self, p, m, size):
+        like, self.px = p["skin"], 2 / size                                                # width of a pixel
+        axis = (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5) * self.px - 1
+        self.x, self.y = axis[None, None], axis[None, :, None]                               # the image plane
+        self.half_width = 0.45 + 0.09 * p["face_width"]                                          # of the face
+        self.half_height = 0.60 + 0.08 * p["face_height"]
+        self.mouth_y = 0.345 + 0.03 * p["nose_length"]                                       # on the surface
+        self.hair_volume = 0.03 + 0.09 * p["hair_volume"]
+        self.hair_length = 1.1 * (p["hair_length"] - 0.35).clamp(min=0)
+
+        # the head's own plane: shift, roll about the neck and scale undone
+        cos, sin = torch.cos(m["roll"]), torch.sin(m["roll"])
+        zoom = ZOOM * (1 + SCALE * m["scale"])
+        x, y = (self.x - SHIFT_X * m["shift_x"]) / zoom, (self.y - SHIFT_Y * m["shift_y"] - 0.45) / zoom
+        u, v = cos * x + sin * y, cos * y - sin * x + 0.45 + 0.02
+        u, v = u - 0.10 * torch.sin(m["yaw"]), v + 0.02 - 0.05 * torch.sin(m["pitch"])
+        self.u, self.v = u, v
+
+        # the head's surface: the ellipsoid turned back
+        radius_x, radius_y = 1.15 * self.half_width, 1.20 * self.half_height
+        self.s = radius_x * torch.sin(torch.asin((u / radius_x).clamp(-0.999, 0.999)) - m["yaw"])
+        self.t = radius_y * torch.sin(torch.asin((v / radius_y).clamp(-0.999, 0.999)) - m["pitch"])
+
+        # brightness of the surface, by its normal (nx, ny, nz), and of the hair
+        nx, ny = u / radius_x, v / radius_y
+        nz = torch.sqrt((1 - nx**2 - ny**2).clamp(min=0.02))
+        shade = 0.80 + 0.16 * nz - 0.05 * ny
+        self.shade = shade + (0.06 + 0.42 * m["light"]) * (nx * m["light_x"] + 0.35 * (nz - 0.7))
+        self.strands = 1 + 0.07 * torch.sin(20 * self.s / self.half_width + 6 * self.t + 20 * p["parting"])
+
+        # coverage of the head: narrower towards the chin, longer where the jaw goes down
+        taper = 1 - (0.42 - 0.24 * p["jaw_width"]) * (v.clamp(min=0) / self.half_height) ** 2
+        below = torch.where(v > 0, self.half_height + 0.075 * m["jaw"], self.half_height)
+        self.head = self.cover(self.ellipse(u / taper, v, self.half_width, below))
 
     def cover(self, distance):
         """Turn a signed distance (inside positive) into coverage of the pixel."""
@@ -102,76 +118,25 @@ class Geometry:
         return (1 - torch.sqrt((x / a) ** 2 + (y / b) ** 2 + 1e-8)) * radius
 
 
-@dataclass
 class Colours:
-    """Colours (B, 3, 1, 1) in [0, 1] of each person."""
-    skin: torch.Tensor
-    hair: torch.Tensor
-    lips: torch.Tensor
-    iris: torch.Tensor
-    cloth: torch.Tensor
-    tone: torch.Tensor             # (B, 1, 1)  the red of the skin
+    """Colours (B, 3, 1, 1) in [0, 1] of the identities p, and some that all share, (3, 1, 1)."""
+
+    def __init__(self, p):
+        tone = 0.36 + 0.60 * p["skin"]                                           # the red of the skin
+        self.skin = torch.stack([tone, tone * (0.70 + 0.08 * p["skin_hue"] + 0.06 * p["skin"]),
+                                 tone * (0.52 + 0.12 * p["skin_hue"] + 0.12 * p["skin"])], 1)
+        light = 0.08 + 0.75 * p["hair_light"] ** 1.5
+        self.hair = torch.stack([light, light * (0.82 - 0.32 * p["hair_red"]),
+                                 light * (0.62 - 0.42 * p["hair_red"])], 1)
+        red = torch.stack([0.92 - 0.05 * p["lip_red"], 0.66 - 0.28 * p["lip_red"],
+                           0.68 - 0.22 * p["lip_red"]], 1)
+        self.lips = self.skin * red
+        self.iris = hsv(0.07 + 0.55 * p["eye_hue"], 0.65, 0.32 + 0.33 * p["eye_hue"])
+        self.cloth = hsv(p["clothes_hue"], 0.55, 0.25 + 0.65 * p["clothes_light"])
 
     def constant(self, r, g, b):
         """The same colour for everyone."""
-        return rgb(r + 0 * self.tone, g, b)
-
-
-def soft(distance, width):
-    """Turn a signed distance into a blurred edge of this width."""
-    return torch.sigmoid(4 * distance / width)
-
-
-def geometry(p, m, size):
-    """Undo the pose for every pixel: identity p and motion m, {name: (B, 1, 1)} -> Geometry."""
-    px = 2 / size
-    like = p["skin"]
-    axis = (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5) * px - 1
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    y, x = y[None], x[None]
-    half_width, half_height = 0.45 + 0.09 * p["face_width"], 0.60 + 0.08 * p["face_height"]
-
-    # shift, roll about the neck, scale
-    cos, sin = torch.cos(m["roll"]), torch.sin(m["roll"])
-    zoom = ZOOM * (1 + SCALE * m["scale"])
-    xs, ys = (x - SHIFT_X * m["shift_x"]) / zoom, (y - SHIFT_Y * m["shift_y"] - 0.45) / zoom
-    u, v = cos * xs + sin * ys, cos * ys - sin * xs + 0.45 + 0.02
-    u = u - 0.10 * torch.sin(m["yaw"])
-    v = v + 0.02 - 0.05 * torch.sin(m["pitch"])
-
-    # turn the ellipsoid back
-    radius_x, radius_y = 1.15 * half_width, 1.20 * half_height
-    s = radius_x * torch.sin(torch.asin((u / radius_x).clamp(-0.999, 0.999)) - m["yaw"])
-    t = radius_y * torch.sin(torch.asin((v / radius_y).clamp(-0.999, 0.999)) - m["pitch"])
-
-    # light on the ellipsoid, by its normal (nx, ny, nz)
-    nx, ny = u / radius_x, v / radius_y
-    nz = torch.sqrt((1 - nx**2 - ny**2).clamp(min=0.02))
-    shade = 0.80 + 0.16 * nz - 0.05 * ny
-    shade = shade + (0.06 + 0.42 * m["light"]) * (nx * m["light_x"] + 0.35 * (nz - 0.7))
-
-    geo = Geometry(
-        px=px, x=x, y=y, u=u, v=v, s=s, t=t, half_width=half_width, half_height=half_height, shade=shade,
-        strands=1 + 0.07 * torch.sin(20 * s / half_width + 6 * t + 20 * p["parting"]),
-        hair_volume=0.03 + 0.09 * p["hair_volume"], hair_length=1.1 * (p["hair_length"] - 0.35).clamp(min=0),
-        eye_y=-0.06, mouth_y=0.345 + 0.03 * p["nose_length"])
-    taper = 1 - (0.42 - 0.24 * p["jaw_width"]) * (v.clamp(min=0) / half_height) ** 2       # towards the chin
-    below = torch.where(v > 0, half_height + 0.075 * m["jaw"], half_height + 0 * v)        # the jaw goes down
-    geo.head = geo.cover(geo.ellipse(u / taper, v, half_width, below))
-    return geo
-
-
-def colours(p):
-    """Colours of the identities p."""
-    tone = 0.36 + 0.60 * p["skin"]
-    skin = rgb(tone, tone * (0.70 + 0.08 * p["skin_hue"] + 0.06 * p["skin"]),
-               tone * (0.52 + 0.12 * p["skin_hue"] + 0.12 * p["skin"]))
-    light = 0.08 + 0.75 * p["hair_light"] ** 1.5
-    hair = rgb(light, light * (0.82 - 0.32 * p["hair_red"]), light * (0.62 - 0.42 * p["hair_red"]))
-    lips = skin * rgb(0.92 - 0.05 * p["lip_red"], 0.66 - 0.28 * p["lip_red"], 0.68 - 0.22 * p["lip_red"])
-    iris = hsv(0.07 + 0.55 * p["eye_hue"], 0.65, 0.32 + 0.33 * p["eye_hue"])
-    cloth = hsv(p["clothes_hue"], 0.55, 0.25 + 0.65 * p["clothes_light"])
-    return Colours(skin, hair, lips, iris, cloth, tone)
+        return self.skin.new_tensor([r, g, b])[:, None, None]
 
 
 # ---- the parts, back to front: each paints on image (B, 3, H, W) and returns it ---------------------------
@@ -246,7 +211,7 @@ def draw_eyes(image, geo, colour, p, m):
     """Paint both eyes with lids and lashes, the brows, and glasses."""
     width, spacing = 0.118 + 0.028 * p["eye_size"], 0.205 + 0.03 * p["eye_spacing"]
     height, white = 0.70 * width, colour.constant(0.95, 0.94, 0.92)
-    glasses, frame_colour = p["glasses"] > 0.7, 0.16 + 0 * colour.skin
+    glasses, frame_colour = p["glasses"] > 0.7, 0.16
     tilt = 0.22 * (p["brow_tilt"] - 0.5) + 0.42 * m["brow_furrow"]
     for sign, blink in ((-1, m["blink_l"]), (1, m["blink_r"])):
         x, y = geo.s - sign * spacing, geo.t - geo.eye_y                          # from the middle of the eye
@@ -263,7 +228,7 @@ def draw_eyes(image, geo, colour, p, m):
         disc = torch.minimum(opening, 0.52 * width - radius)
         image = over(image, colour.iris * (0.75 + 5 * radius)[:, None], geo.cover(disc))
         pupil = torch.minimum(disc, 0.24 * width - radius)
-        image = over(image, 0 * colour.iris + 0.04, geo.cover(pupil))
+        image = over(image, 0.04, geo.cover(pupil))
         glint = 0.14 * width - torch.sqrt((gaze_x + 0.2 * width) ** 2 + (gaze_y + 0.2 * width) ** 2 + 1e-8)
         image = over(image, white, 0.9 * geo.cover(torch.minimum(glint, opening)))
         lash = 0.016 - (y - lid).abs() / (1 + 2 * (x / width).abs())
@@ -322,7 +287,7 @@ def render(identity, motion, size=128):
     """Draw people (B, I) in motion (B, M) -> images (B, 3, size, size) in [-1, 1]."""
     p = {name: identity[:, k, None, None] for k, name in enumerate(IDENTITY)}
     m = {name: motion[:, k, None, None] for k, name in enumerate(MOTION)}
-    geo, colour = geometry(p, m, size), colours(p)
+    geo, colour = Geometry(p, m, size), Colours(p)
     image = draw_background(geo, p)
     image = draw_hair_behind(image, geo, colour)
     image = draw_clothes(image, geo, colour, p, m)
@@ -335,7 +300,7 @@ def render(identity, motion, size=128):
 
 
 def pose_forwards(u, v, m):
-    """Roll a point of the nodded and turned head about the neck, scale and shift it, as geometry() undoes it.
+    """Roll a point of the nodded and turned head about the neck, scale and shift it, as Geometry undoes it.
 
     -> its x, y in the picture, cosine and sine of the roll, zoom.
     """
