@@ -39,16 +39,11 @@ def speak(photo, wav, args, folder):
     """Make the video of one photo -> every second frame of it."""
     image, video = (str(Path(folder) / name) for name in ("photo.png", "video.mp4"))
     around_face(photo, args.size).save(image)
-    command = ["--img", image, "--wav", wav, "--ckpt", args.ckpt, "--seed", str(args.seed), "--out", video]
-    if sample.main(command):
+    if sample.main(["--img", image, "--wav", wav, "--ckpt", args.ckpt, "--seed", str(args.seed),
+                    "--out", video]):
         raise InputError(f"no video was made of {photo}")
     frames = list(read_frames(video))[::2]
     return [frame.resize((args.size, args.size), Image.Resampling.LANCZOS) for frame in frames]
-
-
-def beside(images):
-    """Join pictures of one size from left to right."""
-    return Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1))
 
 
 def encode(frames):
@@ -78,7 +73,8 @@ def main(argv=None):
         wav = str(Path(folder) / "speech.wav")
         soundfile.write(wav, wave[: round(args.seconds * rate)], rate)
         videos = [speak(photo, wav, args, folder) for photo in args.photos]
-    data = encode([beside(images) for images in zip(*videos, strict=True)])
+    beside = [np.concatenate(images, axis=1) for images in zip(*videos, strict=True)]
+    data = encode([Image.fromarray(pixels) for pixels in beside])
     with atomic_write(args.out) as temporary:
         Path(temporary).write_bytes(data)
     print(f"{args.out}: {len(data) / 1e6:.2f} MB")

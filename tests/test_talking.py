@@ -1,4 +1,4 @@
-"""examples/talking.py: faces cut out, pictures side by side, a file that is small enough."""
+"""examples/talking.py: faces cut out, a file that is small enough."""
 import io
 
 import numpy as np
@@ -12,13 +12,6 @@ from media.files import InputError
 def noise(count, size=64):
     pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
     return [Image.fromarray(x) for x in pixels]
-
-
-def test_pictures_stand_side_by_side():
-    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255)))
-    joined = talking.beside([red, blue])
-    assert joined.size == (16, 8)
-    assert joined.getpixel((7, 3)) == (255, 0, 0) and joined.getpixel((8, 3)) == (0, 0, 255)
 
 
 def test_quality_falls_until_the_file_is_small_enough(monkeypatch):

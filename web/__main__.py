@@ -42,26 +42,20 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def update(source, target):
-    """Copy a file where the copy is missing or of another size."""
-    if not target.is_file() or target.stat().st_size != source.stat().st_size:
-        with atomic_write(target, make_folder=True) as temporary:
-            shutil.copyfile(source, temporary)
-
-
-def build(ckpt, say=print):
+def build(ckpt):
     """Complete the folder of the page: graphs of the release, runtime, example. Raises InputError."""
     if not (ORT / RUNTIME[0]).is_file():
         raise InputError("onnxruntime-web is not there: npm ci --prefix web")
     ckpt = resolve(ckpt)
     if not Path(ckpt).is_file():
         raise InputError(f"{ckpt} does not exist; give a .safetensors file")
-    for name in RUNTIME:
-        update(ORT / name, PAGE / "ort" / name)
-    for name in EXAMPLE:
-        update(HERE.parent / "examples" / name, PAGE / "example" / name)
+    copies = {PAGE / "ort" / name: ORT / name for name in RUNTIME}
+    copies |= {PAGE / "example" / name: HERE.parent / "examples" / name for name in EXAMPLE}
+    for target, source in copies.items():
+        with atomic_write(target, make_folder=True) as temporary:
+            shutil.copyfile(source, temporary)
     if not exported(ckpt, MODEL):
-        say(f"exporting {ckpt} ...", flush=True)
+        print(f"exporting {ckpt} ...", flush=True)
         export(ckpt, MODEL)
 
 

@@ -34,12 +34,12 @@ STEPS, RATE = 150, 0.1                                # of the gradient descent
 
 
 @torch.no_grad()
-def draw_changes(encoder, size, people=PEOPLE, start=0):
+def draw_changes(encoder, size, people=PEOPLE):
     """Draw pictures of `people` persons -> differences from each person's mean: factors f (n, M), tokens
     t (n, L*D)."""
-    factors = random_motion(start + torch.arange(people * PICTURES)).unflatten(0, (people, PICTURES))
+    factors = random_motion(torch.arange(people * PICTURES)).unflatten(0, (people, PICTURES))
     tokens = []
-    for person, motion in zip(random_identity(start + torch.arange(people)), factors, strict=True):  # (k, M)
+    for person, motion in zip(random_identity(torch.arange(people)), factors, strict=True):      # (k, M)
         tokens.append(encoder(render(person.expand(PICTURES, -1), motion, size)).flatten(1))
     return [(x - x.mean(1, keepdim=True)).flatten(0, 1) for x in (factors, torch.stack(tokens))]
 
@@ -53,7 +53,7 @@ def fit_directions(f, t):
     return w / scale[:, None]
 
 
-def refine_directions(models, meta, directions, t, steps=STEPS, start=PEOPLE):
+def refine_directions(models, meta, directions, t, steps=STEPS):
     """Improve directions (M, L*D) until decoded pictures are most like true ones -> (M, L*D).
 
     Each step shows a new person with each slider at a random value of its span. An error is counted in shares
@@ -70,7 +70,7 @@ def refine_directions(models, meta, directions, t, steps=STEPS, start=PEOPLE):
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = RATE * (1 - step / steps)
         random = torch.Generator().manual_seed(step)
-        person = random_identity(torch.tensor([start + step]))
+        person = random_identity(torch.tensor([PEOPLE + step]))
         values = SPANS[:, 0] + (SPANS[:, 1] - SPANS[:, 0]) * torch.rand(len(NAMES), generator=random)
         with torch.no_grad():
             photo = render(person, REST, size)

@@ -1,6 +1,6 @@
 """A release -> what the page needs: four ONNX graphs, their weights and model.json.
 
-    python -m web.export [--ckpt F] [--out web/page/model] [--device cpu]
+    python -m web.export [--ckpt F] [--out web/page/model]
 
     encoder.onnx     picture (1, 3, s, s) -> token (1, L*D)
     reference.onnx   picture, its token -> what every frame needs of the photo (keys and values of each layer)
@@ -308,14 +308,13 @@ def export(ckpt, out):
 
 
 def exported(ckpt, out):
-    """model.json of the folder `out` if it holds this very release, else None."""
+    """Whether the folder `out` holds this very release, complete."""
     try:
         about = json.loads((Path(out) / "model.json").read_text())
-        complete = all((Path(out) / name).stat().st_size == size for name, size in about["bytes"].items())
-        same = about["format"] == "semo-web-1" and about["fingerprint"] == fingerprint(ckpt)
+        return about["fingerprint"] == fingerprint(ckpt) and all(
+            (Path(out) / name).stat().st_size == size for name, size in about["bytes"].items())
     except (OSError, ValueError, KeyError):
-        return None
-    return about if complete and same else None
+        return False
 
 
 @command("web.export")

@@ -37,26 +37,21 @@ python sample.py --ckpt OWNER/NAME --img photo.jpg --wav speech.wav
 """
 
 
-def card(models, meta):
-    """Write the model card of weights -> text."""
+def write_folder(ckpt, out):
+    """Write the folder to upload: weights, card, preview. Raises InputError."""
+    ckpt = resolve(ckpt)
+    models, meta = sample.load_models(ckpt)
     config = models["encoder"].config
     numbers = sum(x.numel() for model in models.values() for x in model.state_dict().values())
-    text = (ROOT / "MODEL_CARD.md").read_text().strip()
-    return CARD.format(text=text, file=HUB_FILE, millions=numbers / 1e6, size=meta["size"],
-                       tokens=config.num_tokens, width=config.token_dim, kinds=", ".join(models))
-
-
-def write_folder(ckpt, out):
-    """The folder to upload: weights, card, preview. Raises InputError."""
-    ckpt, out = resolve(ckpt), Path(out)
-    models, meta = sample.load_models(ckpt)
+    card = CARD.format(text=(ROOT / "MODEL_CARD.md").read_text().strip(), file=HUB_FILE,
+                       millions=numbers / 1e6, size=meta["size"], tokens=config.num_tokens,
+                       width=config.token_dim, kinds=", ".join(models))
     with atomic_write(out / HUB_FILE, make_folder=True) as temporary:
         shutil.copyfile(ckpt, temporary)
     with atomic_write(out / "README.md") as temporary:
-        Path(temporary).write_text(card(models, meta))
-    example = [str(ROOT / "examples" / name) for name in ("portrait.png", "speech.wav")]
-    if sample.main(["--img", example[0], "--wav", example[1], "--ckpt", str(out / HUB_FILE), "--out",
-                    str(out / "preview.mp4")]):
+        Path(temporary).write_text(card)
+    if sample.main(["--img", str(ROOT / "examples/portrait.png"), "--wav", str(ROOT / "examples/speech.wav"),
+                    "--ckpt", str(out / HUB_FILE), "--out", str(out / "preview.mp4")]):
         raise InputError(f"{ckpt}: the preview could not be made")
 
 
@@ -66,7 +61,7 @@ def main(argv=None):
                                      allow_abbrev=False)
     parser.add_argument("--ckpt", default=sample.DEFAULT,
                         help="weights, .safetensors (default: the embedded ones)")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
     write_folder(args.ckpt, args.out)
 
