@@ -18,7 +18,6 @@ import os
 import time
 from collections import deque
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,7 +107,7 @@ def parse(argv, presets=PRESETS):
 
 class Clip(NamedTuple):
     """A clip before it is encoded."""
-    parts: object                # iterable of pictures (n, 3, H, W)
+    frames: torch.Tensor         # (F, 3, H, W)
     wave: torch.Tensor           # (1, S)
     mood: torch.Tensor           # (F, 7) of the face; zeros: unknown
     change: int                  # the frame at which it changes; F: it does not
@@ -131,41 +130,21 @@ class Encoded(NamedTuple):
 
 
 @torch.no_grad()
-def encode_clip(encoder, space, parts, mask_max, rng, device, keep_frames=False):
-    """Encode pictures of a speaker, iterable of (n, 3, H, W), eqs. (5) and (4).
-
-    -> motion (F, L*D), motion through a mask of one ratio, with keep_frames the frames (F, C, H, W) as
-    encoded in half precision, else None.
-    """
-    clear, masked, frames, patches = [], [], [], len(encoder.pos_embed)
-    ratio = mask_max * torch.rand((), generator=rng).item()
-    for images in parts:
-        images = space.encode(images.to(device))
-        if keep_frames:
-            frames.append(images.half().cpu())
-        with autocast(device):
-            clear.append(encoder(images).flatten(1).cpu())                             # (n, L*D)   eq. (5)
-            ids_keep = random_masking(len(images), patches, ratio, rng).to(device)
-            masked.append(encoder(images, ids_keep).flatten(1).cpu())                  # (n, L*D)   eq. (4)
-    return torch.cat(clear), torch.cat(masked), torch.cat(frames) if keep_frames else None
-
-
-@torch.no_grad()
-def encode_masked(encoder, frames, mask_max, device, index, rng):
-    """Encode frames[index], index (B, P), through masks drawn now, eq. (4) -> (B, P, L*D).
-    Each window has a ratio of its own, so each is a pass of its own: a batch of masks is a rectangle."""
-    motion = []
-    for window in index:
-        ratio = mask_max * torch.rand((), generator=rng).item()
-        ids_keep = random_masking(len(window), len(encoder.pos_embed), ratio, rng).to(device)
-        with autocast(device):
-            motion.append(encoder(frames[window].to(device).float(), ids_keep).flatten(1).cpu())
-    return torch.stack(motion)
+def encode_clip(encoder, frames, mask_max=0.0, rng=None):
+    """Encode frames (F, C, H, W) of a speaker -> motion (F, L*D), eq. (5); with rng through masks of one
+    ratio from U(0, mask_max), eq. (4)."""
+    ratio = mask_max * torch.rand((), generator=rng).item() if rng else 0.0
+    motion, ids_keep = [], None
+    for part in frames.split(25):
+        if rng:
+            ids_keep = random_masking(len(part), len(encoder.pos_embed), ratio, rng).to(part.device)
+        with autocast(part.device):
+            motion.append(encoder(part, ids_keep).flatten(1).cpu())
+    return torch.cat(motion)
 
 
 def synthetic_clips(args, preset, size, rank, world, device="cpu", split="train"):
-    """Draw clips of the synthetic world on a device, one by one. The pictures of each must be taken before
-    the next."""
+    """Draw clips of the synthetic world on a device, one by one."""
     render_fn = torch.compile(render, dynamic=False) if args.compile else render
     frames, agree = round(preset["seconds"] * FPS), preset.get("agree", False)
     for number in range(args.clips):
@@ -178,12 +157,13 @@ def synthetic_clips(args, preset, size, rank, world, device="cpu", split="train"
         identity, motion = clip["identity"], clip["motion"][0]                         # (1, I), (F, M)
         moved = other_moods(seed, clip["motion"], OTHERS)
         others = None if agree else render(identity.expand(OTHERS, -1), moved, size)
-        parts = (render_fn(identity.expand(len(part), -1), part, size) for part in motion.split(25))
+        pictures = [render_fn(identity.expand(len(part), -1), part, size) for part in motion.split(25)]
         m = dict(zip(MOTION, motion.unbind(1), strict=True))
         factors = torch.stack([m["jaw"], m["lip_width"], -(m["blink_l"] + m["blink_r"]) / 2,
                                m["yaw"], m["pitch"], m["roll"],
                                m["lip_corner"], m["brow_raise"], -m["brow_furrow"]], 1)
-        yield Clip(parts, clip["wave"], face[0].cpu(), change.item(), voice[0].cpu(), others, factors.cpu())
+        yield Clip(torch.cat(pictures), clip["wave"], face[0].cpu(), change.item(), voice[0].cpu(), others,
+                   factors.cpu())
 
 
 def mood_label(record):
@@ -216,10 +196,10 @@ def real_clips(args, preset, folder, size, rank, world, split="train"):
         lids = known[:, 2:4].mean(1, keepdim=True)
         factors = torch.cat([known[:, :2], lids, known[:, [4, 5, 6, 8, 7, 9]]], 1)
         moods = mood.expand(len(frames), -1)
-        clip = Clip(frames.split(25), wave[None], moods, len(frames), mood, others, factors)
+        clip = Clip(frames, wave[None], moods, len(frames), mood, others, factors)
         yield clip
         if preset["augment"]:
-            yield clip._replace(parts=[part.flip(-1) for part in clip.parts], factors=factors * MIRRORED,
+            yield clip._replace(frames=frames.flip(-1), factors=factors * MIRRORED,
                                 others=None if others is None else others.flip(-1))
 
 
@@ -258,15 +238,16 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, spli
         if name != "synthetic":
             clips = real_clips(args, preset, name, size, rank, world, split)
         for clip in tqdm(clips, desc=f"encoding {name}", unit="clip", disable=rank > 0):
-            how = args.mask_max, training.step_rng(args.seed, rank, number), device
-            motion, masked, images = encode_clip(encoder, space, clip.parts, *how, fresh_masks)
+            masks = args.mask_max, training.step_rng(args.seed, rank, number)
+            pictures = space.encode(clip.frames.to(device))
+            motion, masked = encode_clip(encoder, pictures), encode_clip(encoder, pictures, *masks)
             wave = audio_features.normalise_loudness(clip.wave.to(device))
             features = audio_features.extract_features(wave, kind, args.whisper)[0].cpu()       # (F, A)
             frames = min(len(motion), len(features))
-            seen = 0 if fresh_masks else 1                                      # in the paper M_r is clear
-            others = (motion, masked)[seen][torch.arange(OTHERS) * frames // OTHERS]   # without: own frames
+            others = (motion if fresh_masks else masked)[torch.arange(OTHERS) * frames // OTHERS]
             if clip.others is not None:
-                others = encode_clip(encoder, space, [clip.others], *how)[seen]
+                others = encode_clip(encoder, space.encode(clip.others.to(device)),
+                                     *(() if fresh_masks else masks))           # in the paper M_r is clear
             number += 1
             rows = [x[:frames] for x in (motion, masked, features, clip.mood, clip.factors)]
             vary = name != "synthetic" and preset["augment"] and kind == "mel" and not fresh_masks
@@ -274,7 +255,7 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, spli
                 count = int(frames / tempo)
                 if count >= preset["generator"].window:
                     parts.append((*(audio_features.change_tempo(x, count) for x in rows), others[None]))
-                    kept += [images[:frames]] if fresh_masks else []
+                    kept += [pictures[:frames].half().cpu()] if fresh_masks else []
                     clip_index.append([first, count, k, min(int(clip.change / tempo), count)])
                     voices.append(clip.voice)
                     first += count
@@ -567,7 +548,9 @@ def train(args, preset) -> int:
         held_out = encode_held_out(args, preset, encoder, space, meta["size"], 0, 1, device)
     encode_past = None
     if preset.get("fresh_masks"):
-        encode_past = partial(encode_masked, encoder, encoded.frames, args.mask_max, device)
+        def encode_past(index, rng):                                            # each window has its ratio
+            return torch.stack([encode_clip(encoder, encoded.frames[past].to(device).float(), args.mask_max,
+                                            rng) for past in index])
     voice = models.get("voice") if args.reflow else None
     if (config.experts or config.mood_table) and not args.reflow:
         voice = train_voice(args, preset, encoded, rank, device)

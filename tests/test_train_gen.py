@@ -336,8 +336,8 @@ def test_a_clip_is_encoded_frame_by_frame(ae, fp32):
     encoder = load_models(ae)[0]["encoder"]
     draw, args = torch.Generator().manual_seed(0), train_gen.parse(command("ae", "out", "--clips", "4"))
     clip = list(train_gen.synthetic_clips(args, {"seconds": 1.2}, 32, 0, 1))[3]
-    parts = list(clip.parts)
-    clear, masked, frames = train_gen.encode_clip(encoder, Pixel(), parts, 0.6, draw, CPU, True)
+    clear = train_gen.encode_clip(encoder, clip.frames)
+    masked = train_gen.encode_clip(encoder, clip.frames, 0.6, draw)
     voice, face, change = random_moods(torch.tensor([3]), 30)
     made = random_clip(torch.tensor([3]), 30, face, voice)
     with torch.no_grad():
@@ -345,35 +345,24 @@ def test_a_clip_is_encoded_frame_by_frame(ae, fp32):
     torch.testing.assert_close(clear, want, atol=1e-5, rtol=1e-4)
     assert torch.equal(clip.wave, made["wave"]) and torch.equal(clip.mood, face[0]) and clip.change == change
     assert masked.shape == clear.shape == (30, 8) and not torch.isclose(masked, clear).all(1).any()
-    torch.testing.assert_close(frames.float(), torch.cat(parts), atol=1e-3, rtol=0)
-    clear, masked, frames = train_gen.encode_clip(encoder, Pixel(), parts, 0.0, draw, CPU)
-    assert frames is None                                                    # not asked for
-    torch.testing.assert_close(masked, clear)                                # no mask
+    torch.testing.assert_close(train_gen.encode_clip(encoder, clip.frames, 0.0, draw), clear)    # no mask
 
 
-def test_masks_drawn_anew_are_those_of_the_draw_and_differ_from_step_to_step(ae, fp32):
-    encoder = load_models(ae)[0]["encoder"]
-    frames, index = torch.randn(9, 3, 32, 32).half(), torch.tensor([[0, 1, 2], [6, 7, 8]])
+def test_masks_are_those_of_the_draw_and_differ_from_step_to_step(ae, fp32):
+    encoder, frames = load_models(ae)[0]["encoder"], torch.randn(9, 3, 32, 32)
 
-    def encode(step, mask_max=0.9):
-        return train_gen.encode_masked(encoder, frames, mask_max, CPU, index,
-                                       training.step_rng(0, 0, step))
+    def encode(step):
+        return train_gen.encode_clip(encoder, frames, 0.9, training.step_rng(0, 0, step))
 
-    with torch.no_grad():
-        clear = encoder(frames.float()).flatten(1)
-    torch.testing.assert_close(encode(1, 0.0), clear[index], atol=1e-5, rtol=1e-4)
-    assert encode(1).shape == (2, 3, 8) and torch.equal(encode(1), encode(1))
-    assert not torch.isclose(encode(1), clear[index]).all(2).any()
-    assert not torch.isclose(encode(1), encode(2)).all(2).any()
+    assert torch.equal(encode(1), encode(1)) and not torch.isclose(encode(1), encode(2)).all(1).any()
 
 
 def test_a_person_is_also_seen_in_other_moods():
     """No two pictures are alike, and all are nearer to the person's own frames than to somebody else's."""
     args = train_gen.parse(command("ae", "out", "--clips", "2"))
-    (own, one), (strange, _) = [(torch.cat(list(x.parts)), x)
-                                for x in train_gen.synthetic_clips(args, {"seconds": 1.2}, 32, 0, 1)]
+    one, other = train_gen.synthetic_clips(args, {"seconds": 1.2}, 32, 0, 1)
     assert one.others.shape == (train_gen.OTHERS, 3, 32, 32)
-    distance = [torch.cdist(one.others.flatten(1), x.flatten(1)).amin(1) for x in (own, strange)]
+    distance = [torch.cdist(one.others.flatten(1), x.frames.flatten(1)).amin(1) for x in (one, other)]
     assert (distance[0] < 0.7 * distance[1]).all() and torch.pdist(one.others.flatten(1)).min() > 0
 
 
@@ -431,7 +420,7 @@ def test_the_synthetic_world_is_drawn_on_the_training_device(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: x)
     args = train_gen.parse(command("ae", "out", "--clips", "1"))
     clip, = train_gen.synthetic_clips(args, NANO, 32, 0, 1, "meta")
-    assert {x.device.type for x in (*clip.parts, clip.wave, clip.others, clip.factors)} == {"meta"}
+    assert {x.device.type for x in (clip.frames, clip.wave, clip.others, clip.factors)} == {"meta"}
 
 
 def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
@@ -446,7 +435,7 @@ def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
         return train_gen.encode_dataset(args, NANO, encoder, Pixel(), 32, 0, 1, CPU)
 
     first = get()
-    assert made == [0, 1]                                            # the clip, and the person in other moods
+    assert made == [0, 1, 2]                   # the clip, the same through masks, the person in other moods
     assert [part.shape for part in first[:-1]] == [(25, 8), (25, 8), (25, 320), (25, 7), (25, 9), (1, 4, 8),
                                                    (1, 4), (1, 7)]
     assert first.frames is None                                              # with fresh_masks alone
@@ -454,8 +443,8 @@ def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
     models["encoder"].tokens.data += 1
     save_weights(tmp_path / "other.safetensors", models, meta)
     other = get(tmp_path / "other.safetensors")
-    assert made == [0, 1] and not torch.equal(other[0], first[0])    # another encoder
-    assert same(list(get()), list(first)) and made == [0, 1]         # and back: the old ones are not confused
+    assert made != [] and not torch.equal(other[0], first[0])        # another encoder
+    assert same(list(get()), list(first)) and made != []             # and back: the old ones are not confused
     for more in (["--mask-max", "0.5"], ["--seed", "1"], ["--clips", "2"]):
         get(ae, *more)
         assert made != []
@@ -525,7 +514,7 @@ def test_augmented_clips_are_seen_mirrored_too(monkeypatch):
     monkeypatch.setattr(train_gen.prepared, "load_landmarks", lambda row: (None, known))
     args = train_gen.parse(command("ae", "out", "--clips", "9"))
     plain, mirrored = train_gen.real_clips(args, {"augment": True}, "set", 4, 0, 1)
-    assert torch.equal(torch.cat(list(mirrored.parts)), torch.cat(list(plain.parts)).flip(-1))
+    assert torch.equal(mirrored.frames, plain.frames.flip(-1))
     assert torch.equal(mirrored.wave, plain.wave)
     assert plain.factors[0].tolist() == [1, 2, 3.5, 5, 6, 7, 9, 8, 10]   # head pose, corner, brow, furrow
     assert mirrored.factors[0].tolist() == [1, 2, 3.5, -5, 6, -7, 9, 8, 10]
@@ -596,11 +585,12 @@ def test_the_preset_paper_has_none_of_our_changes():
 def test_the_preset_paper_trains_with_smaller_networks(
         ae, whisper_folder, tmp_path, monkeypatch, no_preview):                        # noqa: F811
     """Three steps on features of a random Whisper; each sees the past through other masks."""
-    seen, encode, choose = [], train_gen.encode_masked, train_gen.sample_windows
+    seen, encode, choose = [], train_gen.encode_clip, train_gen.sample_windows
 
-    def recorded(*given):
-        seen.append(encode(*given))
-        return seen[-1]
+    def recorded(encoder, frames, *given):
+        found = encode(encoder, frames, *given)
+        seen.extend([found] if len(frames) == small.past else [])            # not of whole clips or others
+        return found
 
     def same_windows(encoded, config, count, rng, *more, **named):
         assert named == {"expression": None}                                 # ours, not the paper's
@@ -610,16 +600,17 @@ def test_the_preset_paper_trains_with_smaller_networks(
         return choose(encoded, config, count, torch.Generator().manual_seed(1), *more,
                       lambda index, _: encode_past(index, rng))
 
-    monkeypatch.setattr(train_gen, "encode_masked", recorded)
+    monkeypatch.setattr(train_gen, "encode_clip", recorded)
     monkeypatch.setattr(train_gen, "sample_windows", same_windows)
     paper = train_gen.PRESETS["paper"]
-    small = replace(paper["generator"], width=32, depth=1, heads=1, window=4, past=4, lookahead=1)
+    small = replace(paper["generator"], width=32, depth=1, heads=1, window=4, past=5, lookahead=1)
     preset = {**paper, "generator": small, "clips": 1, "seconds": 1, "windows": 4}
     args = train_gen.parse(["--preset", "paper", "--device", "cpu", "--ae", str(ae), "--out", str(tmp_path),
                             "--steps", "3", "--mask-max", "0.9", "--whisper", whisper_folder],
                            {"paper": preset})
     assert train_gen.train(args, preset) == 0
-    assert len(seen) == 3 and not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    steps = torch.stack(seen).unflatten(0, (3, 4))                           # (steps, windows, P, L*D)
+    assert not torch.equal(steps[0], steps[1]) and not torch.equal(steps[1], steps[2])
     kept = torch.load(tmp_path / "clips-0.pt", weights_only=True)
     assert kept["frames"].shape == (25, 3, 32, 32) and kept["frames"].dtype == torch.float16
     assert len(state(tmp_path)["optimisers"]) == 1                           # AdamW alone
