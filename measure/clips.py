@@ -16,7 +16,6 @@ from measure import landmarks, metrics, perceptual, reader
 from measure.checkpoint import cell, render_batched, summary, table
 from measure.metrics import NAMES
 from media import prepared
-from media.files import InputError
 from media.image import to_uint8
 from media.sound import SAMPLES_PER_FRAME
 from world.people import HELD_OUT, random_clip
@@ -140,10 +139,7 @@ def read_faces(args, clips):
     """Read clips [(n, 3, H, W)] with the face mesh, all enlarged to its size -> [{factor: (n,)}]."""
     frames = torch.cat([F.interpolate(x.float(), landmarks.SIZE, mode="bicubic") for x in clips])
     frames = to_uint8(frames).permute(0, 2, 3, 1).contiguous().numpy()
-    try:
-        curves = landmarks.read(frames, args.landmarks)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    curves = landmarks.read(frames, args.landmarks)
     ends = np.cumsum([len(x) for x in clips])[:-1]
     return [{name: np.split(curve, ends)[k] for name, curve in curves.items()} for k in range(len(clips))]
 

@@ -3,7 +3,7 @@
     python measure/landmarks.py FRAMES.npy CURVES.npz    (F, 256, 256, 3) uint8 -> a curve (F,) per factor
 
 MediaPipe needs numpy < 2 (requirements-measure.txt), so it may live in an environment of its own:
-`read(frames, python)` runs this file with that interpreter. Everything else here needs numpy alone.
+`read(frames, python)` runs this file with that interpreter, so it imports nothing else of this repository.
 
 Each frame is detected afresh with the attention mesh (478 points, lips and eyes refined). A correlation is
 undefined (nan) where the true factor does not move; it is 0 where only the generated one does not move, or
@@ -52,22 +52,13 @@ def factors(points):
             "yaw": tilt(234, 454), "pitch": tilt(10, 152), "corners": (raised * upwards).sum(1) / face**2}
 
 
-def read(frames, python=None):
-    """Read the factors of each frame.
-
-    frames: (F, 256, 256, 3) uint8 RGB. python: an interpreter that has MediaPipe, None for this one. ->
-    {factor: (F,)}, nan where no face is found. ValueError if the frames are of another kind or MediaPipe is
-    missing.
-    """
-    if frames.dtype != np.uint8 or frames.shape[1:] != (SIZE, SIZE, 3):
-        raise ValueError(f"frames are {frames.dtype} {frames.shape}; give uint8 (F, {SIZE}, {SIZE}, 3)")
-    if python:
-        return read_elsewhere(frames, python)
+def detect(frames):
+    """Read the factors of each frame (F, 256, 256, 3) uint8 RGB -> {factor: (F,)}, nan where no face is."""
     try:
         from mediapipe.python.solutions.face_mesh import FaceMesh
     except ImportError as error:
-        raise ValueError(f"reading faces needs mediapipe==0.10.21 ({error}); give --landmarks an interpreter "
-                         "that has it: an environment with requirements-measure.txt") from None
+        sys.exit(f"reading faces needs mediapipe==0.10.21 ({error}); give --landmarks an interpreter that "
+                 "has it: an environment with requirements-measure.txt")
     points = np.full((len(frames), 478, 3), np.nan)
     with FaceMesh(static_image_mode=True, max_num_faces=1, refine_landmarks=True) as mesh:
         for k, frame in enumerate(frames):
@@ -77,8 +68,9 @@ def read(frames, python=None):
     return factors(points * SIZE)
 
 
-def read_elsewhere(frames, python):
-    """Run `read` in a process of another interpreter. ValueError with its last line where it fails."""
+def read(frames, python):
+    """Run `detect` in a process of the interpreter `python`. Raises InputError with its last line."""
+    from media.files import InputError  # not found where this file is run by `python`
     with tempfile.TemporaryDirectory() as folder:
         frames_path, curves_path = os.path.join(folder, "frames.npy"), os.path.join(folder, "curves.npz")
         np.save(frames_path, frames)
@@ -86,10 +78,10 @@ def read_elsewhere(frames, python):
             command = [python, os.path.abspath(__file__), frames_path, curves_path]
             process = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
-            raise ValueError(f"--landmarks {python} cannot be run: {error.strerror}") from None
+            raise InputError(f"--landmarks {python} cannot be run: {error.strerror}") from None
         if process.returncode:
             errors = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
-            raise ValueError(f"--landmarks {python}: {errors[-1]}")
+            raise InputError(f"--landmarks {python}: {errors[-1]}")
         with np.load(curves_path) as curves:
             return dict(curves)
 
@@ -107,18 +99,11 @@ def pair(true, pred):
 
 
 def correlation(true, pred):
-    """Compute Pearson's correlation of curves (F,): nan where `true` does not move, 0 where only `pred` does
-    not."""
+    """Compute Pearson's correlation of curves (F,): nan where `true`, 0 where only `pred` does not move."""
     known = pair(true, pred)
     if known is None or np.ptp(known[0]) < 1e-9:
         return np.nan
     return 0.0 if np.ptp(known[1]) < 1e-9 else float(np.corrcoef(*known)[0, 1])
-
-
-def shifted(true, pred, lag):
-    """Correlate `pred` `lag` frames later with `true`."""
-    late, early = max(lag, 0), max(-lag, 0)
-    return correlation(true[early: len(true) - late], pred[late: len(pred) - early])
 
 
 def follow(true, pred):
@@ -131,8 +116,12 @@ def follow(true, pred):
     known = pair(true, pred)
     if known is None:
         return dict.fromkeys(MEASURES, np.nan)
-    by_lag = {lag: shifted(true, pred, lag) for lag in sorted(range(-REACH, REACH + 1), key=abs)}
-    by_lag = {lag: r for lag, r in by_lag.items() if np.isfinite(r)}
+    by_lag = {}
+    for lag in sorted(range(-REACH, REACH + 1), key=abs):
+        late, early = max(lag, 0), max(-lag, 0)
+        r = correlation(true[early: len(true) - late], pred[late: len(pred) - early])
+        if np.isfinite(r):
+            by_lag[lag] = r
     best = max(by_lag, key=by_lag.get, default=0)
     a, b = known
     disagreement = a.var() + b.var() + (a.mean() - b.mean()) ** 2
@@ -154,20 +143,19 @@ def blinks(lids):
     return [int(start + np.argmin(lids[start:end])) for start, end in edges.reshape(-1, 2)]
 
 
-def matches(true, pred, reach=REACH):
-    """Count the blinks (frames, in order) of `true` that have one of `pred` of their own within `reach`
-    frames."""
+def matches(true, pred):
+    """Count the blinks (frames, in order) of `true` that have one of `pred` of their own within REACH."""
     count, k = 0, 0
     for frame in true:
-        while k < len(pred) and pred[k] < frame - reach:
+        while k < len(pred) and pred[k] < frame - REACH:
             k += 1
-        if k < len(pred) and pred[k] <= frame + reach:
+        if k < len(pred) and pred[k] <= frame + REACH:
             count, k = count + 1, k + 1
     return count
 
 
 def known_mean(curve, reduce=np.mean):
-    """Reduce a curve (F,) over its frames with a face -> number, nan where there is none."""
+    """Reduce a curve (F,) over its known values -> number, nan where there is none."""
     known = curve[np.isfinite(curve)]
     return float(reduce(known)) if len(known) else np.nan
 
@@ -186,10 +174,9 @@ def scores(true, pred):
 
 
 def silence(opening, true):
-    """Measure how far the mouth stays open without sound: opening (F,) read in silence, true (F,) of the clip
-    whose first frame is the photo.
+    """Measure how far the mouth stays open without sound -> means after 0.2 s and of the photo, lowest tenth.
 
-    -> means after 0.2 s, of the photo, and the lowest tenth of the clip.
+    opening (F,): read in silence; true (F,): of the clip whose first frame is the photo.
     """
     return {"silence_opening": known_mean(opening[FPS // 5:]), "photo_opening": known_mean(true[:1]),
             "shut_opening": known_mean(true, lambda x: np.percentile(x, 10))}
@@ -198,8 +185,7 @@ def silence(opening, true):
 # ---- many clips -> a table ----
 
 def rates(counts):
-    """Compute blinks a minute, F1 of the blinks, share of frames without a face from summed counts {count:
-    (...)}."""
+    """Compute blinks a minute, their F1 and the share of frames without a face from {count: sums (...)}."""
     with np.errstate(invalid="ignore", divide="ignore"):
         with_face = counts["frames"] - counts["missing"]
         return {"blinks_a_minute": counts["blinks"] / with_face * FPS * 60,
@@ -207,7 +193,7 @@ def rates(counts):
                 "no_face": counts["missing"] / counts["frames"]}
 
 
-def summary(clips, people, rounds=2000, seed=0):
+def summary(clips, people):
     """Summarize a row of clips by person.
 
     clips: what `scores` returned for each, or other numbers {measure: number}; people: whose each is. ->
@@ -217,7 +203,7 @@ def summary(clips, people, rounds=2000, seed=0):
     """
     names = sorted(set(people))
     of = np.array([names.index(person) for person in people])
-    draw = np.random.default_rng(seed).random((rounds, len(names)))
+    draw = np.random.default_rng(0).random((2000, len(names)))
     result = {}
 
     def add(key, value, drawn):
@@ -228,14 +214,10 @@ def summary(clips, people, rounds=2000, seed=0):
 
     for key in clips[0].keys() - set(COUNTS):
         x = np.array([clip[key] for clip in clips])
-        mean = np.array([x[(of == k) & np.isfinite(x)].mean() if np.isfinite(x[of == k]).any() else np.nan
-                         for k in range(len(names))])
+        mean = np.array([known_mean(x[of == k]) for k in range(len(names))])
         known = mean[np.isfinite(mean)]
-        if len(known):
-            drawn = known[(draw[:, :len(known)] * len(known)).astype(int)]
-            add(key, np.median(known), np.median(drawn, axis=1))
-        else:
-            add(key, np.nan, known)
+        drawn = known[(draw[:, :len(known)] * len(known)).astype(int)]
+        add(key, known_mean(known, np.median), np.median(drawn, axis=1) if len(known) else known)
     if not set(COUNTS) <= clips[0].keys():
         return result
     sums = {key: np.bincount(of, [clip[key] for clip in clips], len(names)) for key in COUNTS}
@@ -255,19 +237,5 @@ def bounds(x, digits=2):
     return "" if x["low"] is None else f"[{x['low']:.{digits}f} {x['high']:.{digits}f}]"
 
 
-def main(argv):
-    """Read FRAMES.npy, write CURVES.npz -> exit status."""
-    if len(argv) != 2:
-        print("usage: python measure/landmarks.py FRAMES.npy CURVES.npz", file=sys.stderr)
-        return 2
-    try:
-        curves = read(np.load(argv[0]))
-        np.savez(argv[1], **curves)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    np.savez(sys.argv[2], **detect(np.load(sys.argv[1])))
