@@ -98,9 +98,11 @@ def summary(clips):
 
 
 def cell(value, digits, bounds=False):
-    """Write a mean, and if wanted its interval -> list of texts."""
-    interval = f"[{value['low']:.{digits}f} {value['high']:.{digits}f}]"
-    return [f"{value['mean']:.{digits}f}"] + [interval] * bounds
+    """Write a mean or median {mean or value, low, high}, and if wanted its interval -> list of texts."""
+    if value is None or None in value.values():                                    # of no clip it is known
+        return ["-"] + [""] * bounds
+    middle, low, high = (f"{x:.{digits}f}" for x in value.values())
+    return [middle] + [f"[{low} {high}]"] * bounds
 
 
 def table(head, rows):
@@ -109,3 +111,10 @@ def table(head, rows):
     for name, *cells in [head, *rows]:
         numbers = (text.rjust(width) for text, width in zip(cells, widths[1:], strict=True))
         print("  ".join([name.ljust(widths[0]), *numbers]).rstrip())
+
+
+def interval_table(rows, measures, digits):
+    """Print these measures of {row: {measure: see cell}}, each with its interval."""
+    table(["", *(text for name in measures for text in (name, ""))],
+          [[row, *(text for name in measures for text in cell(entry[name], digits, True))]
+           for row, entry in rows.items()])

@@ -169,25 +169,23 @@ def landmarks_table(by_mesh, size):
     print(f"\nread by a face mesh at {landmarks.SIZE} px (true frames: reduced to {size} px, the ceiling); "
           f"median over people: correlation [95%],\nampl(itude): ratio of standard deviations; of the "
           f"opening also the correlation within 1 frame, lag, concord(ance)")
-    number, bounds, lines = landmarks.number, landmarks.bounds, []
+    others, lines = {"opening_near": 2, "opening_lag": 1, "opening_concordance": 2, "blinks_a_minute": 1,
+                     "blink_f1": 2}, []
     for name, entry in rows.items():
         cells = [name]
         for factor in landmarks.FACTORS:
-            r = entry[factor + "_correlation"]
-            cells += [number(r), bounds(r), number(entry[factor + "_amplitude"])]
-        lines.append([*cells, number(entry["opening_near"]), number(entry["opening_lag"], 1),
-                      number(entry["opening_concordance"]), number(entry["blinks_a_minute"], 1),
-                      number(entry["blink_f1"]), f"{entry['no_face']['value']:.1%}"])
+            cells += cell(entry[factor + "_correlation"], 2, True) + cell(entry[factor + "_amplitude"], 2)
+        cells += [text for key, digits in others.items() for text in cell(entry[key], digits)]
+        lines.append([*cells, f"{entry['no_face']['value']:.1%}"])
     table(["", *(text for name in landmarks.FACTORS for text in (name, "", "ampl")),
            "+-1", "lag", "concord", "blinks/min", "F1", "no face"], lines)
     print("\nhead: standard deviation of the angles, degrees")
     keys = ["yaw_std", "pitch_std"] + ["seam"] * any("seam" in entry for entry in rows.values())
-    table(["", *keys],
-          [[name, *(number(entry.get(k)) for k in keys)] for name, entry in rows.items()])
+    table(["", *keys], [[name, *(cell(entry.get(k), 2)[0] for k in keys)] for name, entry in rows.items()])
     if "silence_opening" in rows.get("ours", {}):
         names = ("silence_opening", "photo_opening", "shut_opening")
         print("opening of the mouth in digital silence, after 0.2 s: {}; in the photo: {}; lowest tenth of "
-              "the true clip: {}".format(*(number(rows["ours"][name], 3) for name in names)))
+              "the true clip: {}".format(*(cell(rows["ours"][name], 3)[0] for name in names)))
     if "other sound" in rows:
         other = [scores["opening_error"] for _, scores in by_mesh["other sound"]]
         own = [scores["opening_error"] for _, scores in by_mesh["ours"]]
@@ -199,10 +197,7 @@ def landmarks_table(by_mesh, size):
 
 
 def network_metrics(nets, c, row, sound):
-    """Measure a Row of clip c by the networks of perceptual.py -> {measure: number}.
-
-    For Frechet distances the features of its pred and target. CSIM compares with the photo.
-    """
+    """Measure a Row of clip c -> {measure: number; for FID and FVD the features of pred and of target}."""
     values, paired = {}, nets if row.target is not None else {}
     if "lpips" in paired:
         values["lpips"] = nets["lpips"](row.pred, row.target).mean().item()
@@ -230,11 +225,9 @@ def pictures_table(rows):
 
 
 def networks_table(by_network, rows):
-    """Print what the networks measured, {row: [network_metrics() of each clip]}, and add it to rows {row:
-    measures}.
+    """Print what the networks measured, {row: [network_metrics() of each clip]}, and add it to `rows`.
 
-    Of the true frames the Frechet distance is that of every other clip to the rest: as near as different
-    clips come.
+    Of true frames the Frechet distance is that of every other clip to the rest: as near as clips come.
     """
     titles = {"inception": "FID", "i3d": "FVD"}
     measures = list({k: None for values in by_network.values() for clip in values for k in clip})
@@ -262,8 +255,7 @@ def networks_table(by_network, rows):
 
 
 def motion_table(result, factors=NAMES):
-    """Print how far the motion read off a measurement's frames follows the commanded -> {row: {factor:
-    correlation}}."""
+    """Print how far motion read off picture_metrics' frames follows the commanded -> {row: {factor: r}}."""
     rows = {name: dict(zip(NAMES, metrics.motion_correlation(x, result.commanded[name]), strict=True))
             for name, x in result.read.items()}
     if rows:

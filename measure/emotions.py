@@ -16,10 +16,10 @@ from tqdm import tqdm
 from emotion import FromVoice, Schedule, describe, intensify, text_palette
 from measure import landmarks, metrics, reader
 from measure.checkpoint import (
-    cell,
     decode_clip,
     encode,
     generate,
+    interval_table,
     open_checkpoint,
     render_batched,
     table,
@@ -255,9 +255,7 @@ def synthetic_people(args):
 def print_rows(report):
     """Print {row: measure_rows()} as two tables: with intervals, and by emotion."""
     intervals = [name for name, value in report["ours"].items() if isinstance(value, dict)]
-    table(["", *(text for name in intervals for text in (name, ""))],
-          [[name, *(text for k in intervals for text in cell(entry[k], 2, bounds=True))]
-           for name, entry in report.items()])
+    interval_table(report, intervals, 2)
     print()
     table(["", "mouth_worst", "crosstalk", *(f"accuracy: {name}" if k == 0 else name
                                              for k, name in enumerate(EMOTIONS))],
@@ -362,11 +360,7 @@ def real_people(args, checkpoint, clips, read_faces, nets):
                 measured["recognised"] = recognised.float().mean().item()
             by_emotion[name].append(measured)
     rows = {name: landmarks.summary(measured, people) for name, measured in by_emotion.items()}
-    measures = list(by_emotion["neutral"][0])
     print(f"{len(people)} clips of {len(set(people))} unseen people of {args.data}, their own sound; changes "
           f"from neutral, median over people [95%]")
-    table(["", *(text for k in measures for text in (k, ""))],
-          [[name, *(text for k in measures for text in (landmarks.number(entry[k], 3),
-                                                        landmarks.bounds(entry[k], 3)))]
-           for name, entry in rows.items()])
+    interval_table(rows, by_emotion["neutral"][0], 3)
     return {"rows": rows}

@@ -227,15 +227,5 @@ def summary(clips, people):
     return result
 
 
-def number(x, digits=2):
-    """Format the value of {value, low, high}, or None -> text."""
-    return "-" if x is None or x["value"] is None else f"{x['value']:.{digits}f}"
-
-
-def bounds(x, digits=2):
-    """Format the interval of {value, low, high} -> text."""
-    return "" if x["low"] is None else f"[{x['low']:.{digits}f} {x['high']:.{digits}f}]"
-
-
 if __name__ == "__main__":
     np.savez(sys.argv[2], **detect(np.load(sys.argv[1])))

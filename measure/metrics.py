@@ -85,8 +85,7 @@ def blockiness(pred, target, patch):
 
 
 def seam_ratio(frames, photo, edge, size):
-    """Measure whether the border of a square put into a photo can be seen: differences of neighbours across
-    it, over those of the photo itself; 1 where none can.
+    """Mean difference of neighbours across the border of a square put into a photo, over the photo's own.
 
     frames: (n, H, W, 3) and photo: (H, W, 3) uint8; the square begins at pixel (edge, edge).
     """
@@ -100,8 +99,7 @@ def seam_ratio(frames, photo, edge, size):
 
 
 def compare(pred, target, box, patch):
-    """Compute all picture measures of a clip (n, 3, H, W), means over its frames; those named face_ are over
-    the head's box."""
+    """Compute all picture measures of a clip (n, 3, H, W), means over its frames; face_: over the box."""
     values, similarity = {}, ssim(pred, target)
     for prefix, where in (("", None), ("face_", box)):
         values[prefix + "psnr"] = psnr(pred, target, where)
@@ -119,14 +117,12 @@ def correlation(a, b):
 
 
 def lag_correlation(pred, target, reach=5):
-    """Correlate (F,), (F,) -> the best over shifts of -reach..reach frames, its shift (positive: pred is
-    late), that at 0."""
-    count, by_lag = len(target), {}
+    """Correlate (F,), (F,) -> the best over shifts of `reach` frames, its shift (> 0: late), that at 0."""
+    by_lag = {}
     for lag in range(-reach, reach + 1):
         late, early = max(lag, 0), max(-lag, 0)
-        if count - late - early > 2:
-            a, b = pred[late: count - early, None], target[early: count - late, None]
-            by_lag[lag] = correlation(a, b).item()
+        a, b = pred[late: len(pred) - early, None], target[early: len(target) - late, None]
+        by_lag[lag] = correlation(a, b).item()
     best = max(by_lag, key=lambda lag: (by_lag[lag], -abs(lag)))
     return by_lag[best], best, by_lag[0]
 
@@ -141,14 +137,12 @@ def count_events(signal, up=0.5, down=0.3):
 
 
 def motion_correlation(read, target):
-    """Correlate over all frames of all clips, lists of (n, M), once each clip's mean is taken out -> M
-    numbers."""
+    """Correlate all frames of all clips, lists of (n, M), each clip's mean taken out -> M numbers."""
     return correlation(*(torch.cat([x - x.mean(0) for x in each]) for each in (read, target))).tolist()
 
 
 def sync(read, target):
-    """Compare a clip's mouth and head as read (n, M) with its true mouth -> {name: number}; angles in
-    degrees."""
+    """Compare a clip's mouth and head as read (n, M) with the true (n, M) -> {name: number}, degrees."""
     at, values = {name: k for k, name in enumerate(NAMES)}, {}
     for name in ("jaw", "lip_width"):
         best, lag, now = lag_correlation(read[:, at[name]], target[:, at[name]])
@@ -166,10 +160,9 @@ def r_squared(guess, target):
 
 
 def ridge_r_squared(x, y, fit, check, test):
-    """Compute R^2 on the rows `test` of each column of y (n, k), read from x (n, d) by a linear probe.
+    """Compute R^2 on the rows `test` of each column of y (n, k), read from x (n, d) by ridge regression.
 
-    fit, check, test: masks (n,). Ridge regression on `fit`; its strength is the one best on `check`, for each
-    column.
+    fit, check, test: masks (n,). It is fitted on `fit`, its strength is the best on `check`, for each column.
     """
     x, y = x.double(), y.double()
     x = (x - x[fit].mean(0)) / x[fit].std(0).clamp(min=1e-6)
@@ -185,25 +178,22 @@ def ridge_r_squared(x, y, fit, check, test):
 
 
 def probe_tokens(tokens, motion, people, number):
-    """Probe tokens (n, d) linearly, people split 60-20-20 by their number (n,) -> R^2 of each motion and
-    identity factor, two dicts."""
+    """Probe tokens (n, d) linearly, people split 60-20-20 by their number (n,) -> R^2 of motion, identity."""
     share = number.float() / (number.max() + 1)
     fit, check, test = share < 0.6, (share >= 0.6) & (share < 0.8), share >= 0.8
     r2 = ridge_r_squared(tokens.cpu(), torch.cat([motion, people], 1), fit, check, test).tolist()
     return dict(zip(NAMES, r2, strict=False)), dict(zip(IDENTITY, r2[len(NAMES):], strict=True))
 
 
-def interval(values, rounds=2000, seed=0):
-    """Bootstrap over clips (Efron 1979): list of numbers -> mean, and the 95% interval of the mean, low and
-    high."""
-    return ratio_interval(torch.tensor(values, dtype=torch.float64), torch.ones(len(values)), rounds, seed)
+def interval(values):
+    """Bootstrap a list of numbers (Efron 1979) -> mean, and its 95% interval, low and high."""
+    return ratio_interval(torch.tensor(values, dtype=torch.float64), torch.ones(len(values)))
 
 
-def ratio_interval(a, b, rounds=2000, seed=0):
-    """Bootstrap over people: (P,), (P,) -> sum of a over sum of b as mean, and its 95% interval, low and
-    high."""
+def ratio_interval(a, b):
+    """Bootstrap over people (P,), (P,) -> sum of a over sum of b as mean, and its 95% interval, low, high."""
     a, b = a.double(), b.double()
-    pick = torch.randint(len(a), (rounds, len(a)), generator=torch.Generator().manual_seed(seed))
+    pick = torch.randint(len(a), (2000, len(a)), generator=torch.Generator().manual_seed(0))
     ratios = a[pick].sum(1) / b[pick].sum(1)
     low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()
     return {"mean": (a.sum() / b.sum()).item(), "low": low, "high": high}
