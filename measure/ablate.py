@@ -16,6 +16,7 @@ import functools
 import json
 import operator
 import os
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -36,8 +37,9 @@ BASE = dict(encoder=EncoderConfig(**SHAPE, width=96, depth=3, heads=2),
             decoder=DecoderConfig(**SHAPE, width=128, depth=3, heads=2), loss="weighted", curriculum=True,
             steps=1000, persons=16, targets=4, near=0.5, mask_max=0.5, label_weight=0.0,
             lr=1e-3, muon_lr=0.02)
-PAST = dict(generator=GeneratorConfig(), steps=1000, windows=32, clips=256, seconds=4, voices=1,
-            balanced=True, augment=True, lr=1e-3, muon_lr=0.02)
+GENERATOR = dict(generator=GeneratorConfig(), steps=1000, windows=32, clips=256, seconds=4, voices=1,
+                 balanced=True, augment=True, mask_max=0.2, lr=1e-3, muon_lr=0.02)
+EXPERTS = GeneratorConfig(experts=16)
 
 
 def token(count, width):
@@ -59,7 +61,7 @@ def paper(encoder=(), decoder=(), **changes):
             "loss": "velocity", "curriculum": False, "near": 0.0, "mask_max": 0.9, **changes}
 
 
-# table: {row: what differs from the base}
+# table: {row: what differs from BASE, in the tables of stage 2 from GENERATOR}
 TABLES = {
     "width": {"1 x 32": token(1, 32), "1 x 64": {}, "1 x 256": token(1, 256), "1 x 1024": token(1, 1024)},
     "count": {"1 x 64": {}, "2 x 32": token(2, 32), "4 x 16": token(4, 16), "8 x 8": token(8, 8)},
@@ -75,16 +77,13 @@ TABLES = {
                   "weighted loss": paper(loss="weighted"),
                   "curriculum": paper(curriculum=True, near=BASE["near"], mask_max=BASE["mask_max"]),
                   "base": {}, "ours": {"loss": "region", **decoder(warp_grid=4, overlap=True)}},
+    "past": {"none": {"mask_max": 0.0}, "0 to 20%": {"mask_max": 0.2}},
+    "emotion": {"experts": {"generator": EXPERTS},
+                "a table of seven vectors": {"generator": GeneratorConfig(mood_table=True)},
+                "learned gates, as in MoEE": {
+                    "generator": replace(EXPERTS, mood_table=True, learned_gates=True)},
+                "experts, moods never disagree": {"generator": EXPERTS, "agree": True}},
 }
-# likewise of stage 2: what differs from PAST, and the share of the past that is masked
-EXPERTS = {"generator": GeneratorConfig(experts=16)}
-STAGE_2 = {
-    "past": {"none": ({}, 0.0), "0 to 20%": ({}, 0.2)},
-    "emotion": {"experts": (EXPERTS, 0.2),
-                "a table of seven vectors": ({"generator": GeneratorConfig(mood_table=True)}, 0.2),
-                "learned gates, as in MoEE": (
-                    {"generator": GeneratorConfig(experts=16, mood_table=True, learned_gates=True)}, 0.2),
-                "experts, moods never disagree": ({**EXPERTS, "agree": True}, 0.2)}}
 TITLES = {"width": "One token, its width (paper: table 5)",
           "count": "64 numbers in 1 to 8 tokens (paper: table 6)",
           "mask": "Masked patches in stage 1 (paper: table 7, figure 9)", "attention": "Who sees the target",
@@ -122,31 +121,20 @@ EMOTION_MEASURES = {
     "compounds, seen": ("emotion", ("compounds_seen",), 2),
     "unseen": ("emotion", ("compounds_unseen",), 2),
     "80% of a switch, s": ("emotion", ("switch_80_percent_seconds",), 2)}
-STAGE_2_MEASURES = {"past": TALK_MEASURES, "emotion": EMOTION_MEASURES}
-
-
-def slug(table, variant):
-    """Name a run's folder."""
-    return f"{table}-{variant}".replace(" ", "").replace("%", "").replace(",", "-")
+STAGE_2 = {"past": TALK_MEASURES, "emotion": EMOTION_MEASURES}
 
 
 def folders(table):
-    """-> {variant: its run's folder}; variants of stage 1 that change nothing share the run `base`."""
-    variants = STAGE_2.get(table) or TABLES[table]
-    return {variant: slug(table, variant) if change else "base" for variant, change in variants.items()}
+    """-> {variant: its run's folder}; variants that change nothing share the run `base`."""
+    return {variant: re.sub("[ %]", "", f"{table}-{variant}").replace(",", "-") if change else "base"
+            for variant, change in TABLES[table].items()}
 
 
 def runs(tables):
-    """List the runs of tables -> {folder: (preset, share of the past masked, None in stage 1; measures)}."""
-    presets = {}
-    for table in tables:
-        for variant, folder in folders(table).items():
-            if table in STAGE_2:
-                change, share = STAGE_2[table][variant]
-                presets[folder] = {**PAST, **change}, share, STAGE_2_MEASURES[table]
-            else:
-                presets[folder] = {**BASE, **TABLES[table][variant]}, None, MEASURES
-    return presets
+    """List the runs of tables -> {folder: (preset, measures)}."""
+    return {folder: ({**(GENERATOR if table in STAGE_2 else BASE), **TABLES[table][variant]},
+                     STAGE_2.get(table, MEASURES))
+            for table in tables for variant, folder in folders(table).items()}
 
 
 def run_evaluation(folder, command, args):
@@ -161,12 +149,13 @@ def run_evaluation(folder, command, args):
     return json.loads(Path(path).read_text())
 
 
-def run(folder, preset, share, measures, seed, args):
+def run(folder, preset, measures, seed, args):
     """Train one variant from one seed, or what is left of it -> {measure: number}, None if it was stopped."""
     words = ["--preset", "ablation", "--out", folder, "--seed", str(seed), "--device", args.device]
     words += ["--steps", str(args.steps)] if args.steps else []
-    words += [] if share is None else ["--ae", args.ckpt, "--mask-max", str(share)]
-    script = train_ae if share is None else train_gen
+    script = train_ae
+    if "generator" in preset:
+        script, words = train_gen, [*words, "--ae", args.ckpt, "--mask-max", str(preset["mask_max"])]
     status = script.train(script.parse(words, {"ablation": preset}), preset)
     signal.signal(signal.SIGINT, signal.default_int_handler)        # training took them over
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -179,7 +168,7 @@ def run(folder, preset, share, measures, seed, args):
 
 def print_table(table, results):
     """Print one table as Markdown, from results {folder: [{measure: number} of each seed]}."""
-    measures = STAGE_2_MEASURES.get(table, MEASURES)
+    measures = STAGE_2.get(table, MEASURES)
     print(f"\n**{TITLES[table]}**\n\n| | {' | '.join(measures)} |\n|{'---|' * (len(measures) + 1)}")
     for variant, folder in folders(table).items():
         cells = []
@@ -198,7 +187,7 @@ def parse(argv):
                         help="tables (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="(default: 0 1)")
     parser.add_argument("--steps", type=int,
-                        help=f"steps of each run (default: {BASE['steps']}, stage 2 {PAST['steps']})")
+                        help=f"steps of each run (default: {BASE['steps']}, stage 2 {GENERATOR['steps']})")
     parser.add_argument("--json", help="also write the numbers of every seed to this file")
     args = parser.parse_args(argv)
     if args.steps is not None and args.steps < 1 or min(args.seeds) < 0:

@@ -206,8 +206,9 @@ def network_metrics(nets, c, row, sound):
         values["csim"] = nets["csim"](photo[None], row.pred, c.face).mean().item()
     if "syncnet" in paired and sound:
         values |= {k: v for k, v in nets["syncnet"](row.pred, c.wave, c.face).items() if k != "offset"}
-    for name in {"inception", "i3d"} & paired.keys():
-        values[name] = [nets[name](x) for x in (row.pred, row.target)]
+    for name in ("inception", "i3d"):
+        if name in paired:
+            values[name] = [nets[name](x) for x in (row.pred, row.target)]
     return values
 
 

@@ -24,6 +24,7 @@ from measure.checkpoint import (
     render_batched,
     table,
 )
+from measure.clips import load_networks, read_faces, test_clips
 from measure.metrics import NAMES, ratio_interval
 from media import audio_features
 from media.files import InputError
@@ -78,8 +79,7 @@ def generate_moods(checkpoint, photo, waves, moods, seed):
 
 
 def time_with_mood(checkpoint, photo, wave, runs=5):
-    """Divide the processor time of the generator with a mood by that without: medians of `runs`, taken in
-    turn."""
+    """Divide the generator's processor time with a mood by that without: medians of `runs`, in turn."""
     seconds = {False: [], True: []}
     for _ in range(runs):
         for with_mood, times in seconds.items():
@@ -117,8 +117,7 @@ class Person:
         return self.read_motion(frames).unflatten(0, tokens.shape[:2])
 
     def generated(self, waves, moods, picks):
-        """Read motion (B, n, M) off the frames `picks` of what is generated from sound (1 or B, S) in moods
-        (B, 7) or (B, F, 7)."""
+        """Generate from sound (1 or B, S) in moods (B, 7) or (B, F, 7), read motion (B, n, M) off `picks`."""
         tokens = generate_moods(self.checkpoint, self.photo, waves, moods, self.number)
         return self.read_tokens(tokens[:, picks])
 
@@ -204,11 +203,13 @@ def rank_correlation(values):
     return metrics.correlation(ranks[:, None], torch.arange(len(values)).float()[:, None]).item()
 
 
-def switch_time(course, before=FPS):
-    """Measure a change of course (n,) that begins at frame `before` -> seconds until four fifths of it are
-    done, and the largest step from frame to frame as a share of it. First and last second: its ends."""
+def switch_time(course):
+    """Measure a change of course (n,) after its first second, from that one's mean to that of the last.
+
+    -> seconds until four fifths of it are done, the largest step from frame to frame as a share of it.
+    """
     start, end = course[:FPS].mean(), course[-FPS:].mean()
-    share = ((course - start) / (end - start))[before:]
+    share = ((course - start) / (end - start))[FPS:]
     return ((share > 0.8).float().argmax() / FPS).item(), share.diff().abs().max().item()
 
 
@@ -311,14 +312,13 @@ def voice_ceiling(train=40_000, test=4000, steps=800):
 
 # ---- words -------------------------------------------------------------------------------------------------
 
-def words(text_model):
+def words(args):
     """Print what --emotion-text makes of the names of the emotions and of PHRASES.
 
-    text_model: hub id or folder of a text encoder -> names, phrases: the shares whose first emotion is the
-    one that is meant; palettes: {words: weights (7)}.
+    -> names, phrases: the shares whose first emotion is as meant; palettes: {words: weights (7)}.
     """
     meant = [*zip(EMOTIONS, EMOTIONS, strict=True), *PHRASES]
-    palettes = [text_palette(text, text_model) for text, _ in meant]
+    palettes = [text_palette(text, args.text_model) for text, _ in meant]
     right = [EMOTIONS[palette.argmax()] == name for palette, (_, name) in zip(palettes, meant, strict=True)]
     table(["words", "meant", "", "came out"],
           [[text, name, "" if hit else "not", describe(palette)]
@@ -331,23 +331,23 @@ def words(text_model):
 
 # ---- real people -------------------------------------------------------------------------------------------
 
-def real_people(args, checkpoint, clips, read_faces, nets):
+def real_people(args):
     """Show each emotion on the first frame of real clips, with their sound, and compare with `neutral`.
 
-    clips: iterator of test clips with images and wave; read_faces(args, [frames]) -> [{factor: (n,)}], or
-    None; nets: networks of perceptual.load, of which CSIM and expression are used. Prints and returns
-    {emotion: {measure}}: changes of lip corners, lip width and lids from neutral, in heights of the face
-    (lids: widths of the eye); correlation of the opening of the mouth with neutral's; csim with the photo;
-    recognised: the share of frames that show the wished expression. Medians over people.
+    Prints and returns {emotion: {measure}}: changes of lip corners, lip width and lids from neutral, in
+    heights of the face (lids: widths of the eye); correlation of the opening of the mouth with neutral's;
+    csim with the photo; recognised: the share of frames that show the wished expression. Medians over people.
     """
+    checkpoint = open_with_experts(args)
+    nets, absent = load_networks(args, checkpoint.device)
     steps, by_emotion, people = args.steps or checkpoint.meta["steps"], {name: [] for name in EMOTIONS}, []
-    for c in clips:
+    for c in test_clips(args, checkpoint.meta["size"], sound=True):
         people.append(c.person)
         tokens = generate_moods(checkpoint, c.images[0], c.wave, EYE, c.number)[:, FPS // 5:]
         tokens = tokens[:, ::max(1, tokens.shape[1] // 25)]                           # 25 to 49 of each clip
         frames = decode_clip(checkpoint, c.images[0], tokens.flatten(0, 1), steps, c.number)
         frames = frames.unflatten(0, tokens.shape[:2])                                     # (7, n, 3, H, W)
-        curves = read_faces(args, list(frames)) if read_faces else [{}] * len(EMOTIONS)
+        curves = read_faces(args, list(frames)) if args.landmarks else [{}] * len(EMOTIONS)
         for name, read, shown in zip(EMOTIONS, curves, frames, strict=True):
             measured = {factor: landmarks.known_mean(read[factor] - curves[0][factor])
                         for factor in ("corners", "width", "lids") if read}
@@ -363,4 +363,5 @@ def real_people(args, checkpoint, clips, read_faces, nets):
     print(f"{len(people)} clips of {len(set(people))} unseen people of {args.data}, their own sound; changes "
           f"from neutral, median over people [95%]")
     interval_table(rows, by_emotion["neutral"][0], 3)
+    print(*absent, sep="\n")
     return {"rows": rows}

@@ -42,16 +42,7 @@ from measure.checkpoint import (
     table,
     write_json,
 )
-from measure.clips import (
-    FRAMES,
-    SILENCE,
-    Row,
-    load_networks,
-    motion_table,
-    picture_metrics,
-    read_faces,
-    test_clips,
-)
+from measure.clips import FRAMES, SILENCE, Row, motion_table, picture_metrics, test_clips
 from measure.metrics import NAMES
 from media.compose import Composer
 from media.device import autocast
@@ -75,8 +66,7 @@ def step_label(n):
 # ---- the commands: each returns what it prints -------------------------------------------------------------
 
 def reconstruct(args):
-    """Show a clip's later frames from its first frame as the photo and their tokens; then another person so
-    moved.
+    """Show a clip's later frames from its first frame as the photo and their tokens; another person so moved.
 
     Synthetic: the photo of the next person B, against the true B. Real, with --landmarks: that of the person
     before, of whom no truth is known, and whether the pasted square shows.
@@ -112,14 +102,11 @@ def reconstruct(args):
             "landmarks": result.landmarks}
 
 
-def seam(checkpoint, b, c, frames=8):
-    """Measure the border of b's face square, put back into b's picture moved as clip c -> metrics.seam_ratio.
-
-    frames: how many of the clip, evenly spread.
-    """
+def seam(checkpoint, b, c):
+    """Measure the border of b's face square in b's picture moved as 8 frames of c -> metrics.seam_ratio."""
     middle, edge = len(b.wide) / 2, (len(b.wide) - landmarks.SIZE) // 2
     composer = Composer(b.wide, Square(middle, middle, landmarks.SIZE))
-    video = c.images[torch.linspace(0, len(c.images) - 1, frames).long()]
+    video = c.images[torch.linspace(0, len(c.images) - 1, 8).long()]
     moved = sample.reenact(vars(checkpoint), checkpoint.meta, b.photo, iter(video), composer=composer)
     return metrics.seam_ratio(np.stack(list(moved)), b.wide, edge, landmarks.SIZE)
 
@@ -144,8 +131,7 @@ def masked(args):
 
 
 def probe(args):
-    """Regress every factor on the token (ridge), on people that neither the encoder nor the regression has
-    seen."""
+    """Regress every factor on the token, on people that neither the encoder nor the regression has seen."""
     checkpoint, each = open_checkpoint(args, "encoder"), FRAMES["probe"]
     number = torch.arange(args.clips).repeat_interleave(each)                               # (n,) whose frame
     people, motion = random_identity(HELD_OUT + number), random_motion(HELD_OUT + torch.arange(len(number)))
@@ -169,23 +155,20 @@ def probe(args):
 
 
 def animate(checkpoint, photo, wave, gen_steps, steps, seed):
-    """Do the whole job on photo (3, H, W) and sound (1, S) -> frames (n, 3, H, W), before any video coding,
-    and their tokens (n, L*D)."""
+    """Do the whole job on photo (3, H, W) and sound (1, S) -> frames (n, 3, H, W), their tokens (n, L*D)."""
     tokens = generate(checkpoint, photo, wave, seed, gen_steps)
     return decode_clip(checkpoint, photo, tokens, steps, seed), tokens
 
 
 def talk(args):
-    """Animate a clip's first frame by the clip's sound; `other sound` is another clip's, against this one's
-    truth."""
+    """Animate a clip's first frame by its sound; `other sound`: by another clip's, against its own truth."""
     checkpoint, jumps = open_checkpoint(args, "encoder", "decoder", "generator"), []
     num_steps = args.steps or checkpoint.meta["gen_steps"], args.steps or checkpoint.meta["steps"]
 
     def rows_of(c, earlier):
         def row_of(name, pred, motion=None):
             n = min(len(pred), len(c.images))                # a file's sound may be shorter than its pictures
-            pred, target = (x if len(x) == n else x[:n] for x in (pred, c.images))
-            return Row(name, pred, target, c.box[:n], motion if motion is None else motion[:n])
+            return Row(name, pred[:n], c.images[:n], c.box[:n], motion if motion is None else motion[:n])
 
         photo, other = c.images[0], earlier[-1].wave if earlier else None
         if not args.data:
@@ -247,8 +230,7 @@ def mouth_tables(checkpoint, result, num_steps):
 
 
 def steps(args):
-    """Decoder: self-reconstruction as in `reconstruct`. Generator: the mouth as in `talk`, its frames decoded
-    as released."""
+    """Vary the steps: of the decoder, as in `reconstruct`; of the generator, the mouth as in `talk`."""
     checkpoint = open_checkpoint(args, "encoder", "decoder", "generator")
     read_motion = reader.load_regressor(args.reader)
     size, mouth, by_steps = checkpoint.meta["size"], [NAMES.index("jaw"), NAMES.index("lip_width")], {}
@@ -299,23 +281,11 @@ def straightness(checkpoint, c, tokens):
 
 def emotion(args):
     """Show wished emotions on people of the synthetic world, or on real photos."""
-    if not args.data:
-        return emotions.synthetic_people(args)
-    checkpoint = emotions.open_with_experts(args)
-    nets, absent = load_networks(args, checkpoint.device)
-    clips = test_clips(args, checkpoint.meta["size"], sound=True)
-    report = emotions.real_people(args, checkpoint, clips, read_faces if args.landmarks else None, nets)
-    print(*absent, sep="\n")
-    return report
-
-
-def text(args):
-    """Show what a text encoder makes of words for emotions."""
-    return emotions.words(args.text_model)
+    return emotions.real_people(args) if args.data else emotions.synthetic_people(args)
 
 
 COMMANDS = {"reconstruct": reconstruct, "masked": masked, "talk": talk, "probe": probe, "steps": steps,
-            "emotion": emotion, "text": text}
+            "emotion": emotion, "text": emotions.words}
 
 
 def parse(argv):

@@ -212,7 +212,7 @@ def summary(clips, people):
         numbers = {"value": value, "low": low, "high": high}
         result[key] = {name: float(x) if np.isfinite(x) else None for name, x in numbers.items()}
 
-    for key in clips[0].keys() - set(COUNTS):
+    for key in [key for key in clips[0] if key not in COUNTS]:
         x = np.array([clip[key] for clip in clips])
         mean = np.array([known_mean(x[of == k]) for k in range(len(names))])
         known = mean[np.isfinite(mean)]

@@ -21,6 +21,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def test_every_variant_differs_from_the_base_in_one_thing_and_can_be_built():
     for table, variants in ablate.TABLES.items():
+        if table in ablate.STAGE_2:
+            continue
         assert [row for row, change in variants.items() if not change], f"{table} lacks the base"
         for row, change in variants.items():
             preset = {**ablate.BASE, **change}
@@ -36,7 +38,7 @@ def test_every_variant_differs_from_the_base_in_one_thing_and_can_be_built():
             assert v.shape == picture.shape
     names = list(ablate.runs(list(ablate.TITLES)))
     assert len(names) == len(set(names)) == 1 + 3 + 3 + 2 + 1 + 1 + 1 + 9 + 2 + 4
-    for change, _ in ablate.STAGE_2["emotion"].values():
+    for change in ablate.TABLES["emotion"].values():
         assert Generator(change["generator"]).config.audio_dim == 320
 
 
@@ -71,8 +73,9 @@ def quick(monkeypatch, tmp_path):
                                          "targets": 1})
     monkeypatch.setitem(ablate.TABLES, "prediction", {"x": {}, "v": {"decoder": replace(decoder,
                                                                                         predict="v")}})
-    monkeypatch.setattr(ablate, "PAST", {**ablate.PAST, "generator": replace(ablate.PAST["generator"],
-                                         **small), "windows": 2, "clips": 1, "seconds": 2})
+    generator = replace(ablate.GENERATOR["generator"], **small)
+    monkeypatch.setattr(ablate, "GENERATOR", {**ablate.GENERATOR, "generator": generator, "windows": 2,
+                                              "clips": 1, "seconds": 2})
     yield tmp_path
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -237,13 +237,16 @@ def test_real_photos_are_compared_with_their_own_neutral_face(monkeypatch, capsy
              for k, name in enumerate("ab")]
     nets = {"csim": lambda photo, frames, face: 1 - frames.mean((1, 2, 3)),         # below: neutral is happy
             "expression": lambda frames, face: EYE[(10 * frames.mean((1, 2, 3))).round().long().clamp(min=1)]}
-    args = SimpleNamespace(steps=1, data="a folder")
-    rows = emotions.real_people(args, SimpleNamespace(meta=META), iter(clips), read_faces, nets)["rows"]
+    monkeypatch.setattr(emotions, "open_with_experts", lambda args: SimpleNamespace(meta=META, device="cpu"))
+    monkeypatch.setattr(emotions, "test_clips", lambda *_, sound: iter(clips))
+    monkeypatch.setattr(emotions, "load_networks", lambda *_: (nets, []))
+    monkeypatch.setattr(emotions, "read_faces", read_faces)
+    args = SimpleNamespace(steps=1, data="a folder", landmarks="python")
+    rows = emotions.real_people(args)["rows"]
     for k, name in enumerate(EMOTIONS):
         medians = {measure: x["value"] for measure, x in rows[name].items()}
         assert medians == pytest.approx({"corners": 1.1 * k, "width": 0.1 * k, "lids": -0.1 * k, "opening": 1,
                                        "csim": 1 - 0.1 * k, "recognised": float(k > 0)}, abs=1e-6)
     assert "2 clips of 2 unseen people of a folder" in capsys.readouterr().out
-    alone = emotions.real_people(args, SimpleNamespace(meta=META), iter(clips), None, nets)["rows"]
-    assert set(alone["happy"]) == {"csim", "recognised"}
-    assert evaluate.COMMANDS["emotion"] is evaluate.emotion
+    args.landmarks = None
+    assert set(emotions.real_people(args)["rows"]["happy"]) == {"csim", "recognised"}
