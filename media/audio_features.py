@@ -9,7 +9,6 @@ of the whole file, and memory does not grow with its length. Live sound, whose e
 by its past: `streaming_gain` in place of `loudness_gain`.
 """
 import functools
-import itertools
 import math
 from array import array
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from media.files import InputError
-from media.sound import SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks
+from media.sound import SAMPLE_RATE, SAMPLES_PER_FRAME, audio_chunks, rechunk
 from media.weights import is_local
 
 BINS, N_FFT, STEP = 80, 400, 160  # mel bins, window of 25 ms, hop of 10 ms
@@ -25,6 +24,7 @@ CONTEXT = N_FFT // 2 - STEP // 2  # samples that a frame's mel windows reach bey
 MEL_FLOOR, MEL_MEAN, MEL_STD = 1e-4, -1.9, 1.5  # of log10 mel power: measured once, on levelled speech
 WHISPER = "openai/whisper-tiny"
 FEATURE_DIM = {"mel": BINS * SAMPLES_PER_FRAME // STEP, "whisper": 2 * 384}     # of WHISPER: 2 * d_model
+LEVEL = 0.1         # RMS of the loud part of a levelled sound
 GAIN_HISTORY = 3000  # frames of loudness that streaming_gain remembers
 
 
@@ -33,25 +33,19 @@ def num_frames(samples):
     return max(1, round(samples / SAMPLES_PER_FRAME))
 
 
-def loudness_gain(chunks, target=0.1):
-    """Compute the factor that brings the loud part of a recording, an iterable of (S_i,), to RMS `target`.
+def loudness_gain(chunks):
+    """Compute the factor that brings the loud part of a recording, an iterable of (S_i,), to RMS LEVEL.
 
     Loud means within 20 dB of the 95th percentile of 40 ms frames, so pauses do not count. Silence (below -66
     dB of full scale) is left alone, a sound without ups and downs (hum, hiss: under 6 dB between the 10th and
     the 95th percentile) is never raised, and nothing is raised by more than 40 dB.
     """
-    power, rest = array("f"), torch.zeros(0)        # thousands of small tensors would fragment the memory
-    for chunk in chunks:
-        chunk = torch.cat([rest, chunk.detach().float().cpu()])
-        complete = len(chunk) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME
-        power.extend(chunk[:complete].view(-1, SAMPLES_PER_FRAME).square().mean(1).tolist())
-        rest = chunk[complete:].clone()
-    if len(rest):
-        power.append(rest.square().mean())
-    return gain_from_power(torch.tensor(power), target)
+    frames = rechunk((chunk.float().cpu() for chunk in chunks), SAMPLES_PER_FRAME)
+    power = array("f", (frame.square().mean().item() for frame in frames))
+    return gain_from_power(torch.tensor(power))
 
 
-def gain_from_power(power, target):
+def gain_from_power(power):
     """Compute the factor of `loudness_gain` from the power of each frame, (n,)."""
     power = power[power > 1e-12]  # digital silence says nothing about the noise floor
     if len(power) == 0:
@@ -61,10 +55,10 @@ def gain_from_power(power, target):
     if loud < 10 ** (-66 / 20):
         return 1.0
     steady = high < low * 10 ** (6 / 10)
-    return min(target / loud, 1.0 if steady else 100.0)
+    return min(LEVEL / loud, 1.0 if steady else 100.0)
 
 
-def streaming_gain(chunks, target=0.1):
+def streaming_gain(chunks):
     """Level live sound by its past alone: iterable of (S_i,) -> iterator of frames (640,), the last shorter.
 
     The gain follows the `loudness_gain` of the past, whatever the chunks: at first as its mean, later within
@@ -72,17 +66,14 @@ def streaming_gain(chunks, target=0.1):
     of loudness are kept; whenever they are full, every other frame is dropped, so that old sound counts ever
     less and memory does not grow.
     """
-    power, log_gain, held = torch.zeros(0), 0.0, torch.zeros(0)
-    for chunk in itertools.chain(chunks, [None]):
-        held = held if chunk is None else torch.cat([held, chunk.detach().float().cpu()])
-        while len(held) >= SAMPLES_PER_FRAME or (chunk is None and len(held)):
-            frame, held = held[:SAMPLES_PER_FRAME], held[SAMPLES_PER_FRAME:]
-            now = frame.square().mean().view(1)
-            if now > 1e-12:
-                power = torch.cat([power if len(power) < GAIN_HISTORY else power[::2], now])
-                step = math.log(gain_from_power(power, target)) - log_gain
-                log_gain += step * max(1 / len(power), 1 / 25 if step > 0 else 1 / 3)
-            yield frame * math.exp(log_gain)
+    power, log_gain = torch.zeros(0), 0.0
+    for frame in rechunk(chunks, SAMPLES_PER_FRAME):
+        now = frame.square().mean().view(1)
+        if now > 1e-12:
+            power = torch.cat([power if len(power) < GAIN_HISTORY else power[::2], now])
+            step = math.log(gain_from_power(power)) - log_gain
+            log_gain += step * max(1 / len(power), 1 / 25 if step > 0 else 1 / 3)
+        yield frame * math.exp(log_gain)
 
 
 def scan_audio(path):
@@ -100,10 +91,10 @@ def scan_audio(path):
     return gain, num_frames(samples)
 
 
-def normalise_loudness(wave, target=0.1):
+def normalise_loudness(wave):
     """Scale whole recordings (..., S), each by its `loudness_gain`."""
     waves = wave.reshape(-1, wave.shape[-1])
-    return torch.stack([sound * loudness_gain([sound], target) for sound in waves]).view(wave.shape)
+    return torch.stack([sound * loudness_gain([sound]) for sound in waves]).view(wave.shape)
 
 
 def mel_filters():
@@ -188,15 +179,11 @@ def stream_whisper(chunks, model=None):
 
 def stream_features(chunks, kind="mel", model=None):
     """Iterable of (S_i,) of one levelled recording -> iterator of (n, A), together extract_features' own."""
-    if kind not in FEATURE_DIM:
-        raise ValueError(f"audio features must be one of {sorted(FEATURE_DIM)}, got {kind!r}")
     return stream_mel(chunks) if kind == "mel" else stream_whisper(chunks, model)
 
 
 def extract_features(wave, kind="mel", model=None):
     """(B, S) float at 16 kHz, levelled -> (B, F, A), F = num_frames(S)."""
-    if wave.ndim != 2 or wave.shape[1] == 0:
-        raise ValueError(f"wave must be (B, S) with S > 0, got {tuple(wave.shape)}")
     if kind == "mel":
         return mel_features(pad_or_trim(F.pad(wave.float(), (CONTEXT, 0)), num_frames(wave.shape[1])))
     features = [torch.cat(list(stream_features([sound], kind, model))) for sound in wave]

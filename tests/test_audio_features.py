@@ -89,14 +89,6 @@ def test_streaming_keeps_little_and_answers_early():
     assert largest <= 3
 
 
-def test_unknown_kind_and_bad_shape_are_refused():
-    with pytest.raises(ValueError, match="mel.*whisper.*'mfcc'"):
-        audio_features.extract_features(SPEECHLIKE, kind="mfcc")
-    for bad in (torch.zeros(100), torch.zeros(1, 0)):
-        with pytest.raises(ValueError, match="S > 0"):
-            audio_features.extract_features(bad)
-
-
 # ---- loudness ----------------------------------------------------------------------------------------------
 
 def loud_rms(wave):
@@ -192,9 +184,9 @@ def test_running_level_keeps_little(monkeypatch):
     most, gain_of = [], audio_features.gain_from_power
     monkeypatch.setattr(audio_features, "GAIN_HISTORY", 20)
 
-    def count(power, target):
+    def count(power):
         most.append(len(power))
-        return gain_of(power, target)
+        return gain_of(power)
 
     monkeypatch.setattr(audio_features, "gain_from_power", count)
     assert len(list(audio_features.streaming_gain([SPEECHLIKE[0]] * 3))) == 235
