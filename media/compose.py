@@ -12,6 +12,8 @@ Whatever alpha is, the picture at the model's resolution is low: alpha decides o
 finer detail stays. So it is lowered where the model hardly changes what it has moved, and raised where it
 paints something else: the detail of an open eye would open the lids that close over it.
 """
+import functools
+
 import cv2
 import numpy as np
 import torch
@@ -35,23 +37,24 @@ def output_size(width, height, square_size, size):
     return tuple(max(2, 2 * round(scale * n / 2)) for n in (width, height))
 
 
-def edge_window(size, border, still=1):
-    """(size, size) float32: 0 in the outer `still` cells, a ramp, 1 from the share `border` inwards."""
+@functools.cache
+def edge_window(size, still):
+    """(size, size, 1) float32: 0 in the outer `still` cells, a ramp, 1 from the share BORDER inwards."""
     cells = np.arange(size)
-    depth = (np.minimum(cells, size - 1 - cells) + 1 - still) / max(1.0, border * size - still)
+    depth = (np.minimum(cells, size - 1 - cells) + 1 - still) / max(1.0, BORDER * size - still)
     ramp = 0.5 - 0.5 * np.cos(np.pi * depth.clip(0, 1))
-    return np.outer(ramp, ramp).astype(np.float32)
+    return np.outer(ramp, ramp).astype(np.float32)[..., None]
 
 
 class Composer:
     """Made once for a photo; frame() composes each picture of the model into it.
 
-    photo: (H, W, 3) uint8 at output size; square: the face in it; border: the share of the square's side
-    within which all change fades out, so that the edge of the square is the photo itself.
+    photo: (H, W, 3) uint8 at output size; square: the face in it. All change fades out towards its edge,
+    which is the photo itself.
     """
 
-    def __init__(self, photo, square, border=BORDER):
-        self.photo, self.square, self.border, self.windows = np.ascontiguousarray(photo), square, border, {}
+    def __init__(self, photo, square):
+        self.photo, self.square = np.ascontiguousarray(photo), square
         height, width = photo.shape[:2]
         reach = square.size / 2 * (abs(np.cos(square.angle)) + abs(np.sin(square.angle)))
         left, right = (int(np.clip(x, 0, width)) for x in (square.cx - reach, square.cx + reach + 1))
@@ -72,12 +75,6 @@ class Composer:
         """(width, height) of the frames."""
         return self.photo.shape[1], self.photo.shape[0]
 
-    def window(self, size, still):
-        """edge_window as (size, size, 1), kept."""
-        if (size, still) not in self.windows:
-            self.windows[size, still] = edge_window(size, self.border, still)[..., None]
-        return self.windows[size, still]
-
     def enlarge(self, x):
         """(n, n, C) of the square -> (h, w, C) of its bounding box, linearly; 0 outside the square."""
         matrix = square_matrix(self.square, len(x))
@@ -95,7 +92,7 @@ class Composer:
         """
         c, s = np.cos(self.square.angle), np.sin(self.square.angle)
         to_source = np.array([[c, s], [-s, c]], np.float32) * (FINE * self.square.size / 2)
-        displacement = self.enlarge((field * self.window(len(field), 1)) @ to_source)          # (h, w, 2)
+        displacement = self.enlarge((field * edge_window(len(field), 1)) @ to_source)          # (h, w, 2)
         return cv2.remap(self.source, cv2.add(self.grid, displacement), None, cv2.INTER_LINEAR,
                          borderMode=cv2.BORDER_REPLICATE)
 
@@ -106,7 +103,7 @@ class Composer:
         it; alpha: (s, s) float, how far that is faded out; field: (n, n, 2) float32, the displacements
         (move()).
         """
-        window = self.window(len(low), 2)
+        window = edge_window(len(low), 2)
         change = cv2.dilate(cv2.absdiff(low, moved).max(-1), np.ones((3, 3), np.uint8))        # (s, s)
         change, (start, end) = change.astype(np.float32), REPAINTED
         alpha = np.maximum(alpha.clip(0, 1) * np.minimum(1, change / CHANGED),
@@ -123,7 +120,7 @@ class Composer:
 
     def blend(self, low):
         """The whole photo with a picture (s, s, 3) uint8 without displacements, such as a decoded latent."""
-        window = np.rint(255 * self.window(len(low), 2)).astype(np.uint8)
+        window = np.rint(255 * edge_window(len(low), 2)).astype(np.uint8)
         share = cv2.merge([self.enlarge_smoothly(window)] * 3)
         rest = cv2.multiply(self.photo[self.box], cv2.bitwise_not(share), scale=1 / 255)
         return self.put(cv2.add(rest, cv2.multiply(self.enlarge_smoothly(low), share, scale=1 / 255)))

@@ -18,14 +18,10 @@ def pick_device(name="auto"):
 
 def fast_bf16(device):
     """Whether bf16 is quicker than fp32 here: any recent GPU; a CPU only with AMX or AVX512-BF16."""
-    if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    try:
-        with open("/proc/cpuinfo") as f:
-            flags = f.read()
-        return "amx_bf16" in flags or "avx512_bf16" in flags
-    except OSError:
-        return False
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return able.get("amx_bf16", False) or able.get("avx512_bf16", False)
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def autocast(device, enabled=True):

@@ -135,9 +135,9 @@ def test_a_latent_picture_replaces_the_square():
 
 
 def test_the_window_is_still_at_its_edge_and_whole_inside():
-    window = edge_window(40, 0.1, still=1)
-    assert (window[0] == 0).all() and (window[:, -1] == 0).all() and (window[4:-4, 4:-4] == 1).all()
-    assert (window == window.T).all() and (np.diff(window[20, :8]) >= 0).all()
+    window = edge_window(40, 1)[..., 0]
+    assert (window[0] == 0).all() and (window[:, -1] == 0).all() and (window[7:-7, 7:-7] == 1).all()
+    assert (window == window.T).all() and (np.diff(window[20, :8]) >= 0).all() and window[6, 20] < 1
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------

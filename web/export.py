@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from flow import integrate
 from media import audio_features
-from media.compose import BORDER, CHANGED, REPAINTED, edge_window
+from media.compose import CHANGED, REPAINTED, edge_window
 from media.face import frame_photo, load_detector
 from media.files import InputError, atomic_write, command
 from media.image import open_image
@@ -98,7 +98,7 @@ class Edit(nn.Module):
     def __init__(self, size):
         super().__init__()
         for name, still in (("field_window", 1), ("edit_window", 2)):
-            self.register_buffer(name, torch.from_numpy(edge_window(size, BORDER, still)))
+            self.register_buffer(name, torch.from_numpy(edge_window(size, still)[..., 0]))
 
     def forward(self, x, moved, alpha, field):
         change = (x.clamp(-1, 1) - moved) / 2                                             # (1, 3, s, s)
