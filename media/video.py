@@ -3,7 +3,6 @@
     video --read_frames--> PIL pictures at 25 fps, by timestamp
     frames + sound --VideoWriter--> H.264 + AAC mp4: a file, complete or absent, or a stream of fragments
 """
-import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -31,6 +30,10 @@ from media.sound import FPS, LAYOUTS, SAMPLE_RATE, decode_audio, probe_audio, re
 PROVENANCE = "AI-generated video: made by SeMo from one photo; not a recording of a real event."
 LARGE = 512 * 512          # pixels of a picture
 BEHIND = 16                # frames that may wait for the encoder
+FILE = {"movflags": "+faststart"}                             # the index in front: it plays while it loads
+# a fragment a frame, and sound and picture do not wait for each other
+LIVE = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "frag_duration": str(10**6 // FPS),
+        "flush_packets": "1", "max_interleave_delta": "1"}
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -93,69 +96,14 @@ def read_frames(path):
 
 # ---- writing -----------------------------------------------------------------------------------------------
 
-class Mp4File:
-    """A file to write: complete or absent (see atomic_write), its index in front: it plays while it loads."""
-    format_options = {"movflags": "+faststart"}
-    codec_options = {}
-
-    def __init__(self, path):
-        self.path = path
-
-    def open(self, stack):
-        """-> what av.open writes to, closed with stack."""
-        return "file:" + stack.enter_context(atomic_write(self.path, ".mp4"))
-
-    def select(self, packets):
-        """-> the coded packets that are to be written."""
-        return packets
-
-    def flush(self):
-        """Hand on what is coded."""
-
-
-class Mp4Stream:
-    """An open binary file to write to, such as a pipe: a fragmented mp4, which plays while it is made."""
-    # a fragment a frame, and sound and picture do not wait for each other
-    format_options = {"movflags": "frag_keyframe+empty_moov+default_base_moof",
-                      "frag_duration": str(10**6 // FPS), "flush_packets": "1", "max_interleave_delta": "1"}
-    codec_options = {"tune": "zerolatency", "g": str(FPS)}        # who comes late waits a second at most
-
-    def __init__(self, file):
-        self.file, self.coded = file, []
-
-    def open(self, stack):
-        """-> what av.open writes to."""
-        return SimpleNamespace(write=self.coded.append)
-
-    def select(self, packets):
-        """-> the packets from time zero on: AAC begins before it, which fragments cannot hide."""
-        return [packet for packet in packets if packet.pts >= 0]
-
-    def flush(self):
-        """Hand on what is coded to the open file. Not from within libav, where a Ctrl-C would be lost."""
-        if not self.coded:
-            return
-        data = memoryview(b"".join(self.coded))
-        self.coded.clear()
-        try:
-            while data:                                           # without a buffer, a part may be taken
-                data = data[self.file.write(data):]
-            self.file.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            cause = error.strerror or error
-            raise InputError(f"the video cannot be written to its pipe: {cause}; choose another") from None
-
-
 class VideoWriter:
     """An mp4 (H.264 yuv420p + AAC, 25 fps), written frame by frame.
 
         with VideoWriter("out.mp4", size=(640, 480), sound="speech.wav") as video:
             video.write(frame)        # (480, 640, 3) uint8
 
-    path: a name (Mp4File), or an open binary file such as a pipe (Mp4Stream): whatever is coded is written
-    to it and flushed before write() returns, and nothing before the first frame.
+    path: a name, of a file that is complete or absent (atomic_write), or an open binary file such as a pipe,
+    to which fragments are written: all that is coded before write() returns, nothing before the first frame.
     size: width and height, or one number for both; even.
     sound: None, a file (streamed while frames come, at its own rate up to 48 kHz, in mono or stereo), a (S,)
     tensor at 16 kHz, or an iterator of such, of which a frame's sound is taken as the frame is written. It
@@ -167,20 +115,26 @@ class VideoWriter:
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         if self.size[0] % 2 or self.size[1] % 2:
             raise ValueError(f"size {size}: yuv420p needs even numbers")
-        self.output = Mp4Stream(path) if hasattr(path, "write") else Mp4File(path)
         self.path, self.sound, self.comment, self.keyframes, self.frames = path, sound, comment, keyframes, 0
+        self.live, self.coded = hasattr(path, "write"), []
 
     def __enter__(self):
         with ExitStack() as stack:
-            target = self.output.open(stack)
+            if self.live:
+                target = SimpleNamespace(write=self.coded.append)
+            else:
+                target = "file:" + stack.enter_context(atomic_write(self.path, ".mp4"))
             self.open_sound()
-            options = self.output.format_options
+            options = LIVE if self.live else FILE
             self.container = stack.enter_context(av.open(target, "w", format="mp4", options=options))
+            stack.push(self.finish)
             comment = self.comment.encode(errors="backslashreplace").decode()                 # odd file names
             self.container.metadata["comment"] = comment
             # large pictures: veryfast gives the same size and quality (at two less crf) in half the time
             crf, preset = ("16", "veryfast") if self.size[0] * self.size[1] > LARGE else ("18", "fast")
-            options = {"crf": crf, "preset": preset, "g": str(self.keyframes), **self.output.codec_options}
+            options = {"crf": crf, "preset": preset, "g": str(self.keyframes)}
+            if self.live:
+                options |= {"tune": "zerolatency", "g": str(FPS)}     # who comes late waits a second at most
             if torch.backends.cpu.get_cpu_capability() == "AVX512":
                 # in its macroblock tree the AVX-512 code of x264 (core 165) reads memory that nobody has
                 # written: the same frames would be other bytes each time
@@ -199,22 +153,21 @@ class VideoWriter:
 
     def open_sound(self):
         """Set self.blocks: blocks of sound of one frame's length, the last shorter; None without sound."""
-        self.blocks, wave = None, self.sound
-        if isinstance(wave, torch.Tensor):
-            wave = wave.detach().cpu().float().numpy()[None]                                  # (1, S)
-            source, channels, self.gain = SAMPLE_RATE, 1, 1 / max(1.0, np.abs(wave).max(initial=0))
-            blocks = [(wave, SAMPLE_RATE)]
-        elif hasattr(wave, "__next__"):
-            source, channels, self.gain = SAMPLE_RATE, 1, 1.0
-            blocks = ((chunk.numpy()[None], SAMPLE_RATE) for chunk in wave)                   # (1, S)
-        elif wave is not None:
-            source, channels, self.gain = probe_audio(wave)
-            blocks = decode_audio(wave)
-        if wave is not None:
-            kept = source in (22050, 24000, 32000, 44100) or source <= 16000
-            self.rate = max(16000, source) if kept else 48000
-            self.channels = channels if channels <= 2 else 1
-            self.blocks = rechunk(resample(blocks, self.rate, self.channels), self.rate // FPS)
+        self.blocks, sound = None, self.sound
+        if sound is None:
+            return
+        rate, self.channels, self.gain = SAMPLE_RATE, 1, 1.0
+        if isinstance(sound, torch.Tensor):
+            sound = sound.detach().cpu().float()
+            self.gain, sound = 1 / max(1.0, np.abs(sound.numpy()).max(initial=0)), iter([sound])
+        if hasattr(sound, "__next__"):
+            blocks = ((chunk.numpy()[None], SAMPLE_RATE) for chunk in sound)                  # (1, S)
+        else:
+            rate, channels, self.gain = probe_audio(sound)
+            blocks, self.channels = decode_audio(sound), channels if channels <= 2 else 1
+        kept = rate in (22050, 24000, 32000, 44100) or rate <= 16000
+        self.rate = max(16000, rate) if kept else 48000
+        self.blocks = rechunk(resample(blocks, self.rate, self.channels), self.rate // FPS)
 
     def write(self, frame):
         """Append one (height, width, 3) uint8 frame, array or tensor, and the sound that belongs to it."""
@@ -229,24 +182,41 @@ class VideoWriter:
             x = np.pad(x.clamp(-1, 1).numpy().T, ((0, 0), (0, n - len(x))))                   # (C, n)
             self.encode(self.audio, sound_frame(x, self.rate, self.frames * n))
         self.frames += 1
-        self.output.flush()
+        self.flush()
 
     def encode(self, stream, frame):
         """Code a frame of a stream, or with None what its coder still holds."""
-        self.container.mux(self.output.select(stream.encode(frame)))
+        packets = stream.encode(frame)
+        if self.live:                         # AAC begins before time zero, which fragments cannot hide
+            packets = [packet for packet in packets if packet.pts >= 0]
+        self.container.mux(packets)
 
-    def __exit__(self, kind, error, trace):
+    def flush(self):
+        """Write what is coded to a pipe. Not from within libav, where a Ctrl-C would be lost."""
+        if not self.coded:
+            return
+        data = memoryview(b"".join(self.coded))
+        self.coded.clear()
+        try:
+            while data:                                           # without a buffer, a part may be taken
+                data = data[self.path.write(data):]
+            self.path.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            cause = error.strerror or error
+            raise InputError(f"the video cannot be written to its pipe: {cause}; choose another") from None
+
+    def finish(self, kind, *_):
+        """Code, unless there was an error, what the coders hold."""
         if kind is None:
-            try:
-                for stream in self.container.streams:
-                    self.encode(stream, None)
-            except BaseException:
-                self.stack.__exit__(*sys.exc_info())
-                raise
-        done = self.stack.__exit__(kind, error, trace)
-        if kind is None:
-            self.output.flush()
-        return done
+            for stream in self.container.streams:
+                self.encode(stream, None)
+
+    def __exit__(self, *error):
+        self.stack.__exit__(*error)
+        if error[0] is None:
+            self.flush()
 
 
 def write_all(video, frames, done):
