@@ -84,6 +84,20 @@ def sound_stream(container):
     return next((stream for stream in container.streams.audio if stream.codec_context), None)
 
 
+@contextmanager
+def open_clip(path):
+    """Open a prepared clip by libav -> (container, its pictures). Raises InputError, also where they are
+    damaged."""
+    with open_media(path, VIDEO_WANTED) as container:
+        stream = picture_stream(container)
+        if stream is None:
+            raise InputError(f"{path} holds no pictures; prepare the set again")
+        try:
+            yield container, stream
+        except av.FFmpegError as error:
+            raise InputError(f"{path} is damaged ({error.strerror}); prepare the set again") from None
+
+
 def decode_stream(container, stream):
     """Yield the frames of a stream in order. Damaged ones are left out; see check_not_truncated."""
     while True:

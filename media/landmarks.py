@@ -17,11 +17,10 @@ import argparse
 import os
 import sys
 
-import av
 import cv2
 import numpy as np
 
-from media.files import VIDEO_WANTED, InputError, atomic_write, check_file, command, open_media, read_lines
+from media.files import InputError, atomic_write, check_file, command, open_clip, read_lines
 
 READER = 2                                     # in the files; factors of another reader have other units
 FACTORS = ("opening", "width", "lid_left", "lid_right", "yaw", "pitch", "roll", "brow", "corner", "furrow")
@@ -232,14 +231,37 @@ def read_frames(frames, find, mesh, iris, predict=None):
     return np.array(all_points), np.array(all_factors)
 
 
-def is_current(path, frames):
-    """Tell whether a file of labels is there, whole, of this reader and of so many frames."""
+def read_labels(path, frames):
+    """Read the labels of a clip of so many frames -> ellipses (F, 4, 4), factors (F, 10), nan without a face.
+    Raises InputError for a file that is damaged, of another reader or of another clip."""
     try:
         with np.load(path) as file:
-            counts = {frames, len(file["factors"]), len(file["ellipses"])}
-            return file["reader"].tolist() == READER and counts == {frames}
-    except Exception:                                      # whatever numpy, zipfile and zlib make of damage
-        return False
+            labels, factors = (np.asarray(file[name], np.float32) for name in ("ellipses", "factors"))
+            reader = file["reader"].tolist() if "reader" in file else 1
+    except Exception as error:                           # whatever numpy, zipfile and zlib make of damage
+        raise InputError(f"{path} cannot be read ({error}); run python -m media.landmarks again") from None
+    if reader != READER:
+        folder = os.path.dirname(os.path.dirname(path))
+        raise InputError(f"{path} was made by another reader; label again: python -m media.landmarks --data "
+                         f"{folder}")
+    if labels.shape != (frames, 4, 4) or factors.shape != (frames, len(FACTORS)):
+        raise InputError(f"{path} is of another clip: {len(factors)} frames, not {frames}; run python -m "
+                         "media.landmarks again")
+    return labels, factors
+
+
+def write_labels(path, video, count, readers):
+    """Read a prepared clip of `count` frames by `readers` (open_readers), write its labels to path. Raises
+    InputError."""
+    with open_clip(video) as (container, stream):
+        size = stream.width
+        frames = (frame.to_ndarray(format="rgb24") for frame in container.decode(stream))
+        points, factors = read_frames(frames, *readers)
+    if len(points) != count:
+        raise InputError(f"{video} is damaged: {len(points)} frames, not {count}; prepare the set again")
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, factors=factors.astype(np.float32), reader=READER,
+                 ellipses=ellipses(points, size).astype(np.float32))
 
 
 def label(folder, readers):
@@ -247,21 +269,11 @@ def label(folder, readers):
     records = read_lines(os.path.join(folder, "manifest.jsonl"))
     os.makedirs(os.path.join(folder, "landmarks"), exist_ok=True)
     for number, record in enumerate(records, 1):
-        video, path = (os.path.join(folder, name) for name in (record["file"], landmark_file(record["file"])))
-        if not is_current(path, record["frames"]):
-            try:
-                with open_media(video, VIDEO_WANTED) as clip:
-                    size = clip.streams.video[0].width
-                    frames = (frame.to_ndarray(format="rgb24") for frame in clip.decode(video=0))
-                    points, factors = read_frames(frames, *readers)
-            except av.FFmpegError as error:
-                raise InputError(f"{video} is damaged ({error.strerror}); prepare the set again") from None
-            if len(points) != record["frames"]:
-                raise InputError(f"{video} is damaged: {len(points)} frames, not {record['frames']}; prepare "
-                                 "the set again")
-            with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, factors=factors.astype(np.float32), reader=READER,
-                         ellipses=ellipses(points, size).astype(np.float32))
+        path = os.path.join(folder, landmark_file(record["file"]))
+        try:
+            read_labels(path, record["frames"])
+        except InputError:
+            write_labels(path, os.path.join(folder, record["file"]), record["frames"], readers)
         print(f"\r{folder}: {number} of {len(records)} clips", end="", flush=True)
     print()
 

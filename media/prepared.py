@@ -4,20 +4,11 @@ A prepared square is MARGIN times as wide as the tight square that the models se
 the framing.
 """
 import os
-from contextlib import contextmanager
 
-import av
 import numpy as np
 
 from media import landmarks
-from media.files import (
-    VIDEO_WANTED,
-    InputError,
-    check_not_truncated,
-    open_media,
-    picture_stream,
-    read_lines,
-)
+from media.files import InputError, check_not_truncated, open_clip, read_lines
 from media.image import from_uint8
 from media.prepare import KEYFRAMES, MARGIN, margin_px
 from media.sound import FPS, SAMPLE_RATE, has_audio, load_audio
@@ -59,25 +50,10 @@ def load_set(folder: str, split: str, sound=False) -> dict:
     return people
 
 
-@contextmanager
-def open_clip(path: str):
-    """Open a prepared clip by libav -> (container, its pictures). Raises InputError, also where they are
-    damaged."""
-    with open_media(path, VIDEO_WANTED) as container:
-        stream = picture_stream(container)
-        if stream is None:
-            raise InputError(f"{path} holds no pictures; prepare the set again")
-        try:
-            yield container, stream
-        except av.FFmpegError as error:
-            raise InputError(f"{path} is damaged ({error.strerror}); prepare the set again") from None
-
-
 def read_at(path: str, numbers, size: int, margin=False) -> np.ndarray:
     """Read frames of a prepared clip by number, in any order: their tight square, (n, size, size, 3) uint8.
     margin: the whole prepared square, (n, W, W, 3) with W = margin_px(size). Raises InputError."""
-    frames, wide = {}, margin_px(size)
-    edge = 0 if margin else (wide - size) // 2
+    frames = {}
     with open_clip(path) as (container, stream):
         tick, position, decoded = 1 / (FPS * stream.time_base), None, iter(())
         for number in sorted(set(numbers)):
@@ -87,26 +63,26 @@ def read_at(path: str, numbers, size: int, margin=False) -> np.ndarray:
             for frame in decoded:
                 position = round((frame.pts - (stream.start_time or 0)) / tick)
                 if position >= number:
-                    frames[number] = to_array(frame, wide)[edge:wide - edge, edge:wide - edge]
+                    frames[number] = to_array(frame, size, margin)
                     break
             else:
                 raise InputError(f"{path} ends before its frame {number}; prepare the set again")
     return np.stack([frames[number] for number in numbers])
 
 
-def to_array(frame, size: int) -> np.ndarray:
-    """A decoded frame -> (size, size, 3) uint8."""
-    return frame.reformat(size, size, "rgb24", src_colorspace="ITU709", interpolation="AREA").to_ndarray()
+def to_array(frame, size: int, margin=False) -> np.ndarray:
+    """A decoded frame -> its tight square (size, size, 3) uint8; margin: the whole, as read_at."""
+    wide = margin_px(size)
+    edge = 0 if margin else (wide - size) // 2
+    pixels = frame.reformat(wide, wide, "rgb24", src_colorspace="ITU709", interpolation="AREA").to_ndarray()
+    return pixels[edge:wide - edge, edge:wide - edge]
 
 
 def read_clip(path: str, size: int):
     """Read a whole prepared clip -> frames (F, 3, size, size) in [-1, 1], sound (S,) at 16 kHz or None.
     Raises InputError."""
-    wide = margin_px(size)
-    edge = (wide - size) // 2
     with open_clip(path) as (container, stream):
-        frames = [to_array(frame, wide)[edge:edge + size, edge:edge + size]
-                  for frame in container.decode(stream)]
+        frames = [to_array(frame, size) for frame in container.decode(stream)]
         check_not_truncated(path, container, stream, len(frames) / FPS)
     wave = load_audio(path)[: len(frames) * SAMPLE_RATE // FPS] if has_audio(path) else None
     return from_uint8(np.stack(frames)), wave
@@ -116,21 +92,8 @@ def load_landmarks(clip: dict):
     """Read a clip's landmarks -> ellipses (F, 4, 4) in its prepared square, factors (F, K).
     The usual ellipses and nan where there are none. Raises InputError."""
     usual = np.tile(np.array(landmarks.USUAL, np.float32) / MARGIN, (clip["frames"], 1, 1))
-    unknown = np.full((clip["frames"], len(landmarks.FACTORS)), np.nan, np.float32)
-    folder = clip["path"][: -len(clip["file"])]
-    path = os.path.join(folder, landmarks.landmark_file(clip["file"]))
+    path = os.path.join(clip["path"][: -len(clip["file"])], landmarks.landmark_file(clip["file"]))
     if not os.path.exists(path):
-        return usual, unknown
-    try:
-        with np.load(path) as file:
-            ellipses, factors = (np.asarray(file[name], np.float32) for name in ("ellipses", "factors"))
-            reader = file["reader"].tolist() if "reader" in file else 1
-    except Exception as error:                           # whatever numpy, zipfile and zlib make of damage
-        raise InputError(f"{path} cannot be read ({error}); run python -m media.landmarks again") from None
-    if reader != landmarks.READER:
-        raise InputError(f"{path} was made by another reader; label again: python -m media.landmarks --data "
-                         f"{folder}")
-    if ellipses.shape != usual.shape or factors.shape != unknown.shape:
-        raise InputError(f"{path} is of another clip: {len(factors)} frames, not {clip['frames']}; run "
-                         "python -m media.landmarks again")
+        return usual, np.full((clip["frames"], len(landmarks.FACTORS)), np.nan, np.float32)
+    ellipses, factors = landmarks.read_labels(path, clip["frames"])
     return np.where(np.isfinite(ellipses), ellipses, usual), factors
