@@ -23,7 +23,6 @@ from contextlib import closing, contextmanager
 from dataclasses import astuple, replace
 from glob import escape, glob
 from multiprocessing import get_context, parent_process
-from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -276,9 +275,7 @@ class Workers:
     """
 
     def __init__(self, jobs):
-        self.idle = SimpleQueue()
-        for _ in range(jobs):
-            self.idle.put(self.new())
+        self.idle = [self.new() for _ in range(jobs)]
         self.threads = ThreadPoolExecutor(jobs)                  # each waits for one process
 
     def new(self):
@@ -288,9 +285,8 @@ class Workers:
         return self.threads.submit(self.attempt, *task)
 
     def attempt(self, path, source, labels, out, *settings):
-        pool = self.idle.get()
-        crashed = {"source": source, "reason": "the process that read it crashed, twice"}
-        outcome = {"kept": [], "dropped": [crashed]}
+        pool, reason = self.idle.pop(), "the process that read it crashed, twice"
+        outcome = {"kept": [], "dropped": [{"source": source, "reason": reason}]}
         try:
             for _ in range(2):
                 try:
@@ -300,7 +296,7 @@ class Workers:
                     pool.shutdown()
                     pool = self.new()
         finally:
-            self.idle.put(pool)
+            self.idle.append(pool)
         if not outcome["kept"]:                          # it failed in the second pass, perhaps within a clip
             clips = os.path.join(escape(out), "clips", f"*{clip_stem(path, source)}-*")
             for name in glob(clips, include_hidden=True):
@@ -310,8 +306,8 @@ class Workers:
     def close(self):
         """Finish the videos begun, no others."""
         self.threads.shutdown(cancel_futures=True)
-        while not self.idle.empty():
-            self.idle.get().shutdown()
+        for pool in self.idle:
+            pool.shutdown()
 
 
 @contextmanager
@@ -365,18 +361,12 @@ def prepare(args):
 
 def read_part(path, out):
     """Read what prepare_one returned for a video in an earlier run -> that, or None if it is not complete."""
-    fields = {"file": str, "source": str, "identity": str, "split": str, "start": (int, float), "fps": int,
-              "frames": int, "size": int, "sound": bool}
     try:
         part, = read_lines(path)
-        complete = part.keys() == {"kept", "dropped"} and all(
-            all(isinstance(record.get(name), kind) for name, kind in fields.items())
-            and record["frames"] > 0 and os.path.isfile(os.path.join(out, record["file"]))
-            for record in part["kept"])
-        complete = complete and all(isinstance(record["reason"], str) for record in part["dropped"])
-    except (InputError, AttributeError, KeyError, TypeError, ValueError):
+        complete = all(os.path.isfile(os.path.join(out, record["file"])) for record in part["kept"])
+        return part if complete and isinstance(part["dropped"], list) else None
+    except (InputError, KeyError, TypeError, ValueError):
         return None
-    return part if complete else None
 
 
 def prepare_all(args, todo, people):
@@ -384,10 +374,8 @@ def prepare_all(args, todo, people):
 
     people: identity and split of those listed, see read_people().
     """
-    for folder in ("clips", "parts", ""):
-        for name in os.listdir(os.path.join(args.out, folder)):
-            if name.startswith(".") and name.endswith(".part"):  # left by a run that was killed
-                os.remove(os.path.join(args.out, folder, name))
+    for left in glob(os.path.join(escape(args.out), "**", ".*.part"), recursive=True):
+        os.remove(left)                                          # of a run that was killed
     settings = [{"size": args.size, "crop": args.crop, "framing": "1.44 forehead to chin", "margin": MARGIN}]
     settings_file = os.path.join(args.out, "settings.jsonl")
     if os.path.exists(settings_file) and read_lines(settings_file) != settings:
