@@ -147,8 +147,7 @@ def bench_sample(args, device):
 
 
 def bench_beside(args, device):
-    """Time sample.py alone and beside another of itself, in processes of their own: the share of the speed
-    that each keeps. On two free cores it should be 40% or more."""
+    """Time sample.py alone and two at a time, each a process: the share of the speed that each keeps."""
     with tempfile.TemporaryDirectory() as folder:
         wav = os.path.join(folder, "in.wav")
         speech = audio_features.normalise_loudness(speak(torch.arange(1), round(args.seconds * FPS))["wave"])

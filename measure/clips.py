@@ -86,13 +86,6 @@ def person_mean(clips):
     return {name: sum(measured[name] for measured in clips) / len(clips) for name in clips[0]}
 
 
-def load_networks(args, device):
-    """Load the networks of --networks -> {name: function}, and sentences about those that are absent."""
-    if not args.networks:
-        return {}, ["LPIPS, FID, FVD, Sync and CSIM need published networks: --networks DIR"]
-    return perceptual.load(args.networks, device)
-
-
 def picture_metrics(args, checkpoint, rows_of, sound=False):
     """Measure pictures against true ones, and print the tables.
 
@@ -105,7 +98,7 @@ def picture_metrics(args, checkpoint, rows_of, sound=False):
     size = checkpoint.meta["size"]
     patch = checkpoint.decoder.config.patch_size * checkpoint.space.factor
     read_motion = None if args.data else reader.load_regressor(args.reader)
-    nets, absent = load_networks(args, checkpoint.device)
+    nets, absent = perceptual.load(args.networks, checkpoint.device)
     for c in test_clips(args, size, sound):
         rows = rows_of(c, clips)
         clips.append(SimpleNamespace(id=c.id, person=c.person, photo=c.images[0], wave=c.wave,
@@ -206,9 +199,9 @@ def network_metrics(nets, c, row, sound):
         values["csim"] = nets["csim"](photo[None], row.pred, c.face).mean().item()
     if "syncnet" in paired and sound:
         values |= {k: v for k, v in nets["syncnet"](row.pred, c.wave, c.face).items() if k != "offset"}
-    for name in ("inception", "i3d"):
+    for name, distance in (("inception", "FID"), ("i3d", "FVD")):
         if name in paired:
-            values[name] = [nets[name](x) for x in (row.pred, row.target)]
+            values[distance] = [nets[name](x) for x in (row.pred, row.target)]
     return values
 
 
@@ -230,7 +223,6 @@ def networks_table(by_network, rows):
 
     Of true frames the Frechet distance is that of every other clip to the rest: as near as clips come.
     """
-    titles = {"inception": "FID", "i3d": "FVD"}
     measures = list({k: None for values in by_network.values() for clip in values for k in clip})
     lines = []
     for name, values in by_network.items():
@@ -238,7 +230,7 @@ def networks_table(by_network, rows):
         for k in measures:
             if k not in values[0]:
                 line.append("-")
-            elif k not in titles:
+            elif k not in ("FID", "FVD"):
                 entry[k] = metrics.interval([clip[k] for clip in values])
                 line += cell(entry[k], 3)
             else:
@@ -247,12 +239,12 @@ def networks_table(by_network, rows):
                     pred, target = pred[::2], pred[1::2]
                 a, b = (torch.cat(x) if x else torch.zeros(0, 1) for x in (pred, target))
                 enough, clips = min(len(a), len(b)) > 1, min(len(pred), len(target))
-                entry[titles[k].lower()] = distance = perceptual.frechet(a, b) if enough else None
+                entry[k.lower()] = distance = perceptual.frechet(a, b) if enough else None
                 few = ": few" if clips < perceptual.FEW else ""
                 line.append(f"{distance:.1f} (n={clips} clips{few})" if enough else "too few")
         lines.append(line)
     print()
-    table(["", *(titles.get(k, k) for k in measures)], lines)
+    table(["", *measures], lines)
 
 
 def motion_table(result, factors=NAMES):

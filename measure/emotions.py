@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from emotion import FromVoice, Schedule, describe, intensify, text_palette
-from measure import landmarks, metrics, reader
+from measure import landmarks, metrics, perceptual, reader
 from measure.checkpoint import (
     decode_clip,
     encode,
@@ -24,7 +24,7 @@ from measure.checkpoint import (
     render_batched,
     table,
 )
-from measure.clips import load_networks, read_faces, test_clips
+from measure.clips import read_faces, test_clips
 from measure.metrics import NAMES, ratio_interval
 from media import audio_features
 from media.files import InputError
@@ -92,9 +92,8 @@ def time_with_mood(checkpoint, photo, wave, runs=5):
 # ---- people of the synthetic world -------------------------------------------------------------------------
 
 class Person:
-    """A person of the synthetic world, with a neutral photo, and in each mood the true motion (7, n, M), the
-    voice (7, S) and the mouth that it moves (7, n, 2); what the checkpoint makes of them is read by
-    read_motion."""
+    """A person of the synthetic world; in each mood truth (7, n, M) is the motion, waves (7, S) the voice,
+    mouths (7, n, 2) what that moves. The photo is neutral."""
 
     def __init__(self, checkpoint, read_motion, steps, number):
         self.checkpoint, self.read_motion, self.steps, self.number = checkpoint, read_motion, steps, number
@@ -139,8 +138,7 @@ class Person:
                 "other label": (ours.roll(1, 0), true)}
 
     def compounds(self, calm):
-        """Mix every pair of emotions half and half -> shifts of the face from calm (3,), and the true ones,
-        (15, 3) each."""
+        """Mix every pair of emotions half and half -> shifts of the face from calm, the true: (15, 3)."""
         moods = torch.stack([(EYE[a] + EYE[b]) / 2 for a, b in PAIRS])
         shift = self.generated(self.waves[:1], moods, SLOW_PICKS)[..., FACE].mean(1) - calm
         return shift, (self.true_motion(moods) - self.truth[:1])[:, FPS:, FACE].mean(1)
@@ -339,7 +337,7 @@ def real_people(args):
     csim with the photo; recognised: the share of frames that show the wished expression. Medians over people.
     """
     checkpoint = open_with_experts(args)
-    nets, absent = load_networks(args, checkpoint.device)
+    nets, absent = perceptual.load(args.networks, checkpoint.device)
     steps, by_emotion, people = args.steps or checkpoint.meta["steps"], {name: [] for name in EMOTIONS}, []
     for c in test_clips(args, checkpoint.meta["size"], sound=True):
         people.append(c.person)

@@ -196,8 +196,8 @@ def talk(args):
 
 
 def start_jump(tokens, true_tokens):
-    """Measure how far the first of tokens (n, L*D) is from the photo's, the first of true_tokens (F, L*D), in
-    median distances of true neighbours; beside it the same of the true second frame."""
+    """Distance of the first of tokens (n, L*D), and of the second of true_tokens, from the photo's, the first
+    of true_tokens (F, L*D), in median distances of true neighbours."""
     steps = true_tokens.diff(dim=0).norm(dim=1)
     usual = steps.median().clamp(min=1e-6)
     return {"ours": ((tokens[0] - true_tokens[0]).norm() / usual).item(),

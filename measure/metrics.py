@@ -46,10 +46,9 @@ def blur(x, sigma, size, pad=True):
 
 
 def ssim(pred, target):
-    """Structural similarity (Wang et al. 2004) on [0, 1]: Gaussian window 11 x 11 of sigma 1.5, mean over
-    channels.
+    """Structural similarity (Wang et al. 2004) on [0, 1], mean over channels, Gaussian window of sigma 1.5.
 
-    -> (B, H-10, W-10): only of windows that lie inside the picture.
+    -> (B, H-10, W-10): only of windows, 11 x 11, that lie inside the picture.
     """
     a, b = (pred + 1) / 2, (target + 1) / 2
     moments = blur(torch.cat([a, b, a * a, b * b, a * b]), 1.5, 11, pad=False)          # (5B, 3, H-10, W-10)

@@ -296,7 +296,9 @@ def read_faces(path):
 
 
 def load(folder, device="cpu"):
-    """Load the networks of a folder -> {name: function}, a sentence for each that is absent. InputError."""
+    """Load the networks of a folder, or None -> {name: function}, sentences about the absent. InputError."""
+    if not folder:
+        return {}, ["LPIPS, FID, FVD, Sync and CSIM need published networks: --networks DIR"]
     nets, absent = {}, []
     for name, (measure, files) in PUBLISHED.items():
         paths = [Path(folder, file) for file in files]

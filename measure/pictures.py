@@ -276,8 +276,7 @@ def main(argv=None):
     new_figure(1, 1)                                            # without matplotlib: refuse before the work
     with torch.inference_mode():
         checkpoint = open_checkpoint(args, "encoder", "decoder")
-        rival = SimpleNamespace(ckpt=args.rival, device=args.device)
-        rival = open_with_experts(rival) if args.rival else None
+        rival = args.rival and open_with_experts(SimpleNamespace(ckpt=args.rival, device=args.device))
         clips = test_clips(args, checkpoint.meta["size"])
         pca = token_pca(checkpoint)
         figures = {"errors.png": errors(checkpoint, clips),

@@ -29,6 +29,7 @@ from world.people import HELD_OUT, random_clip, random_motion
 from world.render import MOTION, random_identity, render
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "motion-reader.safetensors"
+FORMAT = "semo-motion-reader-1"
 
 
 class FactorRegressor(nn.Module):
@@ -133,7 +134,7 @@ def save_regressor(path, regressor, **meta):
     """Write the weights in half precision, vectors in single, and plain values in the metadata."""
     weights = {name: value.half().contiguous() if value.ndim > 1 else value
                for name, value in regressor.state_dict().items()}
-    meta = json.dumps({"format": "semo-motion-reader-1", "factors": NAMES, **meta})
+    meta = json.dumps({"format": FORMAT, "factors": NAMES, **meta})
     with atomic_write(path, make_folder=True) as temporary:
         save_file(weights, temporary, metadata={"semo": meta})
 
@@ -147,8 +148,7 @@ def load_regressor(path):
             weights = {name: f.get_tensor(name).float() for name in f.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: cannot read the motion reader; {advice}") from error
-    known = isinstance(meta, dict) and meta.get("format") == "semo-motion-reader-1"
-    if not known or meta.get("factors") != NAMES:
+    if not isinstance(meta, dict) or (meta.get("format"), meta.get("factors")) != (FORMAT, NAMES):
         raise InputError(f"{path}: not a motion reader of this synthetic world; {advice}")
     regressor = FactorRegressor()
     try:

@@ -97,7 +97,7 @@ def test_motion_is_read_where_it_is_known(monkeypatch, capsys):
 def test_frechet_distances_of_true_frames_are_of_every_other_clip(capsys):
     """Features whose distance is known: means 0 and 3, no spread."""
     def clip(value, other):
-        return {"inception": [torch.full((4, 2), float(x)) for x in (value, other)], "csim": value}
+        return {"FID": [torch.full((4, 2), float(x)) for x in (value, other)], "csim": value}
 
     by_network = {"true frames": [clip(0, 0), clip(3, 3)], "ours": [clip(1, 1), clip(1, 1)]}
     rows = {}

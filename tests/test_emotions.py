@@ -239,9 +239,9 @@ def test_real_photos_are_compared_with_their_own_neutral_face(monkeypatch, capsy
             "expression": lambda frames, face: EYE[(10 * frames.mean((1, 2, 3))).round().long().clamp(min=1)]}
     monkeypatch.setattr(emotions, "open_with_experts", lambda args: SimpleNamespace(meta=META, device="cpu"))
     monkeypatch.setattr(emotions, "test_clips", lambda *_, sound: iter(clips))
-    monkeypatch.setattr(emotions, "load_networks", lambda *_: (nets, []))
+    monkeypatch.setattr(emotions.perceptual, "load", lambda *_: (nets, []))
     monkeypatch.setattr(emotions, "read_faces", read_faces)
-    args = SimpleNamespace(steps=1, data="a folder", landmarks="python")
+    args = SimpleNamespace(steps=1, data="a folder", landmarks="python", networks="nets")
     rows = emotions.real_people(args)["rows"]
     for k, name in enumerate(EMOTIONS):
         medians = {measure: x["value"] for measure, x in rows[name].items()}
