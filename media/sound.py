@@ -8,7 +8,7 @@ Frames and sound of one file share time zero: its first picture.
 """
 from collections import deque
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, groupby
 
 import av
 import numpy as np
@@ -82,17 +82,14 @@ def decode_audio(path):
 
 def resample(blocks, rate, channels):
     """Blocks ((C, n), their rate) -> tensors (m, channels) at `rate`; other channel counts are averaged."""
-    source, resampler = None, None
-    for x, new in chain(blocks, [(None, None)]):
-        frames = []
-        if resampler and new != source:                 # at the end, or where a chained file changes its rate
-            frames += resampler.resample(None)
-        if new != source:
-            source, resampler = new, av.AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
-        if x is not None:
-            x = x if len(x) == channels else np.repeat(x.mean(0, keepdims=True), channels, 0)  # (channels, n)
-            frames += resampler.resample(sound_frame(x, new))
-        yield from (torch.from_numpy(frame.to_ndarray().T.copy()) for frame in frames)         # (m, channels)
+    for source, same in groupby(blocks, key=lambda block: block[1]):        # chained files change their rate
+        resampler = av.AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
+        for x, _ in chain(same, [(None, None)]):
+            if x is not None:
+                x = x if len(x) == channels else np.repeat(x.mean(0, keepdims=True), channels, 0)
+                x = sound_frame(x, source)
+            for frame in resampler.resample(x):                                             # None: the rest
+                yield torch.from_numpy(frame.to_ndarray().T.copy())                         # (m, channels)
 
 
 def sound_frame(x, rate, pts=None):

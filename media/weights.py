@@ -50,7 +50,7 @@ def convert_semo_1(weights, configs):
     return weights, configs
 
 
-def save_weights(path, models, meta, dtype=torch.float16):
+def save_weights(path, models, meta):
     """Write models {"encoder": ..., "decoder": ..., ...}, each with a `config`, and meta, plain JSON values.
 
     Vectors, such as biases, stay in fp32.
@@ -58,7 +58,7 @@ def save_weights(path, models, meta, dtype=torch.float16):
     weights = {}
     for kind, model in models.items():
         for name, value in model.state_dict().items():
-            value = value.detach().cpu().to(dtype if value.ndim > 1 else torch.float32)
+            value = value.detach().cpu().to(torch.float16 if value.ndim > 1 else torch.float32)
             weights[f"{kind}.{name}"] = value.contiguous()
     configs = {kind: asdict(model.config) for kind, model in models.items()}
     meta = {**meta, "format": "semo-2", "configs": configs}
@@ -174,10 +174,7 @@ def resolve(name):
     of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", os.fspath(name))
     if os.path.exists(name) or not of_hub or os.fspath(name).endswith(".safetensors"):
         return name
-    try:
-        from huggingface_hub import errors, hf_hub_download
-    except ImportError:
-        raise InputError(f"{name} is no file; the model hub needs: pip install huggingface_hub") from None
+    from huggingface_hub import errors, hf_hub_download
     repository, _, revision = name.partition("@")
     try:
         return hf_hub_download(repository, HUB_FILE, revision=revision or None,
