@@ -135,7 +135,7 @@ def stream_mel(chunks):
 
 
 @functools.lru_cache(maxsize=2)
-def load_whisper(name=WHISPER):
+def load_whisper(name):
     """The frozen encoder of a Whisper model, by hub id or local folder."""
     from transformers import WhisperModel
     try:
@@ -149,13 +149,13 @@ def load_whisper(name=WHISPER):
 
 @torch.no_grad()
 def stream_whisper(chunks, model=None):
-    """Iterable of (S_i,) -> iterator of (n, 2 * d_model); model: hub id, local folder or a loaded encoder.
+    """Iterable of (S_i,) -> iterator of (n, 2 * d_model); model: hub id or local folder, None: WHISPER.
 
     The encoder sees fixed windows (30 s). Windows overlap, and only frames at least an eighth of a window
     away from an inner edge are kept. The encoder gives 50 states a second: two for a frame.
     """
     from transformers import WhisperFeatureExtractor
-    encoder = model if isinstance(model, torch.nn.Module) else load_whisper(str(model or WHISPER))
+    encoder = load_whisper(model or WHISPER)
     positions = encoder.config.max_source_positions  # states per window: 1500
     window, margin = positions // 2, positions // 16  # in video frames
     extract = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins, chunk_length=positions // 50)

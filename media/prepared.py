@@ -1,8 +1,4 @@
-"""Prepared clips, as media/prepare.py makes them: their list, their frames, their sound and their labels.
-
-A prepared square is MARGIN times as wide as the tight square that the models see, so that training can vary
-the framing.
-"""
+"""Prepared clips, as media/prepare.py makes them: their list, their frames, their sound and their labels."""
 import os
 
 import numpy as np

@@ -238,10 +238,10 @@ def test_whisper_windows_overlap_and_keep_their_centres(whisper_folder):
 
 @pytest.mark.parametrize("samples", [50000, 32000, 32200, 100])
 def test_whisper_chunks_equal_whole(whisper_folder, samples):
-    encoder = audio_features.load_whisper(whisper_folder)
     wave = SPEECHLIKE[0, :samples]
-    whole = audio_features.extract_features(wave[None], kind="whisper", model=encoder)[0]
-    rows = torch.cat(list(audio_features.stream_features(pieces(wave, (900, 12345)), "whisper", encoder)))
+    whole = audio_features.extract_features(wave[None], "whisper", whisper_folder)[0]
+    rows = torch.cat(list(audio_features.stream_features(pieces(wave, (900, 12345)), "whisper",
+                                                         whisper_folder)))
     assert len(rows) == audio_features.num_frames(samples)
     torch.testing.assert_close(rows, whole, atol=1e-5, rtol=0)
 
@@ -249,7 +249,7 @@ def test_whisper_chunks_equal_whole(whisper_folder, samples):
 def test_whisper_runs_where_the_sound_is(whisper_folder, monkeypatch):
     encoder, places = audio_features.load_whisper(whisper_folder), []
     monkeypatch.setattr(encoder, "to", places.append)
-    audio_features.extract_features(SPEECHLIKE[:1, :16000], kind="whisper", model=encoder)
+    audio_features.extract_features(SPEECHLIKE[:1, :16000], "whisper", whisper_folder)
     assert places == [SPEECHLIKE.device]
 
 
