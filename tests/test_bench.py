@@ -4,11 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_sample import META, small_models
 
 import train_ae
-from decoder import Decoder, DecoderConfig
-from encoder import EncoderConfig, MotionEncoder
-from generator import Generator, GeneratorConfig
 from measure import bench
 from media.weights import save_weights
 
@@ -57,17 +55,8 @@ def test_a_device_that_is_not_there_is_refused(capsys):
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
-    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("release") / "w.safetensors"
-    shape = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 1, "token_dim": 8}
-    models = {"encoder": MotionEncoder(EncoderConfig(**shape)),
-              "decoder": Decoder(DecoderConfig(**shape, tokens_per_motion=2)),
-              "generator": Generator(GeneratorConfig(token_dim=8, width=32, depth=1, heads=1,
-                                                     window=8, past=4, lookahead=1))}
-    for p in models["decoder"].parameters():
-        p.data += 0.05 * torch.randn_like(p)
-    meta = {"size": 32, "audio": "mel", "latents": "pixel", "steps": 1, "gen_steps": 2, "guidance": 1.5}
-    save_weights(path, models, meta)
+    save_weights(path, small_models(), META)
     return str(path)
 
 

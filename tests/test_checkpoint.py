@@ -4,27 +4,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_sample import META, small_models
 
-from decoder import Decoder, DecoderConfig
-from encoder import EncoderConfig, MotionEncoder
 from measure import checkpoint, metrics
 from media.files import InputError
 from media.weights import save_weights
 from world.people import random_motion
 from world.render import random_identity, render
 
-SHAPE = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 1, "token_dim": 8}
-
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("release") / "w.safetensors"
-    models = {"encoder": MotionEncoder(EncoderConfig(**SHAPE)),
-              "decoder": Decoder(DecoderConfig(**SHAPE, tokens_per_motion=2))}
-    for p in models["decoder"].parameters():
-        p.data += 0.05 * torch.randn_like(p)
-    save_weights(path, models, {"size": 32, "latents": "pixel", "steps": 1})
+    path, models = tmp_path_factory.mktemp("release") / "w.safetensors", small_models()
+    save_weights(path, {kind: models[kind] for kind in ("encoder", "decoder")}, META)
     return str(path)
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from test_image import load_image
+from test_sample import META, small_models
 
 import sample
 import web.controls
@@ -29,9 +30,7 @@ from flow import with_cfg
 from generator import Generator, GeneratorConfig, generate_motion
 from media import audio_features
 from media.compose import Composer
-from media.controls import parse_controls
 from media.face import Square, crop_square
-from media.files import InputError
 from media.image import from_uint8, open_image, to_uint8
 from media.sound import SAMPLES_PER_FRAME, audio_chunks
 from media.weights import save_weights
@@ -631,29 +630,12 @@ def test_server_headers_and_traversal(site):
         urllib.request.urlopen(site + "../../__main__.py")
 
 
-def test_controls_are_read_from_their_text():
-    controls = {"yaw": {"direction": [1.0, 0.0], "low": -15, "high": 15, "unit": "degrees"},
-                **{f"blink_{k}": {"direction": [0.0, 1.0], "low": 0, "high": 1, "unit": ""} for k in "lr"}}
-    path = parse_controls("yaw=-10:10 blink=0,1,0", controls, 2, 5)
-    assert path[:, 0].tolist() == [-10, -5, 0, 5, 10]
-    assert path[:, 1].tolist() == [0, 1, 2, 1, 0]                         # both eyes have this direction
-    for text in ("nose=1", "yaw=fast", "yaw=90", "yaw=nan", "blink"):
-        with pytest.raises(InputError, match="--controls"):
-            parse_controls(text, controls, 2, 5)
-
-
 def test_sample_follows_controls(tmp_path, capsys):
     """A small untrained release: as many frames as asked for, moving as the controls do; without controls, a
     sentence."""
-    torch.manual_seed(0)
-    shape = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 2, "token_dim": 8}
-    models = {"encoder": MotionEncoder(EncoderConfig(**shape)), "decoder": Decoder(DecoderConfig(**shape))}
-    for p in models["decoder"].parameters():
-        p.data = 0.1 * torch.randn(p.shape)
     controls = {"jaw": {"direction": [1.0] + 7 * [0.0], "low": 0, "high": 5, "unit": ""}}
-    meta = {"latents": "pixel", "size": 32, "steps": 1}
-    save_weights(tmp_path / "with.safetensors", models, {**meta, "controls": controls})
-    save_weights(tmp_path / "without.safetensors", models, meta)
+    save_weights(tmp_path / "with.safetensors", small_models(), {**META, "controls": controls})
+    save_weights(tmp_path / "without.safetensors", small_models(), META)
 
     def run(name, text):
         return sample.main(["--img", str(ROOT / "examples" / "portrait.png"), "--controls", text, "--seconds",
