@@ -65,20 +65,24 @@ def test_positions_are_sines_of_row_and_column():
 
 # ---- attention ---------------------------------------------------------------------------------------------
 
-def test_attention_equals_torch():
-    torch.manual_seed(0)
-    ours, width, heads = Attention(24, 3), 24, 3
-    x = torch.randn(2, 7, width)
-    q, k, v = F.linear(x, ours.qkv.weight, ours.qkv.bias).chunk(3, dim=-1)
+def torch_attention(out, q, k, v, heads):
+    """torch's own, of what is projected already, queries and keys normalised, and its last layer `out`."""
+    width = out.in_features
     q, k = (F.rms_norm(part.unflatten(-1, (heads, -1)), (width // heads,), eps=1e-6).flatten(-2)
             for part in (q, k))
     theirs = torch.nn.MultiheadAttention(width, heads, batch_first=True)
-    with torch.no_grad():                                                    # q, k, v are projected already
+    with torch.no_grad():
         theirs.in_proj_weight.copy_(torch.eye(width).repeat(3, 1))
         theirs.in_proj_bias.zero_()
-        theirs.out_proj.weight.copy_(ours.out.weight)
-        theirs.out_proj.bias.copy_(ours.out.bias)
-    torch.testing.assert_close(ours(x), theirs(q, k, v, need_weights=False)[0], atol=1e-5, rtol=1e-5)
+    theirs.out_proj = out
+    return theirs(q, k, v, need_weights=False)[0]
+
+
+def test_attention_equals_torch():
+    torch.manual_seed(0)
+    ours, x = Attention(24, 3), torch.randn(2, 7, 24)
+    want = torch_attention(ours.out, *ours.qkv(x).chunk(3, dim=-1), heads=3)
+    torch.testing.assert_close(ours(x), want, atol=1e-5, rtol=1e-5)
 
 
 def test_block_is_a_prenorm_transformer_block():

@@ -4,6 +4,7 @@ other."""
 import pytest
 import torch
 import torch.nn.functional as F
+from test_encoder import torch_attention
 
 import flow
 from generator import CrossAttention, Experts, Generator, GeneratorBlock, GeneratorConfig, generate_motion
@@ -41,18 +42,9 @@ def differ(a, b, by=1e-4):
 
 def test_cross_attention_equals_torch():
     torch.manual_seed(0)
-    ours, width, heads = CrossAttention(24, 3), 24, 3
-    x, context = torch.randn(2, 4, width), torch.randn(2, 7, width)
-    q, (k, v) = ours.q(x), ours.kv(context).chunk(2, -1)
-    q, k = (F.rms_norm(part.unflatten(-1, (heads, -1)), (width // heads,), eps=1e-6).flatten(-2)
-            for part in (q, k))
-    theirs = torch.nn.MultiheadAttention(width, heads, batch_first=True)
-    with torch.no_grad():                                                    # q, k, v are projected already
-        theirs.in_proj_weight.copy_(torch.eye(width).repeat(3, 1))
-        theirs.in_proj_bias.zero_()
-        theirs.out_proj.weight.copy_(ours.out.weight)
-        theirs.out_proj.bias.copy_(ours.out.bias)
-    torch.testing.assert_close(ours(x, context), theirs(q, k, v, need_weights=False)[0], atol=1e-5, rtol=1e-5)
+    ours, x, context = CrossAttention(24, 3), torch.randn(2, 4, 24), torch.randn(2, 7, 24)
+    want = torch_attention(ours.out, ours.q(x), *ours.kv(context).chunk(2, -1), heads=3)
+    torch.testing.assert_close(ours(x, context), want, atol=1e-5, rtol=1e-5)
 
 
 def test_blocks_start_as_identity_and_the_output_as_zero():

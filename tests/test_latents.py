@@ -1,7 +1,6 @@
 """The spaces: pixels are themselves, Stable Diffusion's autoencoder is diffusers' own, failures explained."""
 import pytest
 import torch
-from diffusers import AutoencoderKL
 
 from media.latents import load_latents
 
@@ -9,8 +8,9 @@ IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def vae_folder(tmp_path_factory):
     """A tiny random autoencoder in the hub's own format, with factor 8 and 4 channels as the real one."""
+    from diffusers import AutoencoderKL
     torch.manual_seed(1)
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4,
                         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -29,8 +29,9 @@ def test_pixels_are_their_own_latents():
     assert torch.equal(space.decode(3 * IMAGES), (3 * IMAGES).clamp(-1, 1))
 
 
-def test_sd_latents_equal_diffusers(folder):
-    space, vae = load_latents("sd", folder), AutoencoderKL.from_pretrained(folder).eval()
+def test_sd_latents_equal_diffusers(vae_folder):
+    from diffusers import AutoencoderKL
+    space, vae = load_latents("sd", vae_folder), AutoencoderKL.from_pretrained(vae_folder).eval()
     latents = space.encode(IMAGES)
     assert latents.shape == (3, space.channels, 32 // space.factor, 32 // space.factor) == (3, 4, 4, 4)
     with torch.no_grad():
@@ -42,8 +43,8 @@ def test_sd_latents_equal_diffusers(folder):
     assert torch.equal(space.encode(IMAGES), latents)                        # the mean: no noise of its own
 
 
-def test_sd_is_frozen_and_one_at_a_time_is_the_same(folder):
-    space = load_latents("sd", folder)
+def test_sd_is_frozen_and_one_at_a_time_is_the_same(vae_folder):
+    space = load_latents("sd", vae_folder)
     assert not any(p.requires_grad for p in space.vae.parameters()) and not space.vae.training
     latents = space.encode(IMAGES)
     assert not latents.requires_grad and latents.dtype == torch.float32

@@ -7,7 +7,6 @@ import base64
 import contextlib
 import io
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -87,19 +86,13 @@ ANSWERS = {
 def lesson():
     """The notebook, run with tiny settings -> notebook, the names that it defined."""
     pytest.importorskip("matplotlib", reason="the lesson draws with matplotlib")
-    threads, random = torch.get_num_threads(), torch.get_rng_state()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    torch.set_num_threads(1)
-    notebook = json.loads(LESSON.read_text())
+    notebook, random = json.loads(LESSON.read_text()), torch.get_rng_state()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEMO_LESSON", "tiny")
         patch.chdir(ROOT)
         yield notebook, run_lesson(notebook)
-    torch.set_grad_enabled(True)                                  # the lesson switches these for its reader
-    torch.set_num_threads(threads)
+    torch.set_grad_enabled(True)                                  # the lesson switches it off for its reader
     torch.set_rng_state(random)
-    for number, handler in handlers.items():                      # training takes them over
-        signal.signal(number, handler)
 
 
 def test_every_picture_is_made(lesson):
