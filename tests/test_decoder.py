@@ -281,7 +281,7 @@ def test_velocity_follows_from_the_predicted_picture():
         torch.testing.assert_close(v, want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("steps", [1, 20, 50, 400])
+@pytest.mark.parametrize("steps", [1, 7, 100])
 def test_any_number_of_steps_ends_at_the_predicted_picture(steps):
     model = decoder(lively=False)
     model.head.bias.data = answer(paint=0.3, fade=0.5)

@@ -193,7 +193,7 @@ def learn(model, batches, steps, rate=5e-3):
 def test_a_small_batch_is_learned_by_heart():
     m, _, past, reference, audio = inputs(4)
     cond = {"past": past, "reference": reference, "audio": audio}
-    losses = learn(generator(lively=False).train(), lambda draw: (m, torch.full((4,), 0.7), cond), 150)
+    losses = learn(generator(lively=False).train(), lambda draw: (m, torch.full((4,), 0.7), cond), 100)
     assert sum(losses[-20:]) / 20 < sum(losses[:5]) / 5 / 5
 
 
@@ -206,7 +206,7 @@ def test_a_frame_learns_to_hear_its_own_row():
                                    "audio": audio}
 
     model = generator(lively=False, depth=1).train()
-    learn(model, batches, 200, 1e-2)
+    learn(model, batches, 80, 1e-2)
     z, _, cond = batches(torch.Generator().manual_seed(1))
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_a_frame_learns_to_hear_its_own_row():
     assert error < 0.3                                               # 1 without hearing, 2 with the wrong row
 
 
-# ---- dream -------------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------------
 
 SILENCE = torch.linspace(-1, 1, 5)
 
@@ -223,13 +223,13 @@ def speech(count):
     return torch.randn(count, 5, generator=torch.Generator().manual_seed(3))
 
 
-def dreamed(model, rows, **options):
+def generated(model, rows, **options):
     still = torch.linspace(-2, 2, 6)[None]
     return list(generate_motion(model, still, rows, torch.Generator().manual_seed(4), SILENCE, **options))
 
 
 def window_by_window(model, rows, steps, guidance):
-    """dream, with all of the speech at hand."""
+    """generate_motion, with all of the speech at hand."""
     c, still, draw = model.config, torch.linspace(-2, 2, 6), torch.Generator().manual_seed(4)
     silent = SILENCE.expand(c.past + c.window + c.lookahead, -1)
     padded, past, out = torch.cat([silent[:c.past], rows, silent]), still.expand(1, c.past, -1), []
@@ -243,22 +243,22 @@ def window_by_window(model, rows, steps, guidance):
 
 @pytest.mark.parametrize("past", [3, 6], ids=["past shorter than window", "longer"])
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 7, 9, 12])
-def test_dream_writes_a_row_for_every_row_heard(count, past):
+def test_a_motion_is_generated_for_every_row_of_speech(count, past):
     model, rows = generator(past=past), speech(count)
-    parts = dreamed(model, [rows], steps=2, guidance=1.5)
+    parts = generated(model, [rows], steps=2, guidance=1.5)
     assert [len(part) for part in parts] == [4] * (count // 4) + [count % 4] * (count % 4 > 0)
     torch.testing.assert_close(torch.cat(parts), window_by_window(model, rows, 2, 1.5), atol=1e-5, rtol=1e-5)
     assert not parts[0].requires_grad
 
 
 @pytest.mark.parametrize("sizes", [1, 3, 9, [5, 0, 4], [8, 1]])
-def test_dream_does_not_care_how_speech_arrives(sizes):
+def test_it_does_not_matter_how_speech_arrives(sizes):
     model, rows = generator(), speech(9)
-    torch.testing.assert_close(torch.cat(dreamed(model, iter(rows.split(sizes)))),
-                               torch.cat(dreamed(model, [rows])))
+    torch.testing.assert_close(torch.cat(generated(model, iter(rows.split(sizes)))),
+                               torch.cat(generated(model, [rows])))
 
 
-def test_dream_answers_as_soon_as_it_can():
+def test_a_window_comes_as_soon_as_its_speech_is_there():
     given = []
 
     def source():
@@ -272,36 +272,36 @@ def test_dream_answers_as_soon_as_it_can():
         assert len(given) == 4 * (k + 1) + 2                              # the window and what is ahead of it
 
 
-def test_dream_starts_from_the_photo():
+def test_the_first_past_is_the_photo():
     model, seen = generator(), []
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["past"]), with_kwargs=True)
-    motion = torch.cat(dreamed(model, [speech(9)], steps=1))
+    motion = torch.cat(generated(model, [speech(9)], steps=1))
     assert torch.equal(seen[0], torch.linspace(-2, 2, 6).expand(1, 3, -1))
     assert torch.equal(seen[1][0], motion[1:4]) and torch.equal(seen[2][0], motion[5:8])
 
 
 @pytest.mark.parametrize("split", [9, 2])
-def test_dreams_of_several_photos_and_voices_at_once(split):
+def test_several_photos_and_voices_at_once(split):
     """As one after the other; each has the same noise, its own photo, voice and mood."""
     model = generator(experts=2)
     photos, voices, moods = torch.randn(2, 6), torch.randn(2, 9, 5), torch.rand(2, 9, 7)
 
-    def dreams(photos, voices, moods):
+    def motions(photos, voices, moods):
         mood = iter(moods.split(split, dim=-2))
         windows = generate_motion(model, photos, voices.split(split, dim=-2),
                                   torch.Generator().manual_seed(4), SILENCE, emotion=lambda rows: next(mood))
         return torch.cat(list(windows), dim=-2)
 
-    both = dreams(photos, voices, moods)
-    one_voice = dreams(photos, voices[0], moods)
-    assert both.shape == (2, 9, 6) and dreams(photos[:1], voices[0], moods[0]).shape == (9, 6)
+    both = motions(photos, voices, moods)
+    one_voice = motions(photos, voices[0], moods)
+    assert both.shape == (2, 9, 6) and motions(photos[:1], voices[0], moods[0]).shape == (9, 6)
     for k in range(2):
-        torch.testing.assert_close(both[k], dreams(photos[k:k + 1], voices[k], moods[k]))
-        torch.testing.assert_close(one_voice[k], dreams(photos[k:k + 1], voices[0], moods[k]))
+        torch.testing.assert_close(both[k], motions(photos[k:k + 1], voices[k], moods[k]))
+        torch.testing.assert_close(one_voice[k], motions(photos[k:k + 1], voices[0], moods[k]))
 
 
-def test_dream_of_nothing_is_nothing():
-    assert dreamed(generator(), []) == [] and dreamed(generator(), [speech(0)]) == []
+def test_no_speech_is_no_motion():
+    assert generated(generator(), []) == [] and generated(generator(), [speech(0)]) == []
 
 
 # ---- truncation --------------------------------------------------------------------------------------------
@@ -309,10 +309,10 @@ def test_dream_of_nothing_is_nothing():
 def test_truncated_directions_have_no_noise():
     model, plain, seen = generator(truncated=2), generator(), []
     plain.load_state_dict(model.state_dict(), strict=False)
-    torch.testing.assert_close(dreamed(model, [speech(9)]), dreamed(plain, [speech(9)]))  # no direction yet
+    torch.testing.assert_close(generated(model, [speech(9)]), generated(plain, [speech(9)]))     # none so far
     model.truncated.copy_(torch.linalg.qr(torch.randn(6, 2, generator=torch.Generator().manual_seed(8))).Q)
     model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    dreamed(model, [speech(9)], steps=1)
+    generated(model, [speech(9)], steps=1)
     noise = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(4))
     along = model.truncated @ model.truncated.T                                # a projection: P P = P
     torch.testing.assert_close(along @ along, along)
@@ -413,18 +413,17 @@ def test_moods_keep_step_with_speech(count, sizes):
     model, seen = generator(experts=3), []
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["mood"][0, :, 0]),
                                     with_kwargs=True)
-    motion = torch.cat(dreamed(model, iter(speech(count).split(sizes)), steps=1, emotion=Numbered()))
+    motion = torch.cat(generated(model, iter(speech(count).split(sizes)), steps=1, emotion=Numbered()))
     for k, mood in enumerate(seen):                                # P=3 frames before, K=4 new; ends repeated
         torch.testing.assert_close(mood, torch.arange(4 * k - 3, 4 * k + 4).clamp(0, count - 1) / 100)
     assert len(seen) == -(-count // 4) and len(motion) == count
 
 
-def test_dream_in_a_mood_does_not_care_how_speech_arrives():
+def test_with_a_mood_it_does_not_matter_how_speech_arrives():
     model, rows = generator(experts=3), speech(9)
-    whole = torch.cat(dreamed(model, [rows], emotion=Numbered(), guidance=1.5))
-    torch.testing.assert_close(torch.cat(dreamed(model, iter(rows.split(2)), emotion=Numbered(),
-                                                 guidance=1.5)), whole)
-    assert not torch.equal(whole, torch.cat(dreamed(model, [rows], guidance=1.5)))
-    torch.testing.assert_close(torch.cat(dreamed(model, [rows],
-                                                 emotion=lambda rows: torch.zeros(len(rows), 7))),
-                               torch.cat(dreamed(model, [rows])), atol=0, rtol=0)
+    whole, parts, none, zero = (
+        torch.cat(generated(model, given, emotion=emotion, guidance=1.5))
+        for given, emotion in (([rows], Numbered()), (rows.split(2), Numbered()), ([rows], None),
+                               ([rows], lambda rows: torch.zeros(len(rows), 7))))
+    torch.testing.assert_close(parts, whole)
+    assert torch.equal(zero, none) and not torch.equal(whole, none)

@@ -581,7 +581,7 @@ def test_one_batch_is_learnt(monkeypatch, no_pictures, passed, tmp_path):
     monkeypatch.setattr(train_ae, "synthetic_batch", lambda *_: batch)
     monkeypatch.setattr(train_ae, "sample_noise_t_mask", lambda *_: luck)
     monkeypatch.setattr(train_ae, "schedule", lambda *_: PLAIN)
-    assert train(tmp_path, "--label-weight", "0", steps=80) == 0
+    assert train(tmp_path, "--label-weight", "0", steps=30) == 0
     assert passed[-1][0] < passed[0][0] / 2, (passed[0][0], passed[-1][0])
 
 
@@ -1168,8 +1168,8 @@ def test_reflow_draws_pure_noise_alone_for_one_step():
 
 def test_a_student_nears_its_teacher_in_one_step(teacher, no_pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert train_ae.main(["--preset", "nano", "--reflow", teacher, "--teacher-steps", "4", "--steps", "130",
-                          "--one-step", "--device", "cpu"]) == 0
+    assert train_ae.main(["--preset", "nano", "--reflow", teacher, "--teacher-steps", "4", "--steps", "60",
+                          "--lr", "0.01", "--muon-lr", "0.06", "--one-step", "--device", "cpu"]) == 0
     student, meta = load_models(tmp_path / "runs/reflow_ae/semo.safetensors")
     models, _ = load_models(teacher)
     assert same(student["encoder"].state_dict(), models["encoder"].state_dict())

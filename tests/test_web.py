@@ -52,11 +52,14 @@ READY = "() => !document.getElementById('play').disabled"
 PRESSED = "([id, state]) => document.getElementById(id).getAttribute('aria-pressed') === state"
 
 
+def need(name, how="pip install -r requirements-web.txt"):
+    return pytest.importorskip(name, reason=f"needs {name}: {how}")
+
+
 @pytest.fixture(scope="module")
 def site():
     """The page with the embedded release, served -> (address, requests that reached the server)."""
-    pytest.importorskip("onnx", reason="needs onnx: pip install -r requirements-web.txt")
-    pytest.importorskip("onnxscript", reason="needs onnxscript: pip install -r requirements-web.txt")
+    need("onnx"), need("onnxscript")
     from web.__main__ import ORT, build, server
     if not ORT.is_dir():
         pytest.skip("needs onnxruntime-web: npm ci --prefix web")
@@ -71,7 +74,7 @@ def site():
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    api = need("playwright.sync_api", "pip install playwright")
     if CHROMIUM is None:
         pytest.skip("needs a Chromium browser: apt-get install chromium")
     with api.sync_playwright() as p:
@@ -574,10 +577,8 @@ def test_phone_dark_and_keyboard(tab, site):
 
 def test_graphs_compute_what_the_networks_do(tmp_path):
     """Small untrained networks with moods, all weights random, under onnxruntime against torch."""
-    pytest.importorskip("onnx", reason="needs onnx: pip install -r requirements-web.txt")
-    pytest.importorskip("onnxscript", reason="needs onnxscript: pip install -r requirements-web.txt")
-    runtime = pytest.importorskip("onnxruntime",
-                                  reason="needs onnxruntime: pip install -r requirements-web.txt")
+    need("onnx"), need("onnxscript")
+    runtime = need("onnxruntime")
     torch.manual_seed(0)
     shape = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 2, "token_dim": 8}
     models = {"encoder": MotionEncoder(EncoderConfig(**shape)),
