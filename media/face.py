@@ -194,15 +194,7 @@ def frame_video(path, size, detector):
     faces = [face for image in first[::DETECT_EVERY] if (face := largest(find_faces(detector, image)))]
     square = median_square(faces) if faces else middle_square(*first[0].size)
     note = None if faces else f"no face found at the start of {path}; the middle of the picture is used"
-
-    def crops():
-        last, crop = None, None
-        for image in chain(first, images):
-            if image is not last:                # slow videos show a picture more than once
-                last, crop = image, from_uint8(crop_square(image, square, size))
-            yield crop
-
-    return crops(), note
+    return (from_uint8(crop_square(image, square, size)) for image in chain(first, images)), note
 
 
 def middle_square(width, height):

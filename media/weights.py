@@ -75,11 +75,6 @@ def check_config(path, kind, config, weights):
             raise InputError(f"{path}: the {kind}'s {field} is {value!r}, which cannot be; it is damaged")
 
 
-def shapes(state):
-    """State dict -> {name: shape}."""
-    return {name: value.shape for name, value in state.items()}
-
-
 @contextmanager
 def limit_size(count):
     """Raise MemoryError when the networks built within have more than `count` parameters, before the memory
@@ -137,7 +132,8 @@ def load_weights(path, classes, device="cpu"):
                              "damaged") from None
         except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise InputError(f"{path}: its {kind} was made by another version of SeMo ({error})") from error
-        if differing := shapes(state).items() ^ shapes(model.state_dict()).items():
+        held, needed = ({name: x.shape for name, x in part.items()} for part in (state, model.state_dict()))
+        if differing := held.items() ^ needed.items():
             raise InputError(f"{path}: the {kind}'s weights do not fit its config (first "
                              f"{min(name for name, _ in differing)}); the file is damaged")
         model.load_state_dict(state)
