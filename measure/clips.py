@@ -162,13 +162,14 @@ def landmarks_table(by_mesh, size):
     print(f"\nread by a face mesh at {landmarks.SIZE} px (true frames: reduced to {size} px, the ceiling); "
           f"median over people: correlation [95%],\nampl(itude): ratio of standard deviations; of the "
           f"opening also the correlation within 1 frame, lag, concord(ance)")
-    others, lines = {"opening_near": 2, "opening_lag": 1, "opening_concordance": 2, "blinks_a_minute": 1,
-                     "blink_f1": 2}, []
+    lines = []
     for name, entry in rows.items():
         cells = [name]
         for factor in landmarks.FACTORS:
             cells += cell(entry[factor + "_correlation"], 2, True) + cell(entry[factor + "_amplitude"], 2)
-        cells += [text for key, digits in others.items() for text in cell(entry[key], digits)]
+        for key, digits in (("opening_near", 2), ("opening_lag", 1), ("opening_concordance", 2),
+                            ("blinks_a_minute", 1), ("blink_f1", 2)):
+            cells += cell(entry[key], digits)
         lines.append([*cells, f"{entry['no_face']['value']:.1%}"])
     table(["", *(text for name in landmarks.FACTORS for text in (name, "", "ampl")),
            "+-1", "lag", "concord", "blinks/min", "F1", "no face"], lines)

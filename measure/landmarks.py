@@ -218,12 +218,11 @@ def summary(clips, people):
         known = mean[np.isfinite(mean)]
         drawn = known[(draw[:, :len(known)] * len(known)).astype(int)]
         add(key, known_mean(known, np.median), np.median(drawn, axis=1) if len(known) else known)
-    if not set(COUNTS) <= clips[0].keys():
-        return result
-    sums = {key: np.bincount(of, [clip[key] for clip in clips], len(names)) for key in COUNTS}
-    drawn = rates({key: x[(draw * len(names)).astype(int)].sum(1) for key, x in sums.items()})
-    for key, value in rates({key: x.sum() for key, x in sums.items()}).items():
-        add(key, value, drawn[key])
+    if set(COUNTS) <= clips[0].keys():
+        sums = {key: np.bincount(of, [clip[key] for clip in clips], len(names)) for key in COUNTS}
+        drawn = rates({key: x[(draw * len(names)).astype(int)].sum(1) for key, x in sums.items()})
+        for key, value in rates({key: x.sum() for key, x in sums.items()}).items():
+            add(key, value, drawn[key])
     return result
 
 

@@ -111,14 +111,6 @@ def errors(checkpoint, clips):
     return sheet(title, head[: len(rows[0])], rows)
 
 
-def principal(tokens, count):
-    """PCA of tokens (n, D) -> mean (D,), directions (k, D), deviations (k,) and shares of variance (k,)."""
-    mean = tokens.mean(0)
-    _, s, axes = torch.linalg.svd(tokens - mean, full_matrices=False)
-    deviations, shares = (s / (len(tokens) - 1) ** 0.5).clamp(min=1e-9), s**2 / (s**2).sum()
-    return mean, axes[:count], deviations[:count], shares[:count]
-
-
 def token_pca(checkpoint):
     """Compute the PCA of tokens of many people in free motion.
 
@@ -128,7 +120,10 @@ def token_pca(checkpoint):
     ids = HELD_OUT + 10_000 + torch.arange(FRAMES["pca"])
     motion = random_motion(ids)
     tokens = encode(checkpoint, render_batched(random_identity(ids), motion, checkpoint.meta["size"])).cpu()
-    mean, axes, deviations, shares = principal(tokens, DIRECTIONS)
+    mean = tokens.mean(0)
+    _, values, axes = torch.linalg.svd(tokens - mean, full_matrices=False)
+    shares, axes = (values.square() / values.square().sum())[:DIRECTIONS], axes[:DIRECTIONS]
+    deviations = (values / (len(tokens) - 1) ** 0.5).clamp(min=1e-9)[:DIRECTIONS]
     scores = (tokens - mean) @ axes.T / deviations
     correlations = torch.stack([metrics.correlation(scores[:, k: k + 1].expand_as(motion), motion)
                                 for k in range(len(axes))])
