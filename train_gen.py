@@ -74,7 +74,7 @@ PRESETS = {
         guidance=1.0, lr=1e-4, muon_lr=None),
 }
 FACTORS = ("opening", "width", "lids", "yaw", "pitch", "roll", "corner", "brow", "furrow")
-MIRRORED = torch.tensor(SIGN)[[0, 1, 2, 4, 5, 6, 8, 7, 9]]        # sign of each in a mirrored picture
+COLUMNS = [0, 1, 2, 4, 5, 6, 8, 7, 9]                             # of each in the landmark files
 SHARES = (0.4, 0.2, 0.2, 0.07, 0.07, 0.06, 0.0, 0.0, 0.0)         # of each in motion_loss
 GAINS = (1.2, 1.0, 1.6, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)             # of each in the decoder, see amplify
 EXPRESSION = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.6, 1.7, 2.5)        # of each where a mood is wished
@@ -176,10 +176,9 @@ def mood_label(record):
     return mood
 
 
-def real_clips(args, preset, folder, size, rank, world, split="train"):
-    """Clips with sound of a prepared folder; with augment each once more, mirrored.
+def real_clips(args, preset, people, size, rank, world):
+    """Read clips with sound, {person: [row of the manifest]}; with augment each once more, mirrored.
     Others of a labelled clip are middle frames of the person's neutral clips, or else of any."""
-    people = prepared.load_set(folder, split, sound=True)
     records = [record for identity in sorted(people) for record in people[identity]]
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(args.seed)).tolist()
     for record in [records[k] for k in order[rank::world][:args.clips]]:
@@ -193,13 +192,12 @@ def real_clips(args, preset, folder, size, rank, world, split="train"):
             pictures = [prepared.read_at(x["path"], [x["frames"] // 2], size) for x in chosen]
             others = from_uint8(np.concatenate(pictures))
         known = torch.from_numpy(prepared.load_landmarks(record)[1])[: len(frames)]    # (F, 10)
-        lids = known[:, 2:4].mean(1, keepdim=True)
-        factors = torch.cat([known[:, :2], lids, known[:, [4, 5, 6, 8, 7, 9]]], 1)
+        known[:, 2] = known[:, 2:4].mean(1)                                            # both lids
         moods = mood.expand(len(frames), -1)
-        clip = Clip(frames, wave[None], moods, len(frames), mood, others, factors)
+        clip = Clip(frames, wave[None], moods, len(frames), mood, others, known[:, COLUMNS])
         yield clip
         if preset["augment"]:
-            yield clip._replace(frames=frames.flip(-1), factors=factors * MIRRORED,
+            yield clip._replace(frames=frames.flip(-1), factors=(known * torch.tensor(SIGN))[:, COLUMNS],
                                 others=None if others is None else others.flip(-1))
 
 
@@ -217,8 +215,9 @@ def read_cache(path):
         return None
 
 
-def encode_dataset(args, preset, encoder, space, size, rank, world, device, split="train"):
-    """This process's clips, encoded. Kept in --out, for the next start."""
+def encode_dataset(args, preset, sets, encoder, space, size, rank, world, device, split="train"):
+    """Encode this process's clips of --data, in sets {folder: {person: clips}} those of folders. Kept in
+    --out, for the next start. Raises InputError."""
     kind, fresh_masks = preset.get("audio", "mel"), preset.get("fresh_masks", False)
     inputs = [args.ae, *(os.path.join(name, "manifest.jsonl") for name in args.data if name != "synthetic")]
     key = [*fingerprints(inputs + WORLD), args.clips, args.seed, args.mask_max, preset["seconds"], world,
@@ -234,9 +233,10 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, spli
             return Encoded(*(cached[name] for name in Encoded._fields))
     parts, kept, clip_index, voices, number, first = [], [], [], [], 0, 0
     for k, name in enumerate(args.data):
-        clips = synthetic_clips(args, preset, size, rank, world, device, split)
-        if name != "synthetic":
-            clips = real_clips(args, preset, name, size, rank, world, split)
+        if name == "synthetic":
+            clips = synthetic_clips(args, preset, size, rank, world, device, split)
+        else:
+            clips = real_clips(args, preset, sets[name], size, rank, world)
         for clip in tqdm(clips, desc=f"encoding {name}", unit="clip", disable=rank > 0):
             masks = args.mask_max, training.step_rng(args.seed, rank, number)
             pictures = space.encode(clip.frames.to(device))
@@ -270,12 +270,12 @@ def encode_dataset(args, preset, encoder, space, size, rank, world, device, spli
 
 def encode_held_out(args, preset, *given):
     """A few clips that are never trained on: of the test splits of --data, synthetic if none has one."""
-    tested = [name for name in args.data
-              if name == "synthetic" or prepared.find_clips(name, "test", sound=True)]
+    sets = {name: prepared.find_clips(name, "test", sound=True) for name in args.data if name != "synthetic"}
+    tested = [name for name in args.data if sets.get(name, True)]
     args = argparse.Namespace(**{**vars(args), "clips": min(args.clips, HELD_OUT_CLIPS),
                                  "data": tested or ["synthetic"]})
     preset = {**preset, "augment": False, "fresh_masks": False}
-    return encode_dataset(args, preset, *given, split="test")
+    return encode_dataset(args, preset, sets, *given, split="test")
 
 
 # ---- windows and loss --------------------------------------------------------------------------------------
@@ -515,9 +515,7 @@ def train(args, preset) -> int:
     models, meta = sample.load_models(args.ae, device)
     space = load_latents(meta["latents"], meta.get("vae", SD), device)
     silence_features = sample.encode_silence(kind, args.whisper)
-    for name in args.data:
-        if name != "synthetic":
-            prepared.load_set(name, "train", sound=True)                # refuse now what cannot be read later
+    sets = {name: prepared.load_set(name, "train", sound=True) for name in args.data if name != "synthetic"}
     training.make_run_folder(args.out)
     encoder = models["encoder"].requires_grad_(False)
     config = replace(preset["generator"], num_tokens=encoder.config.num_tokens,
@@ -543,7 +541,7 @@ def train(args, preset) -> int:
     if rank == 0:
         training.print_settings(args, model, step)
 
-    encoded = encode_dataset(args, preset, encoder, space, meta["size"], rank, world, device)
+    encoded = encode_dataset(args, preset, sets, encoder, space, meta["size"], rank, world, device)
     if rank == 0:
         held_out = encode_held_out(args, preset, encoder, space, meta["size"], 0, 1, device)
     encode_past = None
@@ -567,18 +565,22 @@ def train(args, preset) -> int:
         if config.truncated:                                            # opening and width of the mouth
             for network in (model, ema):
                 network.truncated.copy_(torch.linalg.qr(directions[:, :config.truncated]).Q)
+
+    def draw_loss(network, encoded, rng, augment=False, encode_past=None):
+        windows = sample_windows(encoded, config, args.windows, rng, silence_features, augment, encode_past,
+                                 expression)
+        inputs, cond = loss_inputs(windows, rng, args, guidance, teacher, model.truncate, device)
+        with autocast(device):
+            return motion_loss(network, *inputs, directions, **cond)
+
     ddp_model = training.ddp_wrap(model, world, device)
     stopper, began = training.Stopper(), time.perf_counter()
     recent = deque(maxlen=100)                                    # losses, to print their mean
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
         training.set_lr(optimisers, step, args.steps, warmup=50)
-        rng = training.step_rng(args.seed, rank, step)
-        windows = sample_windows(encoded, config, args.windows, rng, silence_features,
-                                 preset["augment"] and kind == "mel", encode_past, expression=expression)
-        inputs, cond = loss_inputs(windows, rng, args, guidance, teacher, model.truncate, device)
-        with autocast(device):
-            loss = motion_loss(ddp_model, *inputs, directions, **cond)
+        loss = draw_loss(ddp_model, encoded, training.step_rng(args.seed, rank, step),
+                         preset["augment"] and kind == "mel", encode_past)
         loss.backward()
         training.clip_and_step(model, optimisers, loss.item(), step, state, device)
         training.update_ema(ema, model, step, training.ema_decay(args.steps))
@@ -596,12 +598,8 @@ def train(args, preset) -> int:
             save_weights(os.path.join(args.out, "semo.safetensors"), networks, meta)
             preview(os.path.join(args.out, f"step{step:06d}.mp4"), networks, meta, args)
             training.save_checkpoint(state, step, args, configs, model, ema, optimisers)
-            rng = training.step_rng(args.seed, 0, 0)                # the same windows, noise and t each time
-            windows = sample_windows(held_out, config, args.windows, rng, silence_features,
-                                     expression=expression)
-            inputs, cond = loss_inputs(windows, rng, args, guidance, teacher, model.truncate, device)
-            with torch.no_grad(), autocast(device):
-                held_out_loss = motion_loss(ema, *inputs, directions, **cond).item()
+            with torch.no_grad():                                   # the same windows, noise and t each time
+                held_out_loss = draw_loss(ema, held_out, training.step_rng(args.seed, 0, 0)).item()
             total = (step - first) * world * args.windows
             training.log(args.out, step=step, loss=mean_loss, loss_held_out=held_out_loss,
                          windows_per_second=total / (time.perf_counter() - began))

@@ -389,24 +389,25 @@ def test_processes_encode_different_clips_none_held_out(monkeypatch):
 def test_held_out_clips_are_of_the_test_split_or_else_synthetic(ae, tmp_path, monkeypatch):
     asked, seeds, make = [], [], random_clip
 
-    def real_clips(args, preset, folder, size, rank, world, split):
-        asked.append((folder, split, preset["augment"]))
+    def real_clips(args, preset, people, size, rank, world):
+        asked.append((people, preset["augment"]))
+        return train_gen.synthetic_clips(args, preset, size, rank, world)
+
+    def find_clips(folder, split, sound):
         if folder == "damaged":
             raise InputError(folder)
-        return train_gen.synthetic_clips(args, preset, size, rank, world, split="train")
+        return {"a": [split]} if folder == "any" else {}
 
     monkeypatch.setattr(train_gen, "real_clips", real_clips)
-    monkeypatch.setattr(train_gen.prepared, "find_clips", lambda folder, split, sound: {
-        "without": {}, "any": {"a": [1]}, "damaged": {"a": [1]}}[folder])
+    monkeypatch.setattr(train_gen.prepared, "find_clips", find_clips)
     monkeypatch.setattr(train_gen, "fingerprints", lambda paths: ["x"])
     monkeypatch.setattr(train_gen, "random_clip",
                         lambda seed, *more: seeds.append(seed.item()) or make(seed, *more))
     encoder = load_models(ae)[0]["encoder"]
-    for folders, read, want in ((["any"], ["any"], 0), (["without"], [], HELD_OUT),
-                                (["without", "any"], ["any"], 0)):
+    for folders, read, want in ((["any"], 1, 0), (["without"], 0, HELD_OUT), (["without", "any"], 1, 0)):
         args = train_gen.parse(command(ae, tmp_path, "--clips", "1", "--data", *folders))
         encoded = train_gen.encode_held_out(args, NANO, encoder, Pixel(), 32, 0, 1, CPU)
-        assert asked == [(folder, "test", False) for folder in read] and seeds.pop() == want and seeds == []
+        assert asked == read * [({"a": ["test"]}, False)] and seeds.pop() == want and seeds == []
         assert len(encoded.clip_index) == 1 and args.data == folders
         asked.clear()
     args.data = ["damaged"]                              # is told, not replaced by synthetic clips
@@ -432,7 +433,7 @@ def test_clips_are_kept_until_something_changes(ae, tmp_path, monkeypatch):
         made.clear()
         args = train_gen.parse(command(path, tmp_path, "--clips", "1", *more))
         encoder = load_models(path)[0]["encoder"]
-        return train_gen.encode_dataset(args, NANO, encoder, Pixel(), 32, 0, 1, CPU)
+        return train_gen.encode_dataset(args, NANO, {}, encoder, Pixel(), 32, 0, 1, CPU)
 
     first = get()
     assert made == [0, 1, 2]                   # the clip, the same through masks, the person in other moods
@@ -482,38 +483,35 @@ def no_landmarks(monkeypatch):
 
 def test_processes_read_different_real_clips(monkeypatch, no_landmarks):
     people = {"b": [{"path": "b0"}, {"path": "b1"}], "a": [{"path": "a0"}, {"path": "a1"}, {"path": "a2"}]}
-    monkeypatch.setattr(train_gen.prepared, "load_set", lambda *_, **__: people)
     read = []
     monkeypatch.setattr(train_gen.prepared, "read_clip", lambda path, size: (
         read.append(path) or (torch.zeros(1), torch.zeros(1))))
     args = train_gen.parse(command("ae", "out", "--clips", "9"))
     for rank in range(2):
-        found = list(train_gen.real_clips(args, {"augment": False}, "set", 32, rank, 2))
+        found = list(train_gen.real_clips(args, {"augment": False}, people, 32, rank, 2))
         assert all(not clip.mood.any() and clip.others is None for clip in found)  # nobody said how they feel
     assert sorted(read) == ["a0", "a1", "a2", "b0", "b1"]                    # all, each once
 
 
 def test_clips_are_drawn_by_the_seed_not_by_the_alphabet(monkeypatch, no_landmarks):
     people = {name: [{"path": f"{name}{k}"} for k in range(10)] for name in "abcdefgh"}
-    monkeypatch.setattr(train_gen.prepared, "load_set", lambda *_, **__: people)
     read = []
     monkeypatch.setattr(train_gen.prepared, "read_clip", lambda path, size: (
         read.append(path) or (torch.zeros(1), torch.zeros(1))))
     for seed in ("0", "0", "1"):
         args = train_gen.parse(command("ae", "out", "--clips", "10", "--seed", seed))
-        list(train_gen.real_clips(args, {"augment": False}, "set", 32, 0, 1))
+        list(train_gen.real_clips(args, {"augment": False}, people, 32, 0, 1))
     first, again, other = read[:10], read[10:20], read[20:]
     assert first == again and first != other and len({path[0] for path in first}) > 4
 
 
 def test_augmented_clips_are_seen_mirrored_too(monkeypatch):
-    monkeypatch.setattr(train_gen.prepared, "load_set", lambda *_, **__: {"a": [{"path": "a0"}]})
     frames = torch.randn(30, 3, 4, 4)
     monkeypatch.setattr(train_gen.prepared, "read_clip", lambda *_: (frames, torch.zeros(30 * 640)))
     known = np.tile(np.arange(1, 11, dtype=np.float32), (30, 1))
     monkeypatch.setattr(train_gen.prepared, "load_landmarks", lambda row: (None, known))
     args = train_gen.parse(command("ae", "out", "--clips", "9"))
-    plain, mirrored = train_gen.real_clips(args, {"augment": True}, "set", 4, 0, 1)
+    plain, mirrored = train_gen.real_clips(args, {"augment": True}, {"a": [{"path": "a0"}]}, 4, 0, 1)
     assert torch.equal(mirrored.frames, plain.frames.flip(-1))
     assert torch.equal(mirrored.wave, plain.wave)
     assert plain.factors[0].tolist() == [1, 2, 3.5, 5, 6, 7, 9, 8, 10]   # head pose, corner, brow, furrow
@@ -525,13 +523,12 @@ def test_a_labelled_person_is_also_seen_in_neutral_clips(monkeypatch, no_landmar
     rows = [{"path": name, "identity": "a", "emotion": emotion, "level": 3, "frames": 9}
             for name, emotion in (("a0", "neutral"), ("a1", "happy"), ("a2", "sad"), ("a3", "neutral"))]
     rows.append({"path": "b0", "identity": "b", "emotion": "angry", "level": 3, "frames": 9})
-    monkeypatch.setattr(train_gen.prepared, "load_set", lambda *_, **__: {"a": rows[:4], "b": rows[4:]})
     monkeypatch.setattr(train_gen.prepared, "read_clip", lambda *_: (
         torch.zeros(9, 3, 2, 2), torch.zeros(9 * 640)))
     monkeypatch.setattr(train_gen.prepared, "read_at", lambda path, *_: (
         np.full((1, 2, 2, 3), ord(path[1]), np.uint8)))
     args = train_gen.parse(command("ae", "out", "--clips", "9"))
-    found = list(train_gen.real_clips(args, {"augment": False}, "set", 2, 0, 1))
+    found = list(train_gen.real_clips(args, {"augment": False}, {"a": rows[:4], "b": rows[4:]}, 2, 0, 1))
     seen = [None if x.others is None else set((127.5 * (x.others[:, 0, 0, 0] + 1)).round().int().tolist())
             for x in found]
     zero, three = ord("0"), ord("3")
@@ -592,12 +589,11 @@ def test_the_preset_paper_trains_with_smaller_networks(
         seen.extend([found] if len(frames) == small.past else [])            # not of whole clips or others
         return found
 
-    def same_windows(encoded, config, count, rng, *more, **named):
-        assert named == {"expression": None}                                 # ours, not the paper's
+    def same_windows(encoded, config, count, rng, silence, augment, encode_past, expression):
+        assert not augment and expression is None                            # ours, not the paper's
         if encoded.frames is None:                                           # held out
-            return choose(encoded, config, count, rng, *more)
-        *more, encode_past = more
-        return choose(encoded, config, count, torch.Generator().manual_seed(1), *more,
+            return choose(encoded, config, count, rng, silence)
+        return choose(encoded, config, count, torch.Generator().manual_seed(1), silence, False,
                       lambda index, _: encode_past(index, rng))
 
     monkeypatch.setattr(train_gen, "encode_clip", recorded)
@@ -693,10 +689,8 @@ def test_a_run_writes_its_files(ae, tmp_path):
 
 def test_motions_of_real_faces_are_amplified_once(ae, tmp_path, monkeypatch, no_preview):
     """Also where the weights of a run are given as --ae again."""
-    def real_clips(args, preset, folder, size, rank, world, split="train"):
-        return train_gen.synthetic_clips(args, preset, size, rank, world, split=split)
-
-    monkeypatch.setattr(train_gen, "real_clips", real_clips)
+    monkeypatch.setattr(train_gen, "real_clips", lambda args, preset, people, size, rank, world: (
+        train_gen.synthetic_clips(args, preset, size, rank, world)))
     monkeypatch.setattr(train_gen, "fingerprints", lambda paths: ["x"])
     for name, people in (("load_set", {}), ("find_clips", {"a": [1]})):
         monkeypatch.setattr(train_gen.prepared, name, lambda *_, people=people, **__: people)
