@@ -124,9 +124,8 @@ class RunningNorm(nn.Module):
     all frames share, the differences are the signal from the first step. Stage 2 gets targets of unit scale.
     """
 
-    def __init__(self, dim: int, momentum: float = 0.02):
+    def __init__(self, dim: int):
         super().__init__()
-        self.momentum = momentum
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("square", torch.ones(dim))      # running mean of x^2
         self.register_buffer("count", torch.zeros(()))
@@ -138,7 +137,7 @@ class RunningNorm(nn.Module):
             dist.all_reduce(moments)
             moments /= dist.get_world_size()
         self.count += 1
-        rate = torch.clamp(1 / self.count, min=self.momentum)    # a plain average at first, then a moving one
+        rate = torch.clamp(1 / self.count, min=0.02)             # a plain average at first, then a moving one
         self.mean.lerp_(moments[0], rate)
         self.square.lerp_(moments[1], rate)
 

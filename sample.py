@@ -93,13 +93,13 @@ def prepare_reference(models, meta, image, seed):
 
 
 @torch.no_grad()
-def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=BATCH):
+def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1):
     """Generate a frame for every motion; memory does not grow with their number.
 
     z_r (1, C, H, W), m_ref (1, L*D): the photo and its motion; motions: iterator of (n, L*D); noise (1, C, H,
     W) -> iterator of Pictures, (n', C, H, W) each, in pixel space with the parts of the last step.
 
-        motions -> [buffer: what is not decoded yet] -> chunk: up to `batch`, or F of a video model -> frames
+        motions -> [buffer: what is not decoded yet] -> chunk: up to BATCH, or F of a video model -> frames
 
     Every frame starts from the same noise, so that what the noise decides does not flicker (ours). The image
     model decodes what is there and waits for nothing, the first frame alone, so that it is shown early.
@@ -114,7 +114,7 @@ def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1, batch=BATCH):
             ended = new is None
             buffer = buffer if ended else torch.cat([buffer, new])
         chunk, buffer = buffer[:size], buffer[size:]
-        size = c.frames if c.frames > 1 else batch
+        size = c.frames if c.frames > 1 else BATCH
         if not len(chunk):
             return
         start = noise.expand(len(chunk), *noise.shape[1:])

@@ -144,9 +144,8 @@ class RunningRidge(nn.Module):
     A head that is trained by gradient descent is wrong at first and lags behind the encoder; this one is the
     best linear map of about the last hundred batches, of all processes."""
 
-    def __init__(self, inputs: int, outputs: int, momentum: float = 0.01):
+    def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.momentum = momentum
         self.register_buffer("xx", torch.zeros(inputs, inputs))
         self.register_buffer("xy", torch.zeros(inputs, outputs))
         self.register_buffer("count", torch.zeros(()))
@@ -160,7 +159,7 @@ class RunningRidge(nn.Module):
             dist.all_reduce(count)
         if count:
             self.count += 1
-            rate = torch.clamp(1 / self.count, min=self.momentum)        # a plain average, then a moving one
+            rate = torch.clamp(1 / self.count, min=0.01)                 # a plain average, then a moving one
             xx, xy = (sums / count).split([self.xx.shape[1], self.xy.shape[1]], 1)
             self.xx.lerp_(xx, rate)
             self.xy.lerp_(xy, rate)
@@ -216,10 +215,9 @@ class AutoEncoder(nn.Module):
                 count, pure = len(target) // len(reference), noise.new_ones(len(m_r))
                 borrowed = m_r + (m_t[::count] - m_r).roll(1, 0)                       # another's motion
                 crossed = self.decoder(noise[::count], pure, borrowed, cache, as_picture=True).x
-                if seen:
-                    loss = loss + weight * self.mesh_loss(picture.x, crossed, batch, mesh, axes)
-                else:
-                    loss = loss + weight * self.cycle_loss(picture.x, crossed, batch, average)
+                read = (self.mesh_loss(picture.x, crossed, batch, mesh, axes) if seen
+                        else self.cycle_loss(picture.x, crossed, batch, average))
+                loss = loss + weight * read
         else:
             weight = None
             if self.loss != "velocity":
@@ -285,9 +283,8 @@ class AutoEncoder(nn.Module):
             where = view(0.3 * regions[:, 2:] + regions[:, :1] + 0.5 * regions[:, 1:2], axes, 96)
             for x, y, z in zip(predicted.features, true.features, own.features, strict=True):
                 weight = F.interpolate(where, x.shape[-2:], mode="area")
-                copied = (z.repeat_interleave(2, 0) - y).abs().mean(1, keepdim=True)
-                copied = weighted_mean(copied, weight)
-                wrong = weighted_mean((x - y).abs().mean(1, keepdim=True), weight)
+                wrong, copied = (weighted_mean((features - y).abs().mean(1, keepdim=True), weight)
+                                 for features in (x, z.repeat_interleave(2, 0)))
                 loss = loss + 1.25 * (wrong / (copied + copied.mean() / 2).clamp(min=1e-3)).mean()
         return loss
 
@@ -359,7 +356,7 @@ def real_clips(args, preset, split: str):
 
 
 def batches(args, preset, real, numbers, render_fn, device):
-    """The batches of `numbers` in order, of the synthetic world or the folders, by their share of --data."""
+    """Yield each of `numbers` and its batch, synthetic or of the folders by their share of --data."""
     share = sum(name != "synthetic" for name in args.data) / len(args.data)
 
     def is_real(number):
@@ -367,7 +364,8 @@ def batches(args, preset, real, numbers, render_fn, device):
 
     loaded = iter(data.loader(real, (n for n in numbers if is_real(n)), args.workers)) if real else None
     for number in numbers:
-        yield next(loaded) if is_real(number) else synthetic_batch(args, preset, number, render_fn, device)
+        yield number, (next(loaded) if is_real(number)
+                       else synthetic_batch(args, preset, number, render_fn, device))
 
 
 def held_out_batch(args, preset) -> tuple[data.Batch, str]:
@@ -409,8 +407,6 @@ def reflow_pairs(teacher: dict, batch: data.Batch, noise, steps: int) -> Tensor:
 def save_samples(path, model, space, held_out, seed: int, device) -> dict:
     """Write the persons of held_out_batch, reference, target, 1 step, 4 steps -> PSNR in dB of 1 step and of
     copying."""
-    training_mode = model.training
-    model.eval()
     batch, split = held_out
     batch = batch.to(device).encode(space)
     m_r, m_t = model.encoder(batch.reference), model.encoder(batch.target)
@@ -420,7 +416,6 @@ def save_samples(path, model, space, held_out, seed: int, device) -> dict:
     copies = batch.reference.repeat_interleave(len(batch.target) // len(batch.reference), 0)
     copies, target, *outputs = (space.decode(x) for x in (copies, batch.target, *outputs))
     save_grid(path, [x[:: max(1, len(target) // 12)] for x in (copies, target, *outputs)])
-    model.train(training_mode)
     psnr, psnr_copy = (-10 * math.log10(((x.clamp(-1, 1) - target) / 2).square().mean().item() + 1e-12)
                        for x in (outputs[0], copies))
     return {"psnr": psnr, "psnr_copy": psnr_copy, "shown": split}
@@ -488,9 +483,10 @@ def train(args, preset: dict) -> int:
     kept, meta, source = {}, {}, args.init or args.reflow               # kept: networks that are not trained
     frozen = args.decoder_only or bool(args.reflow)           # tokens must stay what the generator writes
     if source:
-        loaded, loaded_meta = load_models(source, device)
-        training.init_from(source, loaded, encoder=model.encoder, decoder=model.decoder)
-        kept, meta = (loaded, loaded_meta) if frozen else ({}, {})
+        kept, meta = load_models(source, device)
+        training.init_from(source, kept, encoder=model.encoder, decoder=model.decoder)
+    if not frozen:
+        kept, meta = {}, {}
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     start = copy.deepcopy(ema) if args.blend else None
     optimisers = training.optimisers(model, args.lr, args.muon_lr)
@@ -512,9 +508,9 @@ def train(args, preset: dict) -> int:
     ddp_model = training.ddp_wrap(model, world, device)
     stopper, began = training.Stopper(), time.perf_counter()
     recent = deque(maxlen=100)                                    # losses, to print their mean
-    numbers = [(k * args.accumulate + part) * world + rank
-               for k in range(step, args.steps) for part in range(args.accumulate)]
-    numbered = zip(numbers, batches(args, preset, real, numbers, render_fn, device), strict=True)
+    stride = args.accumulate * world                                                   # batches of a step
+    numbers = range(step * stride + rank, args.steps * stride, world)
+    numbered = batches(args, preset, real, numbers, render_fn, device)
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
         training.set_lr(optimisers, step, args.steps, warmup=50)
@@ -524,9 +520,8 @@ def train(args, preset: dict) -> int:
             batch = batch.to(device).encode(space)
             random = sample_noise_t_mask(args, preset["encoder"], batch.target.shape, number, rank, now)
             noise, t, ids_keep = (x.to(device) for x in random)
-            axes = None
-            if mesh:
-                axes = random_axes(args.persons, training.step_rng(args.seed, rank, number)).to(device)
+            rng = training.step_rng(args.seed, rank, number)
+            axes = random_axes(args.persons, rng).to(device) if mesh else None
             if world > 1:
                 ddp_model.require_backward_grad_sync = part == args.accumulate - 1
             with autocast(device):

@@ -682,10 +682,11 @@ def painted(model, motion, sizes, **options):
 
 @pytest.mark.parametrize("frames", [1, 3])
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_decode_frames_gives_a_frame_for_every_motion(count, frames):
+def test_decode_frames_gives_a_frame_for_every_motion(count, frames, monkeypatch):
+    monkeypatch.setattr(sample, "BATCH", 4)
     model, motion = small_decoder(lively=True, frames=frames), inputs(1, count)[4].flatten(1)
     z_r, m_r, z_t, *_ = inputs(1)
-    parts = painted(model, motion, count, steps=2, batch=4)
+    parts = painted(model, motion, count, steps=2)
     cache = model.encode_reference(z_r, m_r)
     sizes = [3] * (count // 3) + [count % 3] if frames > 1 else [1, min(count - 1, 4), count - 5]
     for part, now in zip(parts, motion.split([size for size in sizes if size > 0]), strict=True):
@@ -708,7 +709,7 @@ def test_decode_frames_of_pictures_waits_for_nothing():
     for frames, needed in [(1, 5), (3, 10)]:
         taken = []
         motions = (taken.append(1) or now for now in inputs(1, 20)[4].flatten(1).split(5))
-        parts = sample.decode_frames(small_decoder(frames=frames), z_r, m_r.flatten(1), motions, z_t, batch=8)
+        parts = sample.decode_frames(small_decoder(frames=frames), z_r, m_r.flatten(1), motions, z_t)
         assert len(next(parts).x) == frames and len(next(parts).x) == (4 if frames == 1 else 3)
         assert 5 * len(taken) == needed
 
