@@ -64,16 +64,6 @@ def load_models(path, device="cpu"):
     return models, meta
 
 
-def encode_video(encoder, space, video, m_ref, absolute):
-    """Encode a video: iterator of (3, H, W) frames -> iterator of motions (n, L*D), for the photo's m_ref
-    (1, L*D); absolute: see reenact."""
-    offset = None
-    for frames in rechunk((frame[None] for frame in video), BATCH):
-        motion = encoder(space.encode(frames.to(m_ref.device))).flatten(1)
-        offset = (1 - absolute) * (m_ref - motion[:1]) if offset is None else offset
-        yield motion + offset
-
-
 def encode_silence(kind, whisper=None):
     """The speech features of no sound, (A,)."""
     return audio_features.extract_features(torch.zeros(1, SAMPLES_PER_FRAME), kind, whisper)[0, 0]
@@ -159,8 +149,15 @@ def reenact(models, meta, image, video, seed=0, steps=None, absolute=ABSOLUTE, c
     motions as they are: they also tell a little of the driver's face and place. Between: in proportion.
     """
     reference = space, _, m_ref, _, _ = prepare_reference(models, meta, image, seed)
-    motions = encode_video(models["encoder"], space, video, m_ref, absolute)
-    return decode_motions(models, meta, reference, motions, steps, composer)
+
+    def motions():
+        offset = None
+        for frames in rechunk((frame[None] for frame in video), BATCH):
+            motion = models["encoder"](space.encode(frames.to(m_ref.device))).flatten(1)           # (n, L*D)
+            offset = (1 - absolute) * (m_ref - motion[:1]) if offset is None else offset
+            yield motion + offset
+
+    return decode_motions(models, meta, reference, motions(), steps, composer)
 
 
 def animate_from_changes(models, meta, image, changes, seed=0, steps=None, composer=None):

@@ -16,7 +16,6 @@ use), log.jsonl and sample pictures: reference | target | 1 step | 4 steps. Ctrl
 import copy
 import math
 import os
-import time
 from collections import deque
 from dataclasses import replace
 
@@ -491,7 +490,7 @@ def train(args, preset: dict) -> int:
     start = copy.deepcopy(ema) if args.blend else None
     optimisers = training.optimisers(model, args.lr, args.muon_lr)
     state = os.path.join(args.out, "state.pt")
-    step = first = training.resume(state, args, configs, model, ema, optimisers)
+    step = training.resume(state, args, configs, model, ema, optimisers)
     if rank == 0:
         held_out = held_out_batch(args, preset)
         training.print_settings(args, model, step,
@@ -506,7 +505,7 @@ def train(args, preset: dict) -> int:
     if frozen:
         model.encoder.requires_grad_(False).eval()
     ddp_model = training.ddp_wrap(model, world, device)
-    stopper, began = training.Stopper(), time.perf_counter()
+    stopper = training.Stopper()
     recent = deque(maxlen=100)                                    # losses, to print their mean
     stride = args.accumulate * world                                                   # batches of a step
     numbers = range(step * stride + rank, args.steps * stride, world)
@@ -551,9 +550,9 @@ def train(args, preset: dict) -> int:
             save_weights(os.path.join(args.out, "semo.safetensors"),
                          {**kept, "encoder": saved.encoder, "decoder": saved.decoder}, meta)
             training.save_checkpoint(state, step, args, configs, model, ema, optimisers)
-            pictures = (step - first) * args.accumulate * world * len(batch.target)
+            steps_per_second = (step - bar.initial) / bar.format_dict["elapsed"]
             training.log(args.out, step=step, loss=mean_loss, **samples,
-                         pictures_per_second=pictures / (time.perf_counter() - began))
+                         pictures_per_second=steps_per_second * stride * len(batch.target))
         if stop:
             break
     bar.close()

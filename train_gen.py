@@ -15,7 +15,6 @@ import argparse
 import copy
 import hashlib
 import os
-import time
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -231,13 +230,13 @@ def encode_dataset(args, preset, sets, encoder, space, size, rank, world, device
                              "--out")
         if cached["key"] == key:
             return Encoded(*(cached[name] for name in Encoded._fields))
-    parts, kept, clip_index, voices, number, first = [], [], [], [], 0, 0
+    clips, kept, number, first = [], [], 0, 0
     for k, name in enumerate(args.data):
         if name == "synthetic":
-            clips = synthetic_clips(args, preset, size, rank, world, device, split)
+            drawn = synthetic_clips(args, preset, size, rank, world, device, split)
         else:
-            clips = real_clips(args, preset, sets[name], size, rank, world)
-        for clip in tqdm(clips, desc=f"encoding {name}", unit="clip", disable=rank > 0):
+            drawn = real_clips(args, preset, sets[name], size, rank, world)
+        for clip in tqdm(drawn, desc=f"encoding {name}", unit="clip", disable=rank > 0):
             masks = args.mask_max, training.step_rng(args.seed, rank, number)
             pictures = space.encode(clip.frames.to(device))
             motion, masked = encode_clip(encoder, pictures), encode_clip(encoder, pictures, *masks)
@@ -254,16 +253,16 @@ def encode_dataset(args, preset, sets, encoder, space, size, rank, world, device
             for tempo in TEMPI if vary else (1.0,):
                 count = int(frames / tempo)
                 if count >= preset["generator"].window:
-                    parts.append((*(audio_features.change_tempo(x, count) for x in rows), others[None]))
+                    place = torch.tensor([[first, count, k, min(int(clip.change / tempo), count)]])
+                    clips.append((*(audio_features.change_tempo(x, count) for x in rows), others[None],
+                                  place, clip.voice[None]))
                     kept += [pictures[:frames].half().cpu()] if fresh_masks else []
-                    clip_index.append([first, count, k, min(int(clip.change / tempo), count)])
-                    voices.append(clip.voice)
                     first += count
-    if not parts:
+    if not clips:
         raise InputError(f"no clip of {', '.join(args.data)} is as long as a window, "
                          f"{preset['generator'].window} frames")
-    encoded = Encoded(*(torch.cat(x) for x in zip(*parts, strict=True)), torch.tensor(clip_index),
-                      torch.stack(voices), torch.cat(kept) if fresh_masks else None)
+    encoded = Encoded(*(torch.cat(x) for x in zip(*clips, strict=True)),
+                      torch.cat(kept) if fresh_masks else None)
     training.atomic_save(path, key=key, **encoded._asdict())
     return encoded
 
@@ -537,7 +536,7 @@ def train(args, preset) -> int:
     muon_lr = preset["muon_lr"] and lr_scale * preset["muon_lr"]
     optimisers = training.optimisers(model, lr_scale * preset["lr"], muon_lr)
     state, configs = os.path.join(args.out, "state.pt"), {"generator": config}
-    step = first = training.resume(state, args, configs, model, ema, optimisers)
+    step = training.resume(state, args, configs, model, ema, optimisers)
     if rank == 0:
         training.print_settings(args, model, step)
 
@@ -574,7 +573,7 @@ def train(args, preset) -> int:
             return motion_loss(network, *inputs, directions, **cond)
 
     ddp_model = training.ddp_wrap(model, world, device)
-    stopper, began = training.Stopper(), time.perf_counter()
+    stopper = training.Stopper()
     recent = deque(maxlen=100)                                    # losses, to print their mean
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while step < args.steps:
@@ -600,9 +599,9 @@ def train(args, preset) -> int:
             training.save_checkpoint(state, step, args, configs, model, ema, optimisers)
             with torch.no_grad():                                   # the same windows, noise and t each time
                 held_out_loss = draw_loss(ema, held_out, training.step_rng(args.seed, 0, 0)).item()
-            total = (step - first) * world * args.windows
+            steps_per_second = (step - bar.initial) / bar.format_dict["elapsed"]
             training.log(args.out, step=step, loss=mean_loss, loss_held_out=held_out_loss,
-                         windows_per_second=total / (time.perf_counter() - began))
+                         windows_per_second=steps_per_second * world * args.windows)
         if stop:
             break
     bar.close()

@@ -121,14 +121,9 @@ def rendezvous_store(rank, world):
 
 
 def shutdown(main):
-    """Run main() and end the process with its exit status, also as one of several.
-
-    The end of the interpreter under the threads of a gloo group is a SIGABRT now and then, after all work: a
-    thread that frees the last tensor of a collective waits for the interpreter's lock, is ended there by
-    Python (up to 3.13), and C++ refuses that in a destructor ("terminate called without an active exception";
-    pytorch issue 190489). The threads live as long as a DDP model holds the group. So one of several
-    processes ends without the interpreter's end; one that failed waits for no other.
-    """
+    """Run main() and end the process with its exit status; one that failed waits for no other.
+    One of several processes ends without the interpreter's end, which under the threads of a gloo group is a
+    SIGABRT now and then, after all work (Python up to 3.13; pytorch issue 190489)."""
     try:
         sys.exit(main())
     except BaseException as end:
