@@ -89,31 +89,24 @@ def decode_frames(decoder, z_r, m_ref, motions, noise, steps=1):
     z_r (1, C, H, W), m_ref (1, L*D): the photo and its motion; motions: iterator of (n, L*D); noise (1, C, H,
     W) -> iterator of Pictures, (n', C, H, W) each, in pixel space with the parts of the last step.
 
-        motions -> [buffer: what is not decoded yet] -> chunk: up to BATCH, or F of a video model -> frames
-
-    Every frame starts from the same noise, so that what the noise decides does not flicker (ours). The image
-    model decodes what is there and waits for nothing, the first frame alone, so that it is shown early.
+    Every frame starts from the same noise, so that what the noise decides does not flicker (ours). A video
+    model decodes F frames at once. The image model decodes what is there, up to BATCH, and waits for nothing,
+    the first frame alone, so that it is shown early.
     """
     c = decoder.config
     size = c.frames
     cache = decoder.encode_reference(z_r, m_ref.unflatten(1, (c.num_tokens, c.token_dim)))
-    buffer, motions, ended = m_ref[:0], iter(motions), False
-    while True:
-        while not ended and len(buffer) < c.frames:
-            new = next(motions, None)
-            ended = new is None
-            buffer = buffer if ended else torch.cat([buffer, new])
-        chunk, buffer = buffer[:size], buffer[size:]
-        size = c.frames if c.frames > 1 else BATCH
-        if not len(chunk):
-            return
-        start = noise.expand(len(chunk), *noise.shape[1:])
-        cond = {"m_t": chunk.unflatten(1, (c.num_tokens, c.token_dim)), "cache": cache}
-        if c.predict == "v":
-            yield Picture(integrate(decoder, start, steps, **cond))
-        else:                                                     # the last step ends at the picture itself
-            z = integrate(decoder, start, steps, skip_last=1, **cond)
-            yield decoder(z, z.new_full((len(z),), 1 / steps), **cond, as_picture=True)
+    for part in rechunk(motions, c.frames) if c.frames > 1 else motions:
+        while len(part):
+            chunk, part = part[:size], part[size:]
+            size = c.frames if c.frames > 1 else BATCH
+            start = noise.expand(len(chunk), *noise.shape[1:])
+            cond = {"m_t": chunk.unflatten(1, (c.num_tokens, c.token_dim)), "cache": cache}
+            if c.predict == "v":
+                yield Picture(integrate(decoder, start, steps, **cond))
+            else:                                                 # the last step ends at the picture itself
+                z = integrate(decoder, start, steps, skip_last=1, **cond)
+                yield decoder(z, z.new_full((len(z),), 1 / steps), **cond, as_picture=True)
 
 
 def decode_motions(models, meta, reference, motions, steps=None, composer=None):
