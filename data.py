@@ -69,32 +69,30 @@ def draw_regions(ellipses: Tensor, size: int) -> Tensor:
     return torch.stack([masks[:, :3].amax(1), upper, masks[:, 3]], 1)
 
 
-def random_views(rng, persons: int, size: int, framing=True):
-    """Sampling grids that change the shape of a face, one per person (ours).
-
-    -> (R, size, size, 2), mirrored (R,) bool. framing: into a prepared square, the tight square varied by 12%
-    in size and 8% of its side in place, mirrored half of the time. Always: a smooth warp of a 4 x 4 grid (5%
-    of half the side) for 7 in 10, so that persons seem more.
-    """
+def random_framing(rng, persons: int):
+    """Draw where the tight square lies in the prepared one, its size by 12%, place by 8% of its side (ours).
+    -> affine (R, 2, 3) to the tight square, mirrored (R,) bool, half of the time."""
     def uniform(*shape):
         return torch.rand(*shape, generator=rng) * 2 - 1
 
-    inner, warp = (1 / MARGIN, 0.05) if framing else (1.0, 0.03)
-    affine, mirrored = torch.eye(2, 3).repeat(persons, 1, 1), torch.zeros(persons, dtype=torch.bool)
-    if framing:
-        zoom, aspect = torch.exp(0.12 * uniform(persons)), torch.exp(0.06 * uniform(persons))
-        angle = 0.08 * uniform(persons)
-        mirrored = torch.rand(persons, generator=rng) < 0.5
-        cos, sin = zoom * torch.cos(angle), zoom * torch.sin(angle)
-        flip = torch.where(mirrored, -1.0, 1.0)
-        place = 0.16 * uniform(persons, 2)
-        affine = torch.stack([torch.stack([flip * cos * aspect, -sin, place[:, 0]], 1),
-                              torch.stack([flip * sin, cos / aspect, place[:, 1]], 1)], 1)
-    grid = F.affine_grid(affine, (persons, 1, size, size), align_corners=False)
-    coarse = warp * torch.randn(persons, 2, 4, 4, generator=rng)
-    coarse = coarse * (torch.rand(persons, 1, 1, 1, generator=rng) < 0.7)
+    zoom, aspect = torch.exp(0.12 * uniform(persons)), torch.exp(0.06 * uniform(persons))
+    angle = 0.08 * uniform(persons)
+    mirrored = torch.rand(persons, generator=rng) < 0.5
+    cos, sin = zoom * torch.cos(angle), zoom * torch.sin(angle)
+    flip = torch.where(mirrored, -1.0, 1.0)
+    place = 0.16 * uniform(persons, 2)
+    return torch.stack([torch.stack([flip * cos * aspect, -sin, place[:, 0]], 1),
+                        torch.stack([flip * sin, cos / aspect, place[:, 1]], 1)], 1), mirrored
+
+
+def random_warp(rng, affine, size: int, strength: float):
+    """Sampling grids of affine (R, 2, 3), for 7 persons in 10 with a smooth warp, so that persons seem more.
+    strength: of its 4 x 4 grid, as a share of half the side -> (R, size, size, 2)."""
+    grid = F.affine_grid(affine, (len(affine), 1, size, size), align_corners=False)
+    coarse = strength * torch.randn(len(affine), 2, 4, 4, generator=rng)
+    coarse = coarse * (torch.rand(len(affine), 1, 1, 1, generator=rng) < 0.7)
     displacement = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
-    return inner * (grid + displacement.permute(0, 2, 3, 1)), mirrored
+    return grid + displacement.permute(0, 2, 3, 1)
 
 
 def random_colours(x: Tensor, rng, strength=1.0) -> Tensor:
@@ -175,10 +173,11 @@ class Clips(Dataset):
             x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
             return x.unflatten(0, (persons, count))
 
-        grid, mirrored = random_views(rng, persons, size)
-        both = warp(torch.cat([wide, masks], 2), grid)
+        affine, mirrored = random_framing(rng, persons)
+        both = warp(torch.cat([wide, masks], 2), 1 / MARGIN * random_warp(rng, affine, size, 0.05))
         pictures, masks = random_colours(both[:, :, :3], rng), both[:, :, 3:]
-        views = warp(pictures, random_views(rng, persons, size, framing=False)[0])
+        whole = torch.eye(2, 3).expand(persons, 2, 3)
+        views = warp(pictures, random_warp(rng, whole, size, 0.03))
         apart = torch.rand(persons, generator=rng) < 0.5
         views = torch.where(apart.view(-1, 1, 1, 1, 1), random_colours(views, rng, 0.6), pictures)
         return pictures, masks, random_blur(views, rng), mirrored
