@@ -3,7 +3,6 @@ disk, odd paths and odd environments cost no file."""
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -125,16 +124,13 @@ def test_a_full_disk_is_no_fault_of_a_video(tmp_path):
 def train(tmp_path):
     """-> a function that trains stage 1 or stage 2 for two steps, in a folder of its own."""
     save_weights(tmp_path / "w.safetensors", small_models(), META)
-    kept = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
 
     def run(stage, *more):
         words = ["--ae", str(tmp_path / "w.safetensors")] if stage is train_gen else []
         return stage.main(["--preset", "nano", "--device", "cpu", "--steps", "2", "--out",
                            str(tmp_path / "run"), *words, *more])
 
-    yield run
-    for name, handler in kept.items():
-        signal.signal(name, handler)
+    return run
 
 
 @pytest.mark.parametrize("stage", [train_ae, train_gen])

@@ -9,7 +9,7 @@ from test_image import read_video
 
 from media.sound import FPS
 from world import people
-from world.people import HELD_OUT, consecutive_frames, random_clip, random_motion, random_pairs, render_clip
+from world.people import HELD_OUT, consecutive_frames, random_clip, random_motion, random_pairs
 from world.render import IDENTITY, MOTION, POSE, random_identity, render
 from world.speech import EMOTIONS, speak
 
@@ -294,21 +294,13 @@ def test_a_clip_of_which_nothing_new_is_asked_is_as_ever():
                      for row in [[164.9775, 205.1789], [1698.0209, 350.6903], [1.0, 1.0]]]
 
 
-def test_clip_frames_are_the_rendered_ones():
-    motion = LONG["motion"][0, :20]
-    frames = np.stack(list(render_clip(LONG["identity"][0], motion, 32)))
-    assert frames.shape == (20, 32, 32, 3) and frames.dtype == np.uint8
-    want = (render(LONG["identity"][:1].expand(20, -1), motion, 32) + 1) * 127.5
-    assert np.abs(frames - want.permute(0, 2, 3, 1).numpy()).max() <= 0.51
-
-
 # ---- the command -------------------------------------------------------------------------------------------
 
 def test_the_command_writes_clips_and_their_factors(tmp_path):
-    assert people.main(f"--out {tmp_path}/made --clips 1 --seconds 0.4 --size 32 --seed 5".split()) == 0
+    assert people.main(f"--out {tmp_path}/made --clips 1 --seconds 0.8 --size 32 --seed 5".split()) == 0
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["000005.mp4", "000005.npz",
         "000005.wav"]
-    true, stem = random_clip(torch.tensor([5]), 10), str(tmp_path / "made" / "000005")
+    true, stem = random_clip(torch.tensor([5]), 20), str(tmp_path / "made" / "000005")
     with np.load(stem + ".npz") as kept:                                     # no pickle inside
         assert kept["identity_names"].tolist() == IDENTITY and kept["motion_names"].tolist() == list(MOTION)
         assert kept["emotion_names"].tolist() == list(EMOTIONS)
@@ -318,8 +310,8 @@ def test_the_command_writes_clips_and_their_factors(tmp_path):
     assert rate == 16000
     np.testing.assert_allclose(sound, true["wave"][0].numpy(), atol=1e-4)
     frames = torch.stack(list(read_video(stem + ".mp4", 32)))
-    assert frames.shape == (10, 3, 32, 32)
-    drawn = render(true["identity"].expand(10, -1), true["motion"][0], 32)
+    assert frames.shape == (20, 3, 32, 32)
+    drawn = render(true["identity"].expand(20, -1), true["motion"][0], 32)
     assert (frames - drawn).abs().mean() < 0.06                              # H.264 halves the colours
     with av.open(stem + ".mp4") as container:
         assert len(container.streams.audio) == 1 and container.streams.video[0].average_rate == FPS
@@ -345,8 +337,6 @@ def test_a_folder_that_cannot_be_is_explained(tmp_path, capsys):
     assert "file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", ["--clip 1", "--clips many", "--what"])
-def test_unknown_arguments_are_refused(bad, capsys):
-    with pytest.raises(SystemExit) as stop:
-        people.main(bad.split())
-    assert stop.value.code == 2
+def test_options_are_not_abbreviated():
+    with pytest.raises(SystemExit, match="2"):
+        people.main(["--clip", "1"])

@@ -96,21 +96,27 @@ def test_photo_and_speech_make_a_video(given, tmp_path, capsys):
     assert os.listdir(tmp_path) == ["o.mp4"]
 
 
-def images_and_frames(monkeypatch):
-    """Lists that fill with the photo's square, as the models see it, and the frames, as they are written."""
-    images, frames, prepare, write = [], [], sample.prepare_reference, VideoWriter.write
+@pytest.fixture
+def images(monkeypatch):
+    """The squares of photos, as the models see them."""
+    seen, prepare = [], sample.prepare_reference
     monkeypatch.setattr(sample, "prepare_reference",
                         lambda models, meta, image, seed: (
-                            images.append(image) or prepare(models, meta, image, seed)))
-    monkeypatch.setattr(VideoWriter, "write", lambda self, frame: (
-        frames.append(frame.copy()) or write(self, frame)))
-    return images, frames
+                            seen.append(image) or prepare(models, meta, image, seed)))
+    return seen
+
+
+@pytest.fixture
+def frames(monkeypatch):
+    """The frames of videos, before they are coded."""
+    seen, write = [], VideoWriter.write
+    monkeypatch.setattr(VideoWriter, "write", lambda self, x: (seen.append(x.copy()), write(self, x)))
+    return seen
 
 
 @pytest.mark.parametrize("latents", [False, True])
-def test_frames_are_the_whole_photo_with_its_face_moved(given, tmp_path, monkeypatch, latents):
+def test_frames_are_the_whole_photo_with_its_face_moved(given, tmp_path, images, frames, latents):
     """Enlarged twice, as the face is small; outside of the face's square every frame is the photo."""
-    images, frames = images_and_frames(monkeypatch)
     models = small_models(predict="v") if latents else small_models()
     save_weights(tmp_path / "w.safetensors", models, META)
     assert sample.main(command(given, tmp_path / "o.mp4", ckpt=tmp_path / "w.safetensors")) == 0
@@ -125,8 +131,7 @@ def test_frames_are_the_whole_photo_with_its_face_moved(given, tmp_path, monkeyp
     assert max(abs(x - composer.square.cx).max(), abs(y - composer.square.cy).max()) < half * 1.05
 
 
-def test_crop_and_size_are_those_of_the_video(given, tmp_path, monkeypatch):
-    _, frames = images_and_frames(monkeypatch)
+def test_crop_and_size_are_those_of_the_video(given, tmp_path, frames):
     assert sample.main(command(given, tmp_path / "o.mp4", "--size", "72")) == 0
     assert frames[0].shape == (64, 72, 3)
     assert sample.main(command(given, tmp_path / "o.mp4", "--crop")) == 0
@@ -135,8 +140,7 @@ def test_crop_and_size_are_those_of_the_video(given, tmp_path, monkeypatch):
         assert (container.streams.video[0].height, container.streams.video[0].width) == frames[-1].shape[:2]
 
 
-def test_a_photo_without_a_face_is_used_in_the_middle(given, tmp_path, monkeypatch, capsys):
-    images, _ = images_and_frames(monkeypatch)
+def test_a_photo_without_a_face_is_used_in_the_middle(given, tmp_path, images, capsys):
     Image.linear_gradient("L").resize((48, 40)).save(tmp_path / "grey.png")
     assert sample.main([*command(given, tmp_path / "o.mp4"), "--img", str(tmp_path / "grey.png")]) == 0
     said = capsys.readouterr().err.splitlines()
@@ -145,9 +149,8 @@ def test_a_photo_without_a_face_is_used_in_the_middle(given, tmp_path, monkeypat
     assert torch.equal(images[0], from_uint8(face.crop_square(photo, face.Square(24, 20, 40), 32)))
 
 
-def test_another_face_can_be_chosen(given, tmp_path, monkeypatch, capsys):
+def test_another_face_can_be_chosen(given, tmp_path, images, capsys):
     """Two faces: the larger one, at the left, unless another is asked for; a third does not exist."""
-    images, _ = images_and_frames(monkeypatch)
     portrait, photo = Image.open(PORTRAIT).convert("RGB"), Image.new("RGB", (320, 160), (120, 140, 90))
     photo.paste(portrait.resize((160, 160)), (0, 0))
     photo.paste(portrait.resize((100, 100)), (200, 30))
@@ -202,14 +205,10 @@ def test_settings_that_cannot_be_are_refused_by_name(given, tmp_path, capsys, ch
             f"its {name} is")
 
 
-def test_same_seed_same_frames_other_seed_other_take(given, tmp_path, monkeypatch):
-    """The frames that reach the encoder: libx264 itself is not bit-exact from run to run at this size."""
-    takes, write = [], VideoWriter.write
-    monkeypatch.setattr(VideoWriter, "write", lambda self, x: (takes[-1].append(x.copy()), write(self, x)))
+def test_same_seed_same_frames_other_seed_other_take(given, tmp_path, frames):
     for seed in ("3", "3", "4"):
-        takes.append([])
         assert sample.main(command(given, tmp_path / "o.mp4", "--seed", seed)) == 0
-    a, b, c = (np.stack(frames) for frames in takes)
+    a, b, c = np.split(np.stack(frames), 3)
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 
@@ -413,18 +412,16 @@ def test_frames_leave_before_the_sound_has_ended(given):
     assert at == len(data)
 
 
-def test_pieces_of_stdin_do_not_matter(given, tmp_path, monkeypatch):
-    takes, write = [], VideoWriter.write
-    monkeypatch.setattr(VideoWriter, "write", lambda self, x: (takes[-1].append(x.copy()), write(self, x)))
+def test_pieces_of_stdin_do_not_matter(given, tmp_path, monkeypatch, frames):
     for size in (333, 1280, 100000):
         data = io.BytesIO(raw(1.5))
         pipe = SimpleNamespace(read1=lambda n, data=data, size=size: data.read(size))
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe, isatty=lambda: False))
-        takes.append([])
         assert sample.main(live(given, tmp_path / "o.mp4")) == 0
         wave = load_audio(tmp_path / "o.mp4").numpy()[:24000]
         assert np.corrcoef(wave, np.frombuffer(raw(1.5), "<i2")[:24000])[0, 1] > 0.8    # AAC of noise
-    assert len(takes[0]) == 38 and all(np.array_equal(takes[0], take) for take in takes[1:])
+    first, *others = np.split(np.stack(frames), 3)
+    assert len(first) == 38 and all(np.array_equal(first, other) for other in others)
 
 
 def test_a_file_may_be_streamed(given, tmp_path, monkeypatch, capfdbinary):
@@ -584,9 +581,8 @@ def comment(path):
         return container.metadata["comment"]
 
 
-def test_an_emotion_shows_and_is_written_down(feeling, tmp_path, capsys, monkeypatch):
-    videos, frames, write = {}, [], VideoWriter.write
-    monkeypatch.setattr(VideoWriter, "write", lambda self, x: (frames.append(x.copy()), write(self, x)))
+def test_an_emotion_shows_and_is_written_down(feeling, tmp_path, capsys, frames):
+    videos = {}
     for name, more in {"plain": [], "none": ["--emotion", "none"],
                        "happy": ["--emotion", "happy:0.6+sad, angry@0.4"],
                        "calm": ["--emotion", "happy", "--intensity", "0"],

@@ -8,7 +8,6 @@ import shutil
 import threading
 import time
 import urllib.request
-import wave as wave_file
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -326,9 +326,7 @@ def test_ready_without_complaint_and_nothing_leaves_the_host(page, site):
 def sound_file(path, seconds, rate=16000):
     t = np.arange(round(seconds * rate)) / rate
     x = 0.3 * np.sin(2 * np.pi * 200 * t) * (np.sin(2 * np.pi * 3 * t) > 0)
-    with wave_file.open(str(path), "wb") as f:
-        f.setnchannels(1), f.setsampwidth(2), f.setframerate(rate)
-        f.writeframes((x * 32767).astype(np.int16).tobytes())
+    soundfile.write(path, x, rate)
     return str(path)
 
 

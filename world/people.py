@@ -224,13 +224,6 @@ def other_moods(seed, motion, count):
     return moved[index, (2 * index + 1) * frames // (2 * count)]
 
 
-def render_clip(identity, motion, size=128):
-    """Draw identity (I,) in motion (F, M) -> iterator of uint8 frames (H, W, 3), 16 at a time."""
-    for part in motion.split(16):
-        frames = render(identity.expand(len(part), -1), part, size)
-        yield from to_uint8(frames).permute(0, 2, 3, 1).cpu().numpy()
-
-
 @command("world.people")
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m world.people", description="A synthetic data set.",
@@ -253,8 +246,10 @@ def main(argv=None):
         with atomic_write(stem + ".wav", make_folder=True) as temporary, open(temporary, "wb") as file:
             soundfile.write(file, factors["wave"].numpy(), SAMPLE_RATE, format="WAV")
         with VideoWriter(stem + ".mp4", args.size, sound=stem + ".wav") as video:
-            for frame in render_clip(factors["identity"], factors["motion"], args.size):
-                video.write(frame)
+            for motion in factors["motion"].split(16):
+                drawn = render(factors["identity"].expand(len(motion), -1), motion, args.size)
+                for frame in to_uint8(drawn).permute(0, 2, 3, 1).numpy():
+                    video.write(frame)
         with atomic_write(stem + ".npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, **{name: factors[name] for name in ("identity", "motion", "emotion")},
                      identity_names=IDENTITY, motion_names=list(MOTION), emotion_names=EMOTIONS)
