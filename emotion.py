@@ -153,8 +153,8 @@ class VoiceEmotion(nn.Module):
         self.register_buffer("mean", torch.zeros(4 * size))      # of the statistics, over the training voices
         self.register_buffer("std", torch.ones(4 * size))
         self.head = nn.Sequential(
-            nn.Dropout(0.25), nn.Linear(4 * size, config.width), nn.GELU(approximate="tanh"),
-            nn.Dropout(0.5), nn.Linear(config.width, len(EMOTIONS)))
+            nn.Dropout(0.1), nn.Linear(4 * size, config.width), nn.GELU(approximate="tanh"),
+            nn.Dropout(0.3), nn.Linear(config.width, len(EMOTIONS)))
 
     def pool(self, rows, state=None):
         """Pool rows (B, n, A) over the past of each -> statistics (B, n, 4*A/parts), the frames of speech so

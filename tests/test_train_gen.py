@@ -544,7 +544,7 @@ def test_the_emotion_of_a_voice_is_learned(tmp_path, monkeypatch):
     args = train_gen.parse(command("ae", str(tmp_path), "--voices", "400"))
     encoded = numbered()                                                 # clips without a label teach nothing
     pair = torch.eye(7)[[EMOTIONS.index("sad"), EMOTIONS.index("surprised")]]
-    monkeypatch.setattr(train_gen, "random_mood", lambda seeds, stream: pair[seeds % 2])
+    monkeypatch.setattr(train_gen, "voice_moods", lambda seeds: pair[seeds % 2])
     voice = train_gen.train_voice(args, {"seconds": 1.5}, encoded, 0, steps=300)
     assert not voice.training
     seeds = HELD_OUT + torch.arange(64)
@@ -556,6 +556,12 @@ def test_the_emotion_of_a_voice_is_learned(tmp_path, monkeypatch):
     assert mood[:, [EMOTIONS.index("sad"), EMOTIONS.index("surprised")]].sum(1).min() > 0.6
     again = train_gen.train_voice(args, {"seconds": 1.5}, encoded, 0, steps=300)    # statistics from the disk
     assert same(again.state_dict(), voice.state_dict())
+
+
+def test_no_emotion_is_more_frequent_in_training_voices():
+    moods = train_gen.voice_moods(torch.arange(1400))
+    assert moods[::2].sum(0).tolist() == [100] * 7 and moods[::2].amax(1).eq(1).all()
+    assert torch.allclose(moods.sum(1), torch.ones(1400)) and (moods[1::2].amax(1) < 1).any()
 
 
 def test_labelled_clips_teach_the_voice_too(tmp_path):
