@@ -176,8 +176,8 @@ class Clips(Dataset):
         affine, mirrored = random_framing(rng, persons)
         both = warp(torch.cat([wide, masks], 2), 1 / MARGIN * random_warp(rng, affine, size, 0.05))
         pictures, masks = random_colours(both[:, :, :3], rng), both[:, :, 3:]
-        whole = torch.eye(2, 3).expand(persons, 2, 3)
-        views = warp(pictures, random_warp(rng, whole, size, 0.03))
+        identity = torch.eye(2, 3).expand(persons, 2, 3)
+        views = warp(pictures, random_warp(rng, identity, size, 0.03))
         apart = torch.rand(persons, generator=rng) < 0.5
         views = torch.where(apart.view(-1, 1, 1, 1, 1), random_colours(views, rng, 0.6), pictures)
         return pictures, masks, random_blur(views, rng), mirrored

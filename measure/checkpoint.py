@@ -116,5 +116,5 @@ def table(head, rows):
 def interval_table(rows, measures, digits):
     """Print these measures of {row: {measure: see cell}}, each with its interval."""
     table(["", *(text for name in measures for text in (name, ""))],
-          [[row, *(text for name in measures for text in cell(entry[name], digits, True))]
-           for row, entry in rows.items()])
+          [[label, *(text for name in measures for text in cell(entry[name], digits, True))]
+           for label, entry in rows.items()])

@@ -274,9 +274,9 @@ def voice_accuracy(checkpoint, people):
     for mood in EYE:
         waves = speak(HELD_OUT + torch.arange(people), FRAMES, mood.expand(people, -1))["wave"]
         waves = audio_features.normalise_loudness(waves)
-        heard = [FromVoice(checkpoint.voice)(features)[-1].cpu() for features in
+        last = [FromVoice(checkpoint.voice)(features)[-1].cpu() for features in
                  audio_features.extract_features(waves, meta["audio"], meta.get("whisper"))]
-        palettes.append(torch.stack(heard))                                                      # (P, 7)
+        palettes.append(torch.stack(last))                                                      # (P, 7)
     accuracy, shift = judge_palettes(torch.stack(palettes))
     ceiling, ceiling_shift = voice_ceiling()
     return {"voice_accuracy": accuracy, "voice_neutral_shift": shift,
