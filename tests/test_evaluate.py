@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_prepared import make_set
 
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder
 from generator import Generator, GeneratorConfig
 from measure import checkpoint, clips, evaluate, landmarks, perceptual, reader
-from media.files import write_lines
 from media.video import VideoWriter
 from media.weights import save_weights
 from world.people import HELD_OUT, random_clip
@@ -120,16 +120,9 @@ def test_masks_take_from_the_token_what_they_hide(given, monkeypatch):
 def grey(tmp_path):
     """A folder as data.py prepare makes it: a train person and two test people, grey, all frames but the
     first brighter."""
-    (tmp_path / "clips").mkdir()
-    rows = []
     steps = [("a", "train", 90), ("b", "test", 10), ("b", "test", 20), ("c", "test", 40)]
-    for k, (person, split, step) in enumerate(steps):
-        with VideoWriter(tmp_path / f"clips/{k}.mp4", 40, sound=0.1 * torch.randn(8 * 640)) as video:
-            for n in range(8):
-                video.write(np.full((40, 40, 3), 100 + step * (n > 0), np.uint8))
-        rows.append({"file": f"clips/{k}.mp4", "identity": person, "split": split, "frames": 8, "sound": True,
-                     "margin": 1.25, "face": [0, 0, 0.5, 0.5]})
-    write_lines(tmp_path / "manifest.jsonl", rows)
+    make_set(tmp_path, [(person, split, [100] + 7 * [100 + step]) for person, split, step in steps],
+             sound=True, face=[0, 0, 0.5, 0.5])
     return tmp_path
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_prepared import make_set
 
 from decoder import Decoder, DecoderConfig
 from encoder import EncoderConfig, MotionEncoder
@@ -14,7 +15,6 @@ from measure import pictures
 from measure.pictures import NAMES, SHOWN
 from media.charts import to_image
 from media.files import write_lines
-from media.video import VideoWriter
 from media.weights import save_weights
 from sample import load_models
 
@@ -226,15 +226,8 @@ def test_the_command_draws_six_pictures(with_moods, tmp_path, capsys, sheets, mo
 
 def test_of_real_people_only_what_is_known_is_shown(given, tmp_path, capsys, sheets):
     pytest.importorskip("matplotlib")
-    (tmp_path / "clips").mkdir()
-    rows = []
-    for k, (who, split) in enumerate([("a", "train"), ("b", "test"), ("c", "test")]):
-        with VideoWriter(tmp_path / f"clips/{k}.mp4", 40) as video:
-            for n in range(8):
-                video.write(np.full((40, 40, 3), 80 * k + 6 * n, np.uint8))
-        rows.append({"file": f"clips/{k}.mp4", "identity": who, "split": split, "frames": 8, "sound": False,
-                     "margin": 1.25})
-    write_lines(tmp_path / "manifest.jsonl", rows)
+    greys = 80 * np.arange(3)[:, None] + 6 * np.arange(8)
+    rows = make_set(tmp_path, zip("abc", ("train", "test", "test"), greys, strict=True))
     args = ["--ckpt", str(given / "w.safetensors"), "--device", "cpu", "--data", str(tmp_path)]
     args += ["--out", str(tmp_path / "out")]
     assert pictures.main(args) == 0 and len(os.listdir(tmp_path / "out")) == 4

@@ -17,29 +17,35 @@ from media.video import VideoWriter
 FRAMES, WIDE = 60, 40                                         # 40 pixels: the tight square has 32
 
 
+def make_set(folder, clips, sound=False, **about):
+    """Write a set of clips (identity, split, pictures (F, 40, 40, 3) or greys (F,)) -> its manifest."""
+    (folder / "clips").mkdir()
+    rows = []
+    for k, (identity, split, pictures) in enumerate(clips):
+        wave = 0.1 * torch.randn(len(pictures) * 640) if sound else None
+        with VideoWriter(folder / f"clips/{k}.mp4", WIDE, wave, keyframes=KEYFRAMES) as video:
+            for picture in pictures:
+                video.write(np.broadcast_to(picture, (WIDE, WIDE, 3)).astype(np.uint8))
+        rows.append({"file": f"clips/{k}.mp4", "identity": identity, "split": split, "frames": len(pictures),
+                     "sound": sound, "margin": MARGIN, **about})
+    write_lines(folder / "manifest.jsonl", rows)
+    return rows
+
+
 # ---- frames ------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     """Two prepared folders: the upper half's grey tells the frame, the lower half's green the clip; its left
     side is blue in set b."""
-    made = []
-    for name, clips in (("a", 3), ("b", 1)):
-        folder = tmp_path_factory.mktemp(name)
-        (folder / "clips").mkdir()
-        lines = []
-        for clip in range(clips):
-            picture = np.zeros((WIDE, WIDE, 3), np.uint8)
-            with VideoWriter(folder / f"clips/{clip}.mp4", WIDE, keyframes=KEYFRAMES) as out:
-                for k in range(FRAMES):
-                    picture[:20], picture[20:, :, 1] = 10 + 4 * k, 50 * clip
-                    picture[20:, :20, 2] = 200 * (name == "b")
-                    out.write(picture)
-            lines.append({"file": f"clips/{clip}.mp4", "identity": f"{name}{clip}", "frames": FRAMES,
-                          "sound": False, "split": "test" if clip == 2 else "train", "margin": MARGIN})
-        write_lines(folder / "manifest.jsonl", lines)
-        made.append(str(folder))
-    return made
+    folders = [tmp_path_factory.mktemp(name) for name in "ab"]
+    for folder, name, clips in zip(folders, "ab", (3, 1), strict=True):
+        pictures = np.zeros((clips, FRAMES, WIDE, WIDE, 3), np.uint8)
+        pictures[:, :, :20] = 10 + 4 * np.arange(FRAMES)[:, None, None, None]
+        pictures[:, :, 20:, :, 1] = 50 * np.arange(clips)[:, None, None, None]
+        pictures[:, :, 20:, :20, 2] = 200 * (name == "b")
+        make_set(folder, [(f"{name}{k}", "test" if k == 2 else "train", x) for k, x in enumerate(pictures)])
+    return [str(folder) for folder in folders]
 
 
 def numbers_of(pictures):

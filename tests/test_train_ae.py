@@ -20,6 +20,7 @@ import torch.distributed as dist
 from PIL import Image
 from test_encoder import run_two
 from test_latents import vae_folder  # noqa: F401
+from test_prepared import make_set
 from torch.distributed import run
 from torch.distributed.launcher.api import elastic_launch
 
@@ -35,8 +36,6 @@ from media.files import read_lines, write_lines
 from media.landmarks import FACTORS, SCALE
 from media.latents import Pixel
 from media.mesh import Reading
-from media.prepare import MARGIN
-from media.video import VideoWriter
 from media.weights import save_weights
 from sample import load_models
 from world import people as people_module
@@ -959,18 +958,11 @@ def test_a_wrong_init_is_one_sentence(tmp_path, capsys):
 def folder(tmp_path_factory):
     """A prepared set of two people, one of them a test person: grey pictures of 100 and of 200, a bar moving
     across."""
-    made = tmp_path_factory.mktemp("set")
-    (made / "clips").mkdir()
-    for person in range(2):
-        with VideoWriter(made / f"clips/{person}.mp4", 40) as video:
-            for k in range(30):
-                picture = np.full((40, 40, 3), 100 * (person + 1), np.uint8)
-                picture[:, k + 4:k + 6] = 20
-                video.write(picture)
-    rows = [{"file": f"clips/{k}.mp4", "identity": str(k), "split": split, "frames": 30, "sound": False,
-             "margin": MARGIN}
-            for k, split in enumerate(("train", "test"))]
-    write_lines(made / "manifest.jsonl", rows)
+    made, pictures = tmp_path_factory.mktemp("set"), np.full((2, 30, 40, 40, 3), 100, np.uint8)
+    pictures[1] = 200
+    for k in range(30):
+        pictures[:, k, :, k + 4:k + 6] = 20
+    make_set(made, [("0", "train", pictures[0]), ("1", "test", pictures[1])])
     return str(made)
 
 
