@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=8 train_ae.py --preset paper --data DIR  the paper's own method, on 8 GPUs
     python train_ae.py --preset tiny --frames 8 --init runs/ae/semo.safetensors --out runs/video
                                                                        image-to-video
-    python train_ae.py --preset tiny --decoder-only --mesh MESH --data DIR --init runs/gen/semo.safetensors \
-        --blend 0.5                                                    a finish by a face mesh (media/mesh.py)
+    python train_ae.py --preset tiny --mesh MESH --data DIR --init runs/ae/semo.safetensors --blend 0.5 \
+        --lr 1.5e-4 --muon-lr 3e-3 --out runs/finish                   a finish by a face mesh (media/mesh.py)
     python train_ae.py --preset tiny --reflow runs/gen/semo.safetensors
                                                                        straighter paths, fewer sampling steps
 

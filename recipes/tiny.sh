@@ -11,7 +11,7 @@
 # folders, 1,200 clips of 270 persons. One stage 1 step of 80 pictures takes about 1.4 s on one core of a server CPU: 20,000 steps
 # are 8 hours. Every command resumes where it stopped; run the script again after an interruption.
 #
-# The embedded weights were trained in ten runs with earlier forms of this code, starting from older 64 px weights.
+# The embedded weights were trained in eleven runs with earlier forms of this code, starting from older 64 px weights.
 # This is the same method in one run from random weights: expect similar numbers, not the same file.
 set -euo pipefail
 [ $# -gt 0 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -35,20 +35,23 @@ fi
 #    reference | target | output after 1 step | after 4, on persons of the test split.
 python train_ae.py --preset tiny --data "${sets[@]}" synthetic --steps "${STEPS:-20000}" --out "$OUT/ae"
 
-# 4. Stage 2, the motion generator, on the tokens of the frozen encoder; the emotion of voices is learned at its start.
-python train_gen.py --preset tiny --data "${sets[@]}" synthetic --ae "$OUT/ae/semo.safetensors" \
-    --steps "${GEN_STEPS:-6000}" --out "$OUT/gen"
-
-# 5. With MESH, a finish: the decoder alone learns what a face mesh reads from its pictures (needs pip install tflite).
-weights="$OUT/gen/semo.safetensors"
+# 4. With MESH, a finish of stage 1: a face mesh reads what the decoder draws (needs pip install tflite). First the decoder
+#    alone, then both networks at a lower rate; each time the mean with the weights before is kept.
+ae="$OUT/ae/semo.safetensors"
 if [ -n "${MESH:-}" ]; then
     package=$("$MESH" -c 'import importlib.util as u; print(u.find_spec("mediapipe").submodule_search_locations[0])')
     mkdir -p "$OUT/mesh"
     cp "$package"/modules/face_landmark/face_landmark.tflite "$package"/modules/iris_landmark/iris_landmark.tflite "$OUT/mesh"
-    python train_ae.py --preset tiny --decoder-only --mesh "$OUT/mesh" --init "$weights" --data "${sets[@]}" synthetic \
-        --blend 0.5 --lr 4e-4 --muon-lr 8e-3 --steps "${MESH_STEPS:-2000}" --out "$OUT/final"
-    weights="$OUT/final/semo.safetensors"
+    python train_ae.py --preset tiny --decoder-only --mesh "$OUT/mesh" --init "$ae" --data "${sets[@]}" synthetic \
+        --blend 0.5 --lr 4e-4 --muon-lr 8e-3 --steps "${MESH_STEPS:-2000}" --out "$OUT/ae-decoder"
+    python train_ae.py --preset tiny --mesh "$OUT/mesh" --init "$OUT/ae-decoder/semo.safetensors" --data "${sets[@]}" synthetic \
+        --blend 0.5 --lr 1.5e-4 --muon-lr 3e-3 --steps "${MESH_STEPS:-1200}" --out "$OUT/ae-both"
+    ae="$OUT/ae-both/semo.safetensors"
 fi
+
+# 5. Stage 2, the motion generator, on the tokens of the frozen encoder; the emotion of voices is learned at its start.
+python train_gen.py --preset tiny --data "${sets[@]}" synthetic --ae "$ae" --steps "${GEN_STEPS:-6000}" --out "$OUT/gen"
+weights="$OUT/gen/semo.safetensors"
 
 # 6. Judge them on persons and recordings that training never saw. With MESH, real mouths are read from the frames.
 python sample.py --img examples/portrait.png --wav examples/speech.wav --ckpt "$weights" --out "$OUT/sample.mp4"
