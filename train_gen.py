@@ -77,6 +77,7 @@ COLUMNS = [0, 1, 2, 4, 5, 6, 8, 7, 9]                             # of each in t
 SHARES = (0.4, 0.2, 0.2, 0.07, 0.07, 0.06, 0.0, 0.0, 0.0)         # of each in motion_loss
 GAINS = (1.2, 1.0, 1.6, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)             # of each in the decoder, see amplify
 EXPRESSION = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.6, 1.7, 2.5)        # of each where a mood is wished
+STRENGTH = 1.3                            # of an emotion of weight 1 in use, relative to training
 LEVELS = {1: 0.4, 2: 0.7, 3: 1.0}         # strength of MEAD's levels
 HELD_OUT_CLIPS = 32                       # of each set, for the loss on clips that are never trained on
 OTHERS = 4                                # pictures of the same person in other moods kept beside each clip
@@ -294,8 +295,9 @@ def sample_windows(encoded, config, count, rng, silence_features, augment=False,
     the face keeps the photo's. augment: the sound is varied (vary_sound) and noise of up to 0.1 is added to
     the past, which in use holds the model's own errors (ours). encode_past: function of the past's frame
     numbers (B, P) and rng that encodes them through new masks; None: as they were seen through the masks of
-    their clips. expression (L*D, L*D): with a mood, the change from the reference is larger by this matrix
-    (ours), as what the decoder shows of corners and brows is too small.
+    their clips. expression (L*D, L*D): with a mood, the change from the reference is larger by this matrix,
+    and the emotions' weights are smaller by STRENGTH, so that weight 1 goes further (ours): what the decoder
+    shows of corners and brows is too small.
     """
     motion, features, moods, others, clip_index = (
         encoded.motion, encoded.features, encoded.mood, encoded.others, encoded.clip_index)
@@ -340,10 +342,12 @@ def sample_windows(encoded, config, count, rng, silence_features, augment=False,
     past = torch.where(at_start[:, None, None], reference[:, None], past)              # (B, P, L*D)
     if augment:
         past = past + 0.1 * uniform(count, 1, 1) * torch.randn(past.shape, generator=rng)
+    wished = ~no_mood[:, None, None]
     if expression is not None:
-        base, wished = reference[:, None], ~no_mood[:, None, None]
+        base = reference[:, None]
         new, past = (torch.where(wished, base + (x - base) @ expression, x) for x in (new, past))
-    return new, past, reference, audio, mood * ~no_mood[:, None, None]
+        mood = torch.cat([mood[..., :1], mood[..., 1:] / STRENGTH], -1)
+    return new, past, reference, audio, mood * wished
 
 
 def ridge_regression(x, y, share):

@@ -297,7 +297,10 @@ def test_a_wished_mood_shows_more_than_in_the_clips():
 
     matrix = torch.eye(6) + 0.1 * torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
     (new, past, reference, audio, mood), found = draw(), draw(expression=matrix)
-    assert all(torch.equal(x, y) for x, y in zip((reference, audio, mood), found[2:], strict=True))
+    assert torch.equal(reference, found[2]) and torch.equal(audio, found[3])
+    assert torch.equal(mood[..., 0], found[4][..., 0])
+    torch.testing.assert_close(mood[..., 1:], train_gen.STRENGTH * found[4][..., 1:])
+    assert mood[..., 1:].any()
     wished = mood.flatten(1).any(1)
     assert 60 < wished.sum() < 98
     for x, y in zip((new, past), found, strict=False):
