@@ -519,8 +519,9 @@ def train(args, preset: dict) -> int:
             batch = batch.to(device).encode(space)
             random = sample_noise_t_mask(args, preset["encoder"], batch.target.shape, number, rank, now)
             noise, t, ids_keep = (x.to(device) for x in random)
-            rng = training.step_rng(args.seed, rank, number)
-            axes = random_axes(args.persons, rng).to(device) if mesh else None
+            axes = None
+            if mesh:
+                axes = random_axes(args.persons, training.step_rng(args.seed, rank, number)).to(device)
             if world > 1:
                 ddp_model.require_backward_grad_sync = part == args.accumulate - 1
             with autocast(device):
