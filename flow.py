@@ -59,6 +59,8 @@ def with_cfg(model, guidance, null):
 def integrate(model, noise, steps, skip_last=0, **cond):
     """Walk from noise (t = 1) to data (t = 0) in equal Euler steps -> the same shape as noise.
     skip_last: so many steps are left to take."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
     z, dt = noise, 1 / steps
     for k in range(steps - skip_last):
         z = z + model(z, z.new_full((len(z),), 1 - k / steps), **cond) * dt

@@ -71,6 +71,8 @@ def detect(frames):
 def read(frames, python):
     """Run `detect` in a process of the interpreter `python`. Raises InputError with its last line."""
     from media.files import InputError  # not found where this file is run by `python`
+    if frames.dtype != np.uint8 or frames.shape[1:] != (SIZE, SIZE, 3):
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}; give uint8 (F, {SIZE}, {SIZE}, 3)")
     with tempfile.TemporaryDirectory() as folder:
         frames_path, curves_path = os.path.join(folder, "frames.npy"), os.path.join(folder, "curves.npz")
         np.save(frames_path, frames)

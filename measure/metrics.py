@@ -120,8 +120,9 @@ def lag_correlation(pred, target, reach=5):
     by_lag = {}
     for lag in range(-reach, reach + 1):
         late, early = max(lag, 0), max(-lag, 0)
-        a, b = pred[late: len(pred) - early, None], target[early: len(target) - late, None]
-        by_lag[lag] = correlation(a, b).item()
+        if len(pred) - late - early > 2:
+            a, b = pred[late: len(pred) - early, None], target[early: len(target) - late, None]
+            by_lag[lag] = correlation(a, b).item()
     best = max(by_lag, key=lambda lag: (by_lag[lag], -abs(lag)))
     return by_lag[best], best, by_lag[0]
 

@@ -8,9 +8,9 @@
     measures["csim"](a, b)                  -> (B,)           cosine of two faces' embeddings
     measures["expression"](x)               -> (B, 7)         probabilities of EMOTIONS
 
-Pictures are (B, 3, H, W) float in [-1, 1], a clip's frames (F, 3, H, W) at 25 a second. They are resized
-bilinearly without anti-aliasing, as the published measures do. A face is a detector's box, in shares of the
-picture.
+Pictures are (B, 3, H, W) float in [-1, 1], a clip's frames (F, 3, H, W) at 25 a second; any other range is
+refused, since each of these networks turns it into a number that looks right. Pictures are resized bilinearly
+without anti-aliasing, as the published measures do. A face is a detector's box, in shares of the picture.
 """
 import math
 import warnings
@@ -50,6 +50,19 @@ PUBLISHED = {                 # what each network measures, its files, and where
 EXPRESSIONS = [4, 3, 5, 0, 2, 1, 6]
 
 
+def check(x):
+    """Refuse (ValueError) what is not pictures (B, 3, H, W) in [-1, 1], also if it only looks like [0, 1]."""
+    if x.ndim != 4 or x.shape[1] != 3 or not len(x):
+        raise ValueError(f"pictures of shape {tuple(x.shape)}; give (B, 3, H, W)")
+    if not x.is_floating_point():
+        raise ValueError(f"pictures of {x.dtype}; give floats in [-1, 1]")
+    low, high = x.min().item(), x.max().item()
+    if not (low >= -1.05 and high <= 1.05):                                       # false for not-a-number too
+        raise ValueError(f"pictures from {low:.4g} to {high:.4g}; give them in [-1, 1]")
+    if low >= 0 and len(x) > 2:
+        raise ValueError(f"{len(x)} pictures, nothing below 0: they look like [0, 1]; give them in [-1, 1]")
+
+
 def crop(x, face, size, scale=1.0):
     """Cut the square over a face box -> (B, 3, size, size); what lies outside the picture is grey.
 
@@ -79,6 +92,8 @@ def frechet(a, b):
     rows than columns. Frames of one clip are near copies: how far to trust a distance, the number of clips
     says, not that of the features.
     """
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"a Frechet distance of {len(a)} and {len(b)} samples; give at least 2 of each")
     a, b = a.double(), b.double()
     mean, factors = (a.mean(0) - b.mean(0)).square().sum(), []
     for x in (a, b):
@@ -100,11 +115,13 @@ def script(net, x, file, width, size, device, **options):
 
 def inception(net, x, device="cpu"):
     """Pictures -> (B, 2048). The network takes bytes of any size and resizes them as the first FID did."""
+    check(x)
     return script(net, to_uint8(x), "inception-2015-12-05.pt", 2048, 32, device)
 
 
 def i3d(net, frames, device="cpu"):
     """Frames of a clip -> (F//16, 400), logits of Kinetics-400; the rest after the last 16 is not used."""
+    check(frames)
     n = len(frames) // CLIP
     if n == 0:
         return torch.zeros(0, 400)
@@ -143,6 +160,8 @@ class Lpips(nn.Module):
 
 def lpips(net, pred, target, device="cpu"):
     """Two sets of pictures -> (B,)."""
+    check(pred)
+    check(target)
     pairs = torch.cat([pred, target], 1).float()                                                # (B, 6, H, W)
     return in_parts(lambda part: net(part[:, :3], part[:, 3:]), pairs, 16, device)
 
@@ -220,6 +239,7 @@ def syncnet(net, frames, wave, face=FACE, device="cpu"):
     face: one box for the clip, cut as the published pipeline does. That also codes frames as JPEG, which is
     left out here; so real clips measured the same way are the scale, not a number from a paper.
     """
+    check(frames)
     count = min(len(frames), wave.shape[-1] // SAMPLES_PER_FRAME) - 5                  # windows, as published
     if count < 1:
         raise InputError(f"{len(frames)} frames and {wave.shape[-1]} samples are too short for lip sync; "
@@ -245,6 +265,8 @@ def csim(net, a, b, face=FACE):
 
     One box for all. Faces are not turned upright, so a turned head costs some, with true frames too.
     """
+    check(a)
+    check(b)
     return F.cosine_similarity(embed(net, a, face), embed(net, b, face))
 
 
@@ -254,6 +276,7 @@ def expression(net, x, face=FACE):
     Published for faces turned upright by five points. Here one box for all is cut, raised by 7% of its
     height: eyes and mouth of YuNet's boxes (medians of 24 photos) are then within 2 pixels of those points.
     """
+    check(x)
     left, top, right, bottom = face
     up = 0.07 * (bottom - top)
     logits = embed(net, x, (left, top - up, right, bottom - up), (.5, .5, .5), (.5, .5, .5))

@@ -179,11 +179,15 @@ def stream_whisper(chunks, model=None):
 
 def stream_features(chunks, kind="mel", model=None):
     """Iterable of (S_i,) of one levelled recording -> iterator of (n, A), together extract_features' own."""
+    if kind not in FEATURE_DIM:
+        raise ValueError(f"audio features must be one of {sorted(FEATURE_DIM)}, got {kind!r}")
     return stream_mel(chunks) if kind == "mel" else stream_whisper(chunks, model)
 
 
 def extract_features(wave, kind="mel", model=None):
     """(B, S) float at 16 kHz, levelled -> (B, F, A), F = num_frames(S)."""
+    if wave.ndim != 2 or wave.shape[1] == 0:
+        raise ValueError(f"wave must be (B, S) with S > 0, got {tuple(wave.shape)}")
     if kind == "mel":
         return mel_features(pad_or_trim(F.pad(wave.float(), (CONTEXT, 0)), num_frames(wave.shape[1])))
     features = [torch.cat(list(stream_features([sound], kind, model))) for sound in wave]

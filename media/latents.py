@@ -63,4 +63,6 @@ SPACES = {"pixel": Pixel, "sd": StableDiffusion}
 
 def load_latents(kind, source=SD, device="cpu"):
     """kind: "pixel" or "sd"."""
+    if kind not in SPACES:
+        raise ValueError(f"latents must be 'pixel' or 'sd', not {kind!r}")
     return Pixel() if kind == "pixel" else StableDiffusion(source, device)

@@ -361,12 +361,18 @@ def prepare(args):
 
 def read_part(path, out):
     """Read what prepare_one returned for a video in an earlier run -> that, or None if it is not complete."""
+    fields = {"file": str, "source": str, "identity": str, "split": str, "start": (int, float), "fps": int,
+              "frames": int, "size": int, "sound": bool}
     try:
         part, = read_lines(path)
-        complete = all(os.path.isfile(os.path.join(out, record["file"])) for record in part["kept"])
-        return part if complete and isinstance(part["dropped"], list) else None
-    except (InputError, KeyError, TypeError, ValueError):
+        complete = part.keys() == {"kept", "dropped"} and all(
+            all(isinstance(record.get(name), kind) for name, kind in fields.items())
+            and record["frames"] > 0 and os.path.isfile(os.path.join(out, record["file"]))
+            for record in part["kept"])
+        complete = complete and all(isinstance(record["reason"], str) for record in part["dropped"])
+    except (InputError, AttributeError, KeyError, TypeError, ValueError):
         return None
+    return part if complete else None
 
 
 def prepare_all(args, todo, people):

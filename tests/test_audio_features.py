@@ -89,6 +89,14 @@ def test_streaming_keeps_little_and_answers_early():
     assert largest <= 3
 
 
+def test_unknown_kind_and_bad_shape_are_refused():
+    with pytest.raises(ValueError, match="mel.*whisper.*'mfcc'"):
+        audio_features.extract_features(SPEECHLIKE, kind="mfcc")
+    for bad in (torch.zeros(100), torch.zeros(1, 0)):
+        with pytest.raises(ValueError, match="S > 0"):
+            audio_features.extract_features(bad)
+
+
 # ---- loudness ----------------------------------------------------------------------------------------------
 
 def loud_rms(wave):

@@ -155,6 +155,12 @@ def test_trajectory_equals_diffusers(steps):
     torch.testing.assert_close(flow.integrate(field, noise, steps), z, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [0, -1])
+def test_bad_walks_are_refused(steps):
+    with pytest.raises(ValueError, match=f"not {steps}"):
+        flow.integrate(gaussian, draw(2, 1), steps)
+
+
 # ---- guidance ----------------------------------------------------------------------------------------------
 
 def conditional(z, t, audio, past):

@@ -164,6 +164,8 @@ def test_another_interpreter_reads_and_its_failure_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match="mediapipe==0.10.21") as error:
         landmarks.read(frames, str(without))
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="256"):
+        landmarks.read(frames[:, :64, :64], sys.executable)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mediapipe") is None,

@@ -62,3 +62,8 @@ def test_a_missing_autoencoder_is_explained(tmp_path, there):
     with pytest.raises(ValueError, match="nowhere.*local folder") as error:
         load_latents("sd", str(source))
     assert "\n" not in str(error.value)
+
+
+def test_an_unknown_space_is_refused():
+    with pytest.raises(ValueError, match="'pixel' or 'sd', not 'jpeg'"):
+        load_latents("jpeg")

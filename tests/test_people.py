@@ -337,6 +337,7 @@ def test_a_folder_that_cannot_be_is_explained(tmp_path, capsys):
     assert "file" in capsys.readouterr().err
 
 
-def test_options_are_not_abbreviated():
+@pytest.mark.parametrize("bad", ["--clip 1", "--clips many", "--what"])
+def test_unknown_arguments_are_refused(bad):
     with pytest.raises(SystemExit, match="2"):
-        people.main(["--clip", "1"])
+        people.main(bad.split())

@@ -133,6 +133,31 @@ def measures(nets):
     return found
 
 
+# -------------------------------------------------------------------------------------------- what is refused
+@pytest.mark.parametrize("x, word", [
+    ((pictures() + 1).mul(127.5).byte(), "uint8"), ((pictures() + 1) * 127.5, "from"),
+    (pictures() + 0.08, "from"), (pictures() - 0.08, "from"), (pictures() / 2 + 0.5, "[0, 1]"),
+    (pictures() * float("nan"), "nan"), (pictures()[0], "shape"), (pictures()[:, :1], "shape"),
+    (pictures()[:0], "shape")])
+def test_other_ranges_and_shapes_are_refused_by_every_measure(x, word):
+    for call in (perceptual.check, lambda x: perceptual.inception(None, x), lambda x: perceptual.i3d(None, x),
+                 lambda x: perceptual.lpips(None, x, x), lambda x: perceptual.lpips(None, pictures(), x),
+                 lambda x: perceptual.syncnet(None, x, torch.zeros(1, 9600)),
+                 lambda x: perceptual.csim(None, x, x), lambda x: perceptual.csim(None, pictures(), x),
+                 lambda x: perceptual.expression(None, x)):
+        with pytest.raises(ValueError) as error:
+            call(x)
+        assert word in str(error.value) and "give" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_in_range_passes():
+    perceptual.check(pictures())
+    perceptual.check(pictures() * 1.05)                                  # filters ring a little
+    perceptual.check(pictures(2) / 2 + 0.5)                              # two light pictures may be just that
+    perceptual.check(-torch.ones(3, 3, 8, 8))
+    perceptual.check(pictures().half())
+
+
 # ------------------------------------------------------------------------------------------- Frechet distance
 def exactly(mean, covariance, n, seed=0):
     """n samples whose own mean (d,) and covariance (d, d) are those given."""
@@ -193,6 +218,12 @@ def test_frechet_distance_is_torchmetrics():
     metric.update(a, real=True)
     metric.update(b, real=False)
     assert frechet(net(a), net(b)) == pytest.approx(metric.compute().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("n, m", [(1, 5), (5, 0)])
+def test_one_sample_has_no_distance(n, m):
+    with pytest.raises(ValueError, match="at least 2"):
+        frechet(draws(n, 4), draws(m, 4))
 
 
 # ------------------------------------------------------------------------------------ features of FID and FVD

@@ -70,6 +70,11 @@ def test_a_longer_clip_begins_with_the_shorter(frames):
         torch.testing.assert_close(x, CLIPS[name][:, :x.shape[1]], atol=1e-5, rtol=0)
 
 
+def test_no_frames_is_refused():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        speech.speak(SEEDS, 0)
+
+
 def test_silence_shuts_the_mouth():
     _, _, since = speech.phones(SEEDS, speech.voice(SEEDS), 75 * speech.STEPS)
     speaking = (since != 0).unflatten(1, (-1, speech.STEPS)).any(2).float()

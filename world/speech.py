@@ -223,6 +223,8 @@ def speak(seeds, frames, emotion=None):
     Everything is a function of the seed alone, and a longer clip begins with the shorter one. emotion (B, 7):
     the mood of the voice in place of the seed's own.
     """
+    if frames < 1:
+        raise ValueError(f"frames must be at least 1, got {frames}")
     steps = (frames + 4) * STEPS  # the extra frames let the mouth prepare what is said after the end
     v = voice(seeds, emotion)
     phone, how, since = phones(seeds, v, steps)
