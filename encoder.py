@@ -41,6 +41,12 @@ class ViTConfig:
 class EncoderConfig(ViTConfig):
     token_init: int = 16        # ours: numbers of each patch from which the tokens start (TokenInit); 0: none
     running_norm: bool = True   # ours: motion normalised by running statistics; False: LayerNorm alone
+    view_shift: int = 0         # ours: in use, the mean of views so many pixels apart; 0: the frame alone
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.view_shift < self.patch_size:
+            raise ValueError(f"view_shift {self.view_shift} must be less than patch_size {self.patch_size}")
 
 
 def patchify(x: Tensor, p: int) -> Tensor:
@@ -188,7 +194,22 @@ class MotionEncoder(nn.Module):
 
     def forward(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Encode x (B, C, H, W) -> motion (B, L, D), fp32.
-        ids_keep (B, n): sorted numbers of the visible patches, see random_masking; None: all are visible."""
+        ids_keep (B, n): sorted numbers of the visible patches, see random_masking; None: all are visible.
+
+        With view_shift, out of training and without a mask: the mean over the frame and four copies of it,
+        moved by that many pixels (test-time augmentation). It averages out much of what the place of the face
+        in the grid of patches adds to the token.
+        """
+        s = self.config.view_shift
+        if self.training or ids_keep is not None or not s:
+            return self.encode_view(x, ids_keep)
+        wide, (height, width) = F.pad(x, (s, s, s, s), mode="replicate"), x.shape[-2:]
+        views = [wide[..., top:top + height, left:left + width]
+                 for top, left in ((s, s), (0, s), (2 * s, s), (s, 0), (s, 2 * s))]
+        return self.encode_view(torch.cat(views)).unflatten(0, (5, len(x))).mean(0)
+
+    def encode_view(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Encode x as it is; shapes as of forward."""
         z = self.embed(patchify(x, self.config.patch_size)) + self.pos_embed           # (B, N, E)
         patches = z.shape[1]
         if ids_keep is not None:

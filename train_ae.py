@@ -55,7 +55,7 @@ PRESETS = {
         loss="region", curriculum=True, steps=20, persons=2, targets=2, near=0.5, mask_max=0.9,
         label_weight=0.3, lr=3e-3, muon_lr=0.02),
     "tiny": dict(
-        encoder=EncoderConfig(96, patch_size=12, width=128, depth=4, heads=2),
+        encoder=EncoderConfig(96, patch_size=12, width=128, depth=4, heads=2, view_shift=2),
         decoder=DecoderConfig(96, patch_size=12, width=192, depth=4, heads=3, warp_grid=6, overlap=True),
         loss="region", curriculum=True, steps=4700, persons=16, targets=4, near=0.4, mask_max=0.2,
         label_weight=3.0, lr=1e-3, muon_lr=0.02),
@@ -251,7 +251,8 @@ class AutoEncoder(nn.Module):
         (R*T, C, H, W), and of every person with the motion of another (R, C, H, W), for which there is no
         true picture."""
         pictures = torch.cat([batch.reference, picture, crossed])
-        s_r, s_t, s_x = average.encoder(pictures).split([len(crossed), len(picture), len(crossed)])
+        counts = len(crossed), len(picture), len(crossed)
+        s_r, s_t, s_x = average.encoder.encode_view(pictures).split(counts)
         lent = replace(batch, factors=batch.factors[:: len(picture) // len(crossed)].roll(1, 0))
         return average.label_loss(s_r, s_t, batch) + 2 / 3 * average.label_loss(s_r, s_x, lent)
 

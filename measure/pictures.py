@@ -204,7 +204,7 @@ def token_attention(encoder, z):
         weights.append(attention_weights(layer, *given)[:, :, -tokens:])
 
     hooks = [block.attention.register_forward_hook(keep) for block in encoder.blocks]
-    encoder(z)
+    encoder.encode_view(z)
     for hook in hooks:
         hook.remove()
     return torch.stack([x.mean((1, 2)) for x in weights], 1)

@@ -244,8 +244,27 @@ def test_without_running_norm_the_token_is_layer_normalised():
     torch.testing.assert_close(motion.var(2, correction=0), torch.ones(3, 1), atol=1e-3, rtol=0)
 
 
+def test_in_use_motion_is_the_mean_of_five_views():
+    model, x, index = encoder(view_shift=3), images(2), torch.arange(16)
+    later, sooner = (index + 3).clamp(max=15), (index - 3).clamp(min=0)
+    views = [x, x[:, :, later], x[:, :, sooner], x[..., later], x[..., sooner]]
+    one = encoder()
+    one.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(x), sum(map(one, views)) / 5, atol=1e-5, rtol=1e-5)
+    assert (model(x) - one(x)).abs().max() > 0.01
+
+
+def test_training_and_masks_see_one_view():
+    model, x, ids_keep = encoder(view_shift=3), images(2), random_masking(2, N, 0.5)
+    torch.testing.assert_close(model(x, ids_keep), model.encode_view(x, ids_keep))
+    model.train()
+    model.running_norm.eval()
+    torch.testing.assert_close(model(x), model.encode_view(x))
+
+
 @pytest.mark.parametrize("wrong, words", [({"image_size": 17}, "17.*4"), ({"width": 25}, "25.*2"),
-                                          ({"heads": 5}, "24.*5"), ({"width": 22, "heads": 2}, "22")])
+                                          ({"heads": 5}, "24.*5"), ({"width": 22, "heads": 2}, "22"),
+                                          ({"view_shift": 4}, "4.*4"), ({"view_shift": -1}, "-1.*4")])
 def test_config_errors_name_the_numbers(wrong, words):
     with pytest.raises(ValueError, match=words):
         EncoderConfig(**{**SMALL, **wrong})
