@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from media.files import InputError, atomic_write, command, open_clip
-from media.landmarks import open_readers, read_mesh
+from media.landmarks import cut, open_readers, read_mesh
 
 PICTURES, VIDEOS = (".jpg", ".jpeg", ".png", ".webp"), (".mp4", ".mov", ".mkv", ".webm", ".avi")
 SIZE = 480                             # px, of the square that is written
@@ -99,8 +99,8 @@ def draw_motion(rng):
     brow, frown = normal(0.022, 0.045, 0.4), normal(0.015, 0.03, 0.3)
     up, out = (normal(0.018, 0.035, 1), normal(0.015, 0.03, 1)) if rng.random() < 0.4 else (0.0, 0.0)
     local = [(point, 0, -brow, 0.06) for point in BROWS]
-    for side, inner, corner in zip((1, -1), INNER, CORNERS, strict=True):
-        local += [(inner, side * frown, 0.3 * abs(frown), 0.05), (corner, -side * out, -up, 0.06)]
+    for sign, inner, corner in zip((1, -1), INNER, CORNERS, strict=True):
+        local += [(inner, sign * frown, 0.3 * abs(frown), 0.05), (corner, -sign * out, -up, 0.06)]
     return {"yaw": normal(0.1, 0.24, 0.8), "pitch": normal(0.09, 0.2, 0.8), "roll": normal(0.05, 0.12, 0.5),
             "move": (normal(0.025, 0.07, 0.6), normal(0.025, 0.07, 0.6)), "grow": normal(0.03, 0.08, 0.6),
             "whole": bool(rng.random() < 0.4), "local": local}
@@ -108,14 +108,12 @@ def draw_motion(rng):
 
 def cut_face(image, points):
     """Cut the square round the mesh points (468, 3) of a picture -> (SIZE, SIZE, 3), points in it."""
-    side = SIDE * np.linalg.norm(points[10, :2] - points[152, :2])
-    scale, middle = SIZE / side, (points[10, :2] + points[152, :2]) / 2
-    corner = middle - side / 2
+    span, middle = SIDE * np.linalg.norm(points[10, :2] - points[152, :2]), points[[10, 152], :2].mean(0)
+    scale = SIZE / span
     if scale < 0.5:
         image = cv2.GaussianBlur(image, (0, 0), 0.45 / scale)
-    matrix = np.array([[scale, 0, -corner[0] * scale], [0, scale, -corner[1] * scale]])
-    square = cv2.warpAffine(image, matrix, (SIZE, SIZE), borderMode=cv2.BORDER_REPLICATE)
-    return square, (points - [*corner, 0]) * scale
+    square, matrix = cut(image, middle, span, 0, SIZE)
+    return square, (points - [*matrix[:, 2], 0]) * scale
 
 
 def source_frames(path):
@@ -126,9 +124,11 @@ def source_frames(path):
             raise InputError(f"{path} is not a picture that can be read; remove it")
         return [cv2.cvtColor(image, cv2.COLOR_BGR2RGB)]
     with open_clip(path) as (container, stream):
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    picks = np.linspace(0, len(frames) - 1, TAKEN).round().astype(int)
-    return [frames[k] for k in dict.fromkeys(picks.tolist())]
+        count = sum(1 for _ in container.decode(stream))
+    picks = set(np.linspace(0, count - 1, TAKEN).round().astype(int).tolist())
+    with open_clip(path) as (container, stream):
+        return [frame.to_ndarray(format="rgb24") for number, frame in enumerate(container.decode(stream))
+                if number in picks]
 
 
 def turned_frames(image, find, mesh, rng):
@@ -153,9 +153,9 @@ def write_video(path, frames):
         container.mux(stream.encode())
 
 
-def list_sources(folders):
+def list_files(folders):
     """List pictures and videos below folders -> sorted [(path, its name below --out)]. Raises InputError."""
-    sources = []
+    found = []
     for folder in folders:
         if not os.path.isdir(folder):
             raise InputError(f"{folder} is not a folder; give folders of pictures and videos")
@@ -165,11 +165,11 @@ def list_sources(folders):
                 stem, ending = os.path.splitext(name)
                 if ending.lower() in PICTURES + VIDEOS:
                     owner = stem if person == "." else person
-                    sources.append((os.path.join(here, name), os.path.join(owner, name)))
-    if not sources:
+                    found.append((os.path.join(here, name), os.path.join(owner, name)))
+    if not found:
         raise InputError(f"{', '.join(folders)}: no picture and no video below; give folders of jpg, png, "
                          "webp, mp4, mov, mkv, webm or avi files")
-    return sorted(sources)
+    return sorted(found)
 
 
 @command("media.turn")
@@ -181,10 +181,10 @@ def main(argv=None):
     parser.add_argument("--out", required=True, metavar="VIDEOS", help="folder to write videos to")
     parser.add_argument("--seed", type=int, default=0, help="of the motions (default: %(default)s)")
     args = parser.parse_args(argv)
-    sources = list_sources(args.input)
+    files = list_files(args.input)
     find, mesh, _, _ = open_readers()
     written = 0
-    for number, (path, name) in enumerate(sources):
+    for number, (path, name) in enumerate(files):
         for taken, image in enumerate(source_frames(path)):
             rng = np.random.default_rng([args.seed, number, taken])
             video = os.path.join(args.out, f"{name}-{taken}.mp4")
@@ -193,7 +193,7 @@ def main(argv=None):
             elif frames := turned_frames(image, find, mesh, rng):
                 write_video(video, frames)
                 written += 1
-        print(f"\r{number + 1} of {len(sources)} files, {written} videos in {args.out}", end="", flush=True)
+        print(f"\r{number + 1} of {len(files)} files, {written} videos in {args.out}", end="", flush=True)
     print()
     if not written:
         raise InputError("no face in any of them; give pictures and videos that show one face each")
